@@ -1,0 +1,4 @@
+//! The remap engine: state machines that turn guest requests into device operations.
+
+pub mod request;
+pub mod shard;

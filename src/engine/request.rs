@@ -1,0 +1,71 @@
+//! What a guest asks of the volume, free of any protocol.
+
+use crate::device::buffer::Iovecs;
+use crate::units::SectorRange;
+
+/// A request's place in its worker's table: opaque to the engine, handed back with the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Token(pub u32);
+
+/// One guest request. It exists only once its shape was checked: a `Flush` has no buffer.
+#[derive(Debug)]
+pub struct Request {
+    /// The submitter's name for it.
+    pub token: Token,
+    /// The queue it came from, counted over the whole device; drains are per queue.
+    pub queue: u16,
+    /// Whether its effect must be durable before the answer (write-through: FLUSH was not negotiated,
+    /// or the guest cleared the writeback bit).
+    pub write_through: bool,
+    /// What to do.
+    pub op: RequestOp,
+}
+
+/// What a request does. Ranges may lie beyond the end of the volume: the engine refuses those.
+#[derive(Debug)]
+pub enum RequestOp {
+    /// Fill `data` from `start`; `data.len()` is `range.bytes()`.
+    Read {
+        /// Where.
+        range: SectorRange,
+        /// The guest's memory.
+        data: Iovecs,
+    },
+    /// Write `data`; `data.len()` is `range.bytes()`.
+    Write {
+        /// Where.
+        range: SectorRange,
+        /// The guest's memory.
+        data: Iovecs,
+    },
+    /// Make every write answered before durable.
+    Flush,
+    /// Drop the content of the ranges.
+    Discard {
+        /// Where, in the guest's order; none is empty.
+        ranges: Vec<SectorRange>,
+    },
+    /// Make the ranges read as zeros.
+    WriteZeroes {
+        /// Where, with the guest's unmap flag; none is empty.
+        ranges: Vec<(SectorRange, bool)>,
+    },
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Status {
+    /// Done.
+    Ok,
+    /// Failed: the guest gets VIRTIO_BLK_S_IOERR.
+    IoErr,
+}
+
+/// A request and its end: the guest may be told.
+#[derive(Debug)]
+pub struct Answer {
+    /// The request as submitted, so that its parts can be used again.
+    pub request: Request,
+    /// How it ended.
+    pub status: Status,
+}

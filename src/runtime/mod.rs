@@ -1,0 +1,4 @@
+//! Threads and wiring: the engine's state machines driven by real devices and clocks.
+
+pub mod mailbox;
+pub mod worker;
