@@ -5,3 +5,4 @@ pub mod device;
 pub mod engine;
 pub mod runtime;
 pub mod units;
+pub mod volume;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::mailbox::{Inbox, Outbox};
 use crate::device::Reactor;
-use crate::engine::shard::{Shard, ToHealer, ToShard};
+use crate::engine::message::{ToHealer, ToShard};
+use crate::engine::shard::Shard;
 use crate::units::Time;
 
 /// The clock of one volume: nanoseconds since it was opened.

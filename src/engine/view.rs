@@ -1,0 +1,214 @@
+//! What a shard needs to know of the volume to serve a request alone: an immutable snapshot, replaced
+//! by message.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::device::DeviceIndex;
+use crate::units::{BLOCK_SIZE, Block, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector, SectorRange, Slot};
+use crate::volume::map::Map;
+
+/// The fixed facts of an open volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Sectors the guest sees.
+    pub capacity: u64,
+    /// The larger of the devices' logical block sizes: 512 or 4096 bytes.
+    pub logical_block: u32,
+    /// Byte offset of slot 0 on the spare.
+    pub slots_start: u64,
+    /// Number of slots.
+    pub slots: u32,
+}
+
+impl Geometry {
+    /// Blocks, a short last one included.
+    pub fn blocks(&self) -> u64 {
+        self.capacity.div_ceil(SECTORS_PER_BLOCK)
+    }
+
+    /// Byte offset of a slot on the spare.
+    pub fn slot_offset(&self, slot: Slot) -> u64 {
+        self.slots_start + u64::from(slot.0) * BLOCK_SIZE
+    }
+
+    /// The sectors of `block` that exist (the last block may be short).
+    pub fn sectors_of(&self, block: Block) -> SectorRange {
+        let start = block.start();
+        SectorRange { start, count: self.capacity.saturating_sub(start.0).min(SECTORS_PER_BLOCK) }
+    }
+
+    /// Whether the range lies inside the volume.
+    pub fn contains(&self, range: SectorRange) -> bool {
+        range.checked_end().is_some_and(|end| end <= Sector(self.capacity))
+    }
+
+    /// Whether the range starts and ends on logical blocks of the devices.
+    pub fn is_aligned(&self, range: SectorRange) -> bool {
+        let unit = u64::from(self.logical_block) / SECTOR_SIZE;
+        range.start.0.is_multiple_of(unit) && range.count.is_multiple_of(unit)
+    }
+}
+
+/// Whether the primary can be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrimaryState {
+    /// It works.
+    Up,
+    /// The breaker is open: nothing is sent to it.
+    Gone,
+}
+
+/// What is allowed at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mode {
+    /// A flush failed: writes and flushes fail until `clear`.
+    pub poisoned: bool,
+    /// The breaker's state.
+    pub primary: PrimaryState,
+    /// Whether the spare can be used.
+    pub spare_up: bool,
+    /// Nothing may be written.
+    pub read_only: bool,
+}
+
+/// A snapshot of map and mode.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// Blocks that are not simply on the primary.
+    pub map: Map,
+    /// What is allowed.
+    pub mode: Mode,
+}
+
+/// One bit for each region of the volume written since the last good flush, shared by all shards.
+///
+/// A region is large enough that the bits fit into the poison page beside its header.
+#[derive(Debug)]
+pub struct Written {
+    bits: Box<[AtomicU64]>,
+    shift: u32,
+}
+
+impl Written {
+    /// The most regions there are.
+    pub const REGIONS_MAX: u64 = 16_384;
+    /// Log2 of the sectors in the smallest region (1 MiB).
+    const SHIFT_MIN: u32 = 11;
+
+    /// No region of a volume of `capacity` sectors is written.
+    pub fn new(capacity: u64) -> Written {
+        let mut shift = Self::SHIFT_MIN;
+        while (capacity >> shift) >= Self::REGIONS_MAX {
+            shift += 1;
+        }
+        let words = ((capacity >> shift) + 1).div_ceil(64);
+        Written { bits: (0..words).map(|_| AtomicU64::new(0)).collect(), shift }
+    }
+
+    /// Log2 of the sectors in a region.
+    pub fn shift(&self) -> u32 {
+        self.shift
+    }
+
+    /// Note a write, before the guest is told of it.
+    #[inline]
+    pub fn note(&self, range: SectorRange) {
+        if range.is_empty() {
+            return;
+        }
+        for region in (range.start.0 >> self.shift)..=((range.end().0 - 1) >> self.shift) {
+            let word = &self.bits[usize::try_from(region / 64).expect("at most 16,384 regions")];
+            let bit = 1 << (region % 64);
+            if word.load(Ordering::Relaxed) & bit == 0 {
+                word.fetch_or(bit, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Take all bits, leaving none.
+    pub fn take(&self) -> Vec<u64> {
+        self.bits.iter().map(|word| word.swap(0, Ordering::AcqRel)).collect()
+    }
+
+    /// Put bits back, as [`Written::take`] gave them.
+    pub fn restore(&self, bits: &[u64]) {
+        for (word, bits) in self.bits.iter().zip(bits) {
+            word.fetch_or(*bits, Ordering::AcqRel);
+        }
+    }
+}
+
+/// Counters the shards share with the healer and with whoever reports.
+#[derive(Debug)]
+pub struct Progress {
+    /// Regions written since the last good flush.
+    pub written: Written,
+    /// Writes to slots that were completed; the spare is dirty while this is ahead of its last flush.
+    pub slot_writes: AtomicU64,
+    /// Device writes to the primary that succeeded: the breaker wants to know of any.
+    pub primary_writes_ok: AtomicU64,
+    /// Answered reads.
+    pub reads: AtomicU64,
+    /// Answered writes and zeroings.
+    pub writes: AtomicU64,
+    /// Answered flushes.
+    pub flushes: AtomicU64,
+    /// Answered discards.
+    pub discards: AtomicU64,
+    /// Bytes of successful reads.
+    pub read_bytes: AtomicU64,
+    /// Bytes of successful writes.
+    pub written_bytes: AtomicU64,
+}
+
+impl Progress {
+    /// All zero, for a volume of `capacity` sectors.
+    pub fn new(capacity: u64) -> Arc<Progress> {
+        let zero = || AtomicU64::new(0);
+        Arc::new(Progress {
+            written: Written::new(capacity),
+            slot_writes: zero(),
+            primary_writes_ok: zero(),
+            reads: zero(),
+            writes: zero(),
+            flushes: zero(),
+            discards: zero(),
+            read_bytes: zero(),
+            written_bytes: zero(),
+        })
+    }
+}
+
+/// Which device a run of sectors lies on, and where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The guest's sectors.
+    pub range: SectorRange,
+    /// The device.
+    pub device: DeviceIndex,
+    /// Byte offset there.
+    pub offset: u64,
+}
+
+/// Cut `range` into runs that are contiguous on one device.
+pub fn runs(map: &Map, geometry: &Geometry, range: SectorRange) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for block in range.blocks().iter() {
+        let part = range.within(block);
+        let (device, offset) = match map.get(block).slot {
+            None => (DeviceIndex::PRIMARY, part.start.bytes()),
+            Some(slot) => {
+                let within = u64::from(part.start.within_block()) * SECTOR_SIZE;
+                (DeviceIndex::SPARE, geometry.slot_offset(slot) + within)
+            }
+        };
+        match runs.last_mut() {
+            Some(last) if last.device == device && last.offset + last.range.bytes() == offset => {
+                last.range.count += part.count;
+            }
+            _ => runs.push(Run { range: part, device, offset }),
+        }
+    }
+    runs
+}
