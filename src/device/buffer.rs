@@ -106,6 +106,16 @@ impl Iovecs {
         }
     }
 
+    /// `len` bytes of a shared buffer from `from` on, to be written to a device: nobody may read into it.
+    ///
+    /// # Panics
+    /// If the range is not inside the buffer.
+    pub fn of_buffer(buf: &Arc<AlignedBuf>, from: usize, len: usize) -> Iovecs {
+        let ptr = buf[from..from + len].as_ptr().cast_mut();
+        let list = vec![libc::iovec { iov_base: ptr.cast(), iov_len: len }];
+        Iovecs { list, len, owner: Some(buf.clone()) }
+    }
+
     /// Total bytes.
     pub fn len(&self) -> usize {
         self.len

@@ -244,6 +244,7 @@ impl Shard {
         if self.view.mode.primary == PrimaryState::Up
             && self.view.map.is_plain(blocks)
             && self.geometry.is_aligned(cursor.piece)
+            && !(is_write(&request) && self.view.is_dense(blocks))
         {
             self.start_plain(request, cursor, out);
         } else {
@@ -299,7 +300,8 @@ impl Shard {
 
     /// Why the piece cannot be served by plain operations, if so.
     fn obstacle(&self, cursor: &Cursor, write: bool) -> Option<Why> {
-        let mut special = !self.geometry.is_aligned(cursor.piece);
+        let dense = write && self.view.is_dense(cursor.piece.blocks());
+        let mut special = dense || !self.geometry.is_aligned(cursor.piece);
         let mut primary = false;
         for block in cursor.piece.blocks().iter() {
             let state = self.view.map.get(block);

@@ -1,11 +1,12 @@
 //! What a shard needs to know of the volume to serve a request alone: an immutable snapshot, replaced
 //! by message.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::device::DeviceIndex;
-use crate::units::{BLOCK_SIZE, Block, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector, SectorRange, Slot};
+use crate::units::{BLOCK_SIZE, Block, BlockRange, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector, SectorRange, Slot};
 use crate::volume::map::Map;
 
 /// The fixed facts of an open volume.
@@ -79,6 +80,21 @@ pub struct View {
     pub map: Map,
     /// What is allowed.
     pub mode: Mode,
+    /// Regions with more pending blocks than are kept: writes there are verified like writes to pending
+    /// blocks.
+    pub dense: Arc<BTreeSet<u64>>,
+}
+
+impl View {
+    /// Blocks in a region of [`View::dense`] (4 MiB).
+    pub const REGION_BLOCKS: u64 = 1024;
+
+    /// Whether the range touches a region with too many pending blocks.
+    pub fn is_dense(&self, range: BlockRange) -> bool {
+        !self.dense.is_empty()
+            && (range.start.0 / Self::REGION_BLOCKS..range.end.0.div_ceil(Self::REGION_BLOCKS))
+                .any(|region| self.dense.contains(&region))
+    }
 }
 
 /// One bit for each region of the volume written since the last good flush, shared by all shards.

@@ -275,10 +275,11 @@ impl Table {
         Some(Slot(u32::try_from(found).expect("slots are counted in 32 bits")))
     }
 
-    /// Give back a reserved slot that is free.
+    /// End a slot's reservation: it can be given out again if its entry is free. Slots that were not
+    /// reserved (their entries change in place) stay as they are.
     pub fn unreserve(&mut self, slot: Slot) {
-        assert!(std::mem::take(&mut self.reserved[at(slot)]), "slot {slot} was not reserved");
-        if self.entries[at(slot)].state == SlotState::Free {
+        let reserved = std::mem::take(&mut self.reserved[at(slot)]);
+        if reserved && self.entries[at(slot)].state == SlotState::Free {
             self.available += 1;
             self.lowest_free = self.lowest_free.min(at(slot));
         }
@@ -290,6 +291,11 @@ impl Table {
         if !reserved && self.entries[at(slot)].state == SlotState::Free {
             self.available -= 1;
         }
+    }
+
+    /// [`Table::hold`] for several.
+    pub fn hold_all(&mut self, slots: &[Slot]) {
+        slots.iter().for_each(|slot| self.hold(*slot));
     }
 
     /// Change an entry: its commit is durable.

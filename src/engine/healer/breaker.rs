@@ -1,0 +1,258 @@
+//! Telling a bad medium from a gone device (E1).
+//!
+//! The error number says what kind of failure it was; a probe that writes nothing confirms it. A device
+//! that is gone opens the breaker: nothing is sent to it and nothing is remapped, since a remap storm
+//! over a pulled cable would eat the spare.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use super::failure::{Failure, Hold};
+use super::{Core, Severity};
+use crate::device::{DeviceIndex, Errno};
+use crate::engine::message::Refusal;
+use crate::engine::task::{Promise, join_all, promise};
+use crate::engine::view::PrimaryState;
+use crate::units::{SectorRange, Time};
+use std::sync::atomic::Ordering;
+
+/// A probe that passed speaks for so long, in nanoseconds.
+const PROBE_VALID_NS: u64 = 1_000_000_000;
+/// A gone device is asked again after so many seconds.
+const RETRY_SECONDS: u64 = 1;
+/// Failed writes in a row, without one success, that trip the breaker.
+const STORM_WRITES: usize = 32;
+/// Regions they must lie in.
+const STORM_REGIONS: usize = 3;
+/// How far apart those are, in sectors (1 GiB), or a quarter of a smaller volume.
+const STORM_APART: u64 = 2 << 20;
+
+/// What an error number means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Class {
+    /// The medium failed.
+    Medium,
+    /// The medium or the device: the probe decides.
+    Ambiguous,
+    /// The device is gone.
+    Gone,
+    /// No space left; only this write fails.
+    Space,
+    /// The target does not do this; a probe decides for writes.
+    Target,
+    /// Our doing, or a shortage of the host's: try again.
+    Ours,
+    /// Anything else: the request fails, nothing is remapped.
+    Unlisted,
+}
+
+/// The class of an error number.
+pub(super) fn class_of(errno: Errno) -> Class {
+    match errno.0 {
+        libc::ENODATA | libc::EILSEQ => Class::Medium,
+        libc::EIO => Class::Ambiguous,
+        libc::ENODEV | libc::ENXIO | libc::ENOTCONN | libc::ESTALE | libc::ENOLINK | libc::EROFS | libc::ETIMEDOUT => {
+            Class::Gone
+        }
+        libc::ENOSPC | libc::EDQUOT | libc::EFBIG => Class::Space,
+        libc::EREMOTEIO | libc::EOPNOTSUPP => Class::Target,
+        libc::EINVAL | libc::EFAULT | libc::EAGAIN | libc::ENOMEM | libc::ECANCELED => Class::Ours,
+        _ => Class::Unlisted,
+    }
+}
+
+#[derive(Default)]
+struct Probe {
+    running: Cell<bool>,
+    waiting: RefCell<Vec<Promise<Result<(), Errno>>>>,
+    passed: Cell<Option<Time>>,
+}
+
+/// The breaker's state.
+#[derive(Default)]
+pub(super) struct Breaker {
+    probes: [Probe; 2],
+    /// Regions of failed writes since the last success, and how many there were.
+    storm: RefCell<(usize, Vec<u64>)>,
+    successes_seen: Cell<u64>,
+    /// Tripped by a storm: only `clear` closes it.
+    tripped: Cell<bool>,
+    returning: Cell<bool>,
+}
+
+impl Core {
+    /// Decide what a failed operation means: `Ok` for a bad medium or a passing trouble, which the ladders
+    /// deal with; otherwise the failure to answer with. A gone device has opened the breaker by then.
+    pub(super) async fn diagnose(
+        self: &Rc<Self>,
+        device: DeviceIndex,
+        errno: Errno,
+        read: bool,
+        range: SectorRange,
+    ) -> Result<(), Failure> {
+        if self.policy.passthrough {
+            return Err(Failure::errno(device, errno).at(range));
+        }
+        let class = class_of(errno);
+        match class {
+            Class::Medium | Class::Ours => {}
+            Class::Space | Class::Unlisted => return Err(Failure::errno(device, errno).at(range)),
+            Class::Gone => return Err(self.device_gone(device, errno).at(range)),
+            Class::Ambiguous | Class::Target => {
+                if let Err(probed) = self.probe(device).await {
+                    return Err(self.device_gone(device, probed).at(range));
+                }
+            }
+        }
+        if !read && class != Class::Ours && device == DeviceIndex::PRIMARY && self.is_storm(range) {
+            self.breaker.tripped.set(true);
+            return Err(self.device_gone(device, errno).at(range));
+        }
+        Ok(())
+    }
+
+    /// Ask a device whether it is there, without writing: its identity, and reads of three far places, of
+    /// which one must succeed (any of them may be a bad sector). Concurrent callers share one probe.
+    pub(super) async fn probe(self: &Rc<Self>, device: DeviceIndex) -> Result<(), Errno> {
+        let probe = &self.breaker.probes[usize::from(device.0)];
+        if probe.passed.get().is_some_and(|passed| self.io.now().since_ns(passed) < PROBE_VALID_NS) {
+            return Ok(());
+        }
+        let (promise, awaited) = promise();
+        probe.waiting.borrow_mut().push(promise);
+        if !probe.running.replace(true) {
+            let core = self.clone();
+            self.spawn(async move {
+                let result = core.probe_once(device).await;
+                let probe = &core.breaker.probes[usize::from(device.0)];
+                probe.passed.set(result.is_ok().then(|| core.io.now()));
+                probe.running.set(false);
+                let waiting = std::mem::take(&mut *probe.waiting.borrow_mut());
+                waiting.into_iter().for_each(|waiter| waiter.keep(result));
+            });
+        }
+        awaited.await
+    }
+
+    async fn probe_once(&self, device: DeviceIndex) -> Result<(), Errno> {
+        self.io.identify(device).await?;
+        let size = match device {
+            DeviceIndex::PRIMARY => self.geometry.capacity * 512,
+            _ => self.layout.spare_size,
+        };
+        let unit = u64::from(self.geometry.logical_block);
+        let last = (size / unit).saturating_sub(1) * unit;
+        let places = [0, last / 2 / unit * unit, last];
+        let len = usize::try_from(unit).expect("512 or 4096");
+        let reads = join_all(places.map(|place| self.io.read(device, place, len))).await;
+        let mut error = Ok(());
+        for (result, _) in reads {
+            match result {
+                Ok(_) => return Ok(()),
+                Err(errno) => error = Err(errno),
+            }
+        }
+        error
+    }
+
+    /// Count a failed write; `true` when 32 in a row failed in far apart places without one success.
+    fn is_storm(&self, range: SectorRange) -> bool {
+        let successes = self.progress.primary_writes_ok.load(Ordering::Relaxed);
+        let mut storm = self.breaker.storm.borrow_mut();
+        if self.breaker.successes_seen.replace(successes) != successes {
+            *storm = (0, Vec::new());
+        }
+        storm.0 += 1;
+        let apart = STORM_APART.min(self.geometry.capacity / 4).max(1);
+        let start = range.start.0;
+        if storm.1.len() < STORM_REGIONS && storm.1.iter().all(|region| region.abs_diff(start) >= apart) {
+            storm.1.push(start);
+        }
+        storm.0 >= STORM_WRITES && storm.1.len() >= STORM_REGIONS
+    }
+
+    /// A write of the healer to the primary succeeded.
+    pub(super) fn note_primary_write(&self) {
+        self.progress.primary_writes_ok.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The device is gone: open the breaker and watch for its return.
+    pub(super) fn device_gone(self: &Rc<Self>, device: DeviceIndex, errno: Errno) -> Failure {
+        if device != DeviceIndex::PRIMARY {
+            self.spare_down(&errno.to_string());
+            return Failure::spare_down();
+        }
+        if self.mode.get().primary == PrimaryState::Up {
+            let policy = if self.holds_for_primary() { "requests are held" } else { "requests fail" };
+            let action = match self.breaker.tripped.get() {
+                true => format!("{STORM_WRITES} writes failed far apart without one success: {policy} until `clear`"),
+                false => format!("{policy} until it is back; asking every {RETRY_SECONDS} s"),
+            };
+            let none = SectorRange::default();
+            self.event(Severity::Error, "device-gone", Some(device), none, errno.to_string(), action);
+            self.change_mode(|mode| mode.primary = PrimaryState::Gone);
+            if !self.breaker.returning.replace(true) {
+                let core = self.clone();
+                self.spawn(async move { core.await_primary().await });
+            }
+        }
+        Failure { hold: Hold::PrimaryGone, ..Failure::new(Some(device), format!("the primary is gone: {errno}")) }
+    }
+
+    async fn await_primary(self: &Rc<Self>) {
+        loop {
+            self.io.sleep_until(self.io.now().plus_secs(RETRY_SECONDS)).await;
+            if self.mode.get().primary == PrimaryState::Up {
+                break;
+            }
+            if !self.breaker.tripped.get() && self.probe(DeviceIndex::PRIMARY).await.is_ok() {
+                self.primary_back();
+                break;
+            }
+        }
+        self.breaker.returning.set(false);
+    }
+
+    fn primary_back(self: &Rc<Self>) {
+        self.breaker.tripped.set(false);
+        *self.breaker.storm.borrow_mut() = (0, Vec::new());
+        self.change_mode(|mode| mode.primary = PrimaryState::Up);
+        let none = SectorRange::default();
+        self.event(
+            Severity::Info,
+            "device-back",
+            Some(DeviceIndex::PRIMARY),
+            none,
+            "the probe passed",
+            "requests go on",
+        );
+        self.resume_held(Hold::PrimaryGone);
+    }
+
+    /// Something hangs: ask the device whether it is there, and say so if not.
+    pub(super) async fn suspect(self: &Rc<Self>, device: DeviceIndex) {
+        if let Err(errno) = self.probe(device).await {
+            self.device_gone(device, errno);
+        }
+    }
+
+    /// Close a breaker on the operator's order: the probe must pass.
+    pub(super) async fn clear_breaker(self: &Rc<Self>) -> Result<(), String> {
+        let device = DeviceIndex::PRIMARY;
+        self.probe(device)
+            .await
+            .map_err(|errno| format!("the {device} does not answer: {errno}; reattach it first"))?;
+        self.primary_back();
+        Ok(())
+    }
+
+    /// Refuse what needs a device that cannot be used.
+    pub(super) fn refuse_gone(&self, device: DeviceIndex) -> Result<(), Failure> {
+        let mode = self.mode.get();
+        match device {
+            DeviceIndex::PRIMARY if mode.primary == PrimaryState::Gone => Err(Failure::refused(Refusal::PrimaryGone)),
+            DeviceIndex::SPARE if !mode.spare_up => Err(Failure::refused(Refusal::SpareDown)),
+            _ => Ok(()),
+        }
+    }
+}

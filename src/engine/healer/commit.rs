@@ -1,0 +1,253 @@
+//! Commits: the only writer of table pages.
+//!
+//! A commit writes each changed page to the home that is not its anchor, in every live place, flushes the
+//! spare, and moves the anchor. Bringing the other home to the same sequence happens afterwards, off the
+//! path; the next commit of that page waits for it. Everything that waits while a commit runs goes into
+//! the next one together.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use super::failure::Failure;
+use super::{Core, Severity};
+use crate::device::{DeviceIndex, Errno};
+use crate::engine::message::Refusal;
+use crate::engine::task::{Promise, join_all, promise};
+use crate::units::{Block, SectorRange, Slot};
+use crate::volume::layout::{Home, Place};
+use crate::volume::table::{Change, Page, PageSeat, PageState, page_of};
+
+/// A change of the table that is to become durable as one.
+pub(super) struct Commit {
+    pub(super) changes: Vec<Change>,
+    /// Blocks concerned, with the sectors the guest's write covers.
+    pub(super) blocks: Vec<(Block, u8)>,
+}
+
+struct Queued {
+    commit: Commit,
+    promise: Promise<Result<(), Failure>>,
+}
+
+/// The committer's state.
+#[derive(Default)]
+pub(super) struct Commits {
+    queue: RefCell<Vec<Queued>>,
+    running: Cell<bool>,
+    /// Pages whose second home is being brought up, and who waits for that.
+    second_homes: RefCell<BTreeMap<u32, Vec<Promise<()>>>>,
+    /// Slots whose freeing (or, `true`, retiring) commit failed: tried again when the spare is back.
+    orphans: RefCell<Vec<(Vec<Slot>, bool)>>,
+    /// Commits in doubt: their slots are kept from use until a higher sequence is durable.
+    in_doubt: RefCell<Vec<Commit>>,
+}
+
+impl Core {
+    /// Make the changes durable. On success the table has them; the map is the caller's to change.
+    /// On failure the commit is in doubt unless nothing was written.
+    pub(super) async fn commit(self: &Rc<Self>, commit: Commit) -> Result<(), Failure> {
+        let (promise, awaited) = promise();
+        self.commits.queue.borrow_mut().push(Queued { commit, promise });
+        if !self.commits.running.replace(true) {
+            let core = self.clone();
+            self.spawn(async move {
+                loop {
+                    let batch = std::mem::take(&mut *core.commits.queue.borrow_mut());
+                    if batch.is_empty() {
+                        core.commits.running.set(false);
+                        return;
+                    }
+                    core.commit_batch(batch).await;
+                }
+            });
+        }
+        awaited.await
+    }
+
+    async fn commit_batch(self: &Rc<Self>, batch: Vec<Queued>) {
+        if !self.mode.get().spare_up {
+            for queued in batch {
+                self.unreserve_all(&queued.commit);
+                queued.promise.keep(Err(Failure::spare_down()));
+            }
+            return;
+        }
+        let changes: Vec<Change> = batch.iter().flat_map(|queued| queued.commit.changes.iter().copied()).collect();
+        let pages: BTreeSet<u32> = changes.iter().map(|change| page_of(change.slot)).collect();
+        for page in &pages {
+            self.second_home_is_up(*page).await;
+        }
+        let written: Vec<(u32, Page, Home)> = pages
+            .iter()
+            .map(|number| {
+                let state = self.table.borrow().page(*number);
+                let page = self.table.borrow().page_with(*number, state.sequence + 1, &changes);
+                (*number, page, state.anchor.other())
+            })
+            .collect();
+        let result = async {
+            self.write_pages(&written).await?;
+            self.flush(DeviceIndex::SPARE).await
+        }
+        .await;
+        // In doubt or not, the next commit of the page must be numbered higher than this one.
+        for (number, page, home) in &written {
+            let anchor = if result.is_ok() { *home } else { home.other() };
+            self.table.borrow_mut().set_page(*number, PageState { sequence: page.sequence, anchor });
+        }
+        match result {
+            Ok(()) => {
+                self.tally.borrow_mut().commits += 1;
+                let mut table = self.table.borrow_mut();
+                changes.iter().for_each(|change| table.set(*change));
+                drop(table);
+                for queued in &batch {
+                    self.unreserve_all(&queued.commit);
+                }
+                self.bring_up_second_homes(written);
+            }
+            Err(_) => self.doubt(&batch),
+        }
+        for queued in batch {
+            queued.promise.keep(result.clone());
+        }
+    }
+
+    /// Write pages to one home in every live place. A place that does not take one is retired; this fails
+    /// only when no place is left.
+    async fn write_pages(self: &Rc<Self>, pages: &[(u32, Page, Home)]) -> Result<(), Failure> {
+        let mut writes = Vec::new();
+        for place in self.live_places() {
+            for (number, page, home) in pages {
+                writes.push(self.write_page(place, *home, *number, page));
+            }
+        }
+        for (place, result) in join_all(writes).await {
+            if let Err(errno) = result {
+                self.retire_place(place, errno).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_page(&self, place: Place, home: Home, number: u32, page: &Page) -> (Place, Result<(), Errno>) {
+        let bytes = page.encode(self.set, number, PageSeat::Spare(place, home));
+        (place, self.io.write(DeviceIndex::SPARE, self.layout.table(place, home, number), &bytes).await)
+    }
+
+    /// Bring the homes that were anchors until now to the same sequence, off the path.
+    fn bring_up_second_homes(self: &Rc<Self>, pages: Vec<(u32, Page, Home)>) {
+        let mut second_homes = self.commits.second_homes.borrow_mut();
+        for (number, _, _) in &pages {
+            second_homes.insert(*number, Vec::new());
+        }
+        drop(second_homes);
+        let core = self.clone();
+        self.spawn(async move {
+            let pages: Vec<_> = pages.into_iter().map(|(number, page, home)| (number, page, home.other())).collect();
+            // A failure has retired the place or brought the spare down, which is all there is to do.
+            let _ = core.write_pages(&pages).await;
+            for (number, _, _) in pages {
+                let waiters = core.commits.second_homes.borrow_mut().remove(&number);
+                waiters.into_iter().flatten().for_each(|waiter| waiter.keep(()));
+            }
+        });
+    }
+
+    async fn second_home_is_up(&self, number: u32) {
+        let awaited = {
+            let mut second_homes = self.commits.second_homes.borrow_mut();
+            let Some(waiters) = second_homes.get_mut(&number) else { return };
+            let (promise, awaited) = promise();
+            waiters.push(promise);
+            awaited
+        };
+        awaited.await;
+    }
+
+    fn unreserve_all(&self, commit: &Commit) {
+        let mut table = self.table.borrow_mut();
+        for change in &commit.changes {
+            table.unreserve(change.slot);
+        }
+    }
+
+    fn doubt(&self, batch: &[Queued]) {
+        for queued in batch {
+            let Commit { changes, blocks } = &queued.commit;
+            for (block, mask) in blocks {
+                self.update_map(*block, |state| {
+                    state.in_doubt = true;
+                    state.doubt |= mask;
+                });
+                let range = self.geometry.sectors_of(*block);
+                let cause = "a write or flush of the commit failed";
+                self.event(
+                    Severity::Error,
+                    "in-doubt",
+                    Some(DeviceIndex::SPARE),
+                    range,
+                    cause,
+                    "writes to it fail for now",
+                );
+            }
+            let commit = Commit { changes: changes.clone(), blocks: blocks.clone() };
+            self.commits.in_doubt.borrow_mut().push(commit);
+        }
+    }
+
+    /// Pages that a commit in doubt may have changed.
+    pub(super) fn pages_in_doubt(&self) -> BTreeSet<u32> {
+        let in_doubt = self.commits.in_doubt.borrow();
+        in_doubt.iter().flat_map(|commit| &commit.changes).map(|change| page_of(change.slot)).collect()
+    }
+
+    /// A higher sequence of every page in doubt is durable in every live place: the table in memory, from
+    /// before those commits, is the truth.
+    pub(super) fn resolve_doubts(&self) {
+        for commit in std::mem::take(&mut *self.commits.in_doubt.borrow_mut()) {
+            self.unreserve_all(&commit);
+            for (block, _) in commit.blocks {
+                self.update_map(block, |state| {
+                    state.in_doubt = false;
+                    state.doubt = 0;
+                });
+            }
+        }
+    }
+
+    /// Free slots (or retire them, after a failure) in a commit of their own, once nothing uses them: a
+    /// move is durable before its old slot is let go.
+    pub(super) async fn free_slots(self: &Rc<Self>, slots: Vec<Slot>, retire: bool) {
+        use crate::volume::table::Entry;
+        let entry = if retire { Entry::RETIRED } else { Entry::FREE };
+        let changes = slots.iter().map(|slot| Change { slot: *slot, entry }).collect();
+        self.table.borrow_mut().hold_all(&slots);
+        match self.commit(Commit { changes, blocks: Vec::new() }).await {
+            Ok(()) if !retire => self.resume_held(super::failure::Hold::SpareFull),
+            Ok(()) => {}
+            Err(_) => self.commits.orphans.borrow_mut().push((slots, retire)),
+        }
+    }
+
+    /// Free again what could not be freed when the spare went down.
+    pub(super) fn retry_orphans(self: &Rc<Self>) {
+        for (slots, retire) in std::mem::take(&mut *self.commits.orphans.borrow_mut()) {
+            let core = self.clone();
+            self.spawn(async move { core.free_slots(slots, retire).await });
+        }
+    }
+
+    /// Refuse what a commit in doubt touches.
+    pub(super) fn refuse_doubted(&self, range: SectorRange, write: bool) -> Result<(), Failure> {
+        let map = self.map.borrow();
+        for block in range.blocks().iter() {
+            let state = map.get(block);
+            if state.in_doubt && (write || state.doubt & range.mask_in(block) != 0) {
+                return Err(Failure::refused(Refusal::InDoubt).at(range.within(block)));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,281 @@
+//! The flush coordinator, and what a failed flush means.
+//!
+//! One flush is in flight for each device; who comes while it runs shares the next one; a failure fails
+//! everybody who waited for it. A failed flush is never tried again until it succeeds: it poisons the
+//! volume, durably, until the operator has looked (F2). The one exception is a spare that holds nothing
+//! unflushed: then the spare is down and the primary goes on (F3).
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+
+use super::failure::Failure;
+use super::{Core, Handed, OnLoss, Severity};
+use crate::device::{DeviceIndex, Errno};
+use crate::engine::message::Refusal;
+use crate::engine::task::{Promise, join_all, promise};
+use crate::engine::view::PrimaryState;
+use crate::units::SectorRange;
+use crate::volume::layout::Place;
+use crate::volume::sidecar::Poison;
+use crate::volume::superblock::Seat;
+
+/// Callers that share flushes of one kind.
+#[derive(Default)]
+struct Round {
+    running: Cell<bool>,
+    next: RefCell<Vec<Promise<Result<(), Failure>>>>,
+}
+
+/// The coordinator's state.
+pub(super) struct Flushes {
+    devices: [Round; 2],
+    volume: Round,
+    /// [`crate::engine::view::Progress::slot_writes`] as of the start of the spare's last good flush.
+    flushed_slot_writes: Cell<u64>,
+    /// Regions taken by a volume flush under way.
+    taken: RefCell<Option<Vec<u64>>>,
+    poison: RefCell<Poison>,
+    /// Whether the poison is on at least one device.
+    persistent: Cell<bool>,
+}
+
+/// What `status` and `clear` say of a failed flush.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoisonReport {
+    /// The device whose flush failed.
+    pub device: DeviceIndex,
+    /// Its error.
+    pub errno: Errno,
+    /// Seconds since the epoch.
+    pub time: u64,
+    /// Whether a restart will remember.
+    pub persistent: bool,
+    /// What was written since the last good flush: (first sector, sectors).
+    pub ranges: Vec<(u64, u64)>,
+}
+
+impl Flushes {
+    pub(super) fn new(poison: Poison) -> Flushes {
+        Flushes {
+            devices: Default::default(),
+            volume: Round::default(),
+            flushed_slot_writes: Cell::new(0),
+            taken: RefCell::default(),
+            poison: RefCell::new(poison),
+            persistent: Cell::new(true),
+        }
+    }
+}
+
+impl Core {
+    /// See to a guest's FLUSH, or to the durability of a write-through write.
+    pub(super) async fn make_durable(self: &Rc<Self>, handed: Handed) {
+        let mode = self.mode.get();
+        if mode.read_only {
+            return self.hand_back(handed, true);
+        }
+        if mode.poisoned {
+            return self.fail(handed, &Failure::refused(Refusal::Poisoned));
+        }
+        if mode.primary == PrimaryState::Gone {
+            return self.fail_or_hold(handed, Failure::refused(Refusal::PrimaryGone));
+        }
+        match self.flush_volume().await {
+            Ok(()) => self.hand_back(handed, true),
+            Err(failure) => self.fail(handed, &failure),
+        }
+    }
+
+    /// Make every completed write durable, on the primary and, where it is dirty, on the spare.
+    pub(super) async fn flush_volume(self: &Rc<Self>) -> Result<(), Failure> {
+        let (promise, awaited) = promise();
+        self.flushes.volume.next.borrow_mut().push(promise);
+        if !self.flushes.volume.running.replace(true) {
+            let core = self.clone();
+            self.spawn(async move {
+                loop {
+                    let waiters = std::mem::take(&mut *core.flushes.volume.next.borrow_mut());
+                    if waiters.is_empty() {
+                        core.flushes.volume.running.set(false);
+                        return;
+                    }
+                    let result = core.flush_both().await;
+                    waiters.into_iter().for_each(|waiter| waiter.keep(result.clone()));
+                }
+            });
+        }
+        awaited.await
+    }
+
+    async fn flush_both(self: &Rc<Self>) -> Result<(), Failure> {
+        *self.flushes.taken.borrow_mut() = Some(self.progress.written.take());
+        let mut devices = vec![DeviceIndex::PRIMARY];
+        if self.spare_is_dirty() {
+            devices.push(DeviceIndex::SPARE);
+        }
+        let results = join_all(devices.into_iter().map(|device| self.flush(device))).await;
+        let result: Result<(), Failure> = results.into_iter().collect();
+        // On failure `poison` has already taken the bits; what is left belongs to a failure without poison.
+        if let (Some(bits), Err(_)) = (self.flushes.taken.borrow_mut().take(), &result) {
+            self.progress.written.restore(&bits);
+        }
+        result
+    }
+
+    fn spare_is_dirty(&self) -> bool {
+        self.progress.slot_writes.load(Ordering::Acquire) > self.flushes.flushed_slot_writes.get()
+    }
+
+    /// Flush one device, together with everybody else who wants that now.
+    pub(super) async fn flush(self: &Rc<Self>, device: DeviceIndex) -> Result<(), Failure> {
+        let round = &self.flushes.devices[usize::from(device.0)];
+        let (promise, awaited) = promise();
+        round.next.borrow_mut().push(promise);
+        if !round.running.replace(true) {
+            let core = self.clone();
+            self.spawn(async move { core.flush_rounds(device).await });
+        }
+        awaited.await
+    }
+
+    async fn flush_rounds(self: &Rc<Self>, device: DeviceIndex) {
+        let round = &self.flushes.devices[usize::from(device.0)];
+        loop {
+            let waiters = std::mem::take(&mut *round.next.borrow_mut());
+            if waiters.is_empty() {
+                round.running.set(false);
+                return;
+            }
+            let result = self.flush_once(device).await;
+            waiters.into_iter().for_each(|waiter| waiter.keep(result.clone()));
+        }
+    }
+
+    async fn flush_once(self: &Rc<Self>, device: DeviceIndex) -> Result<(), Failure> {
+        if self.mode.get().poisoned {
+            return Err(Failure::refused(Refusal::Poisoned));
+        }
+        let spare = device == DeviceIndex::SPARE;
+        let slot_writes = self.progress.slot_writes.load(Ordering::Acquire);
+        let result =
+            if spare && !self.mode.get().spare_up { Err(Errno(libc::ENODEV)) } else { self.io.flush(device).await };
+        let Err(errno) = result else {
+            if spare {
+                self.flushes.flushed_slot_writes.set(slot_writes);
+            }
+            return Ok(());
+        };
+        let failure = Failure::new(Some(device), format!("flush failed: {errno}"));
+        self.event(
+            Severity::Error,
+            "flush-failed",
+            Some(device),
+            SectorRange::default(),
+            errno.to_string(),
+            "not tried again",
+        );
+        if spare && !self.spare_is_dirty() {
+            self.spare_down(&failure.cause);
+        } else {
+            self.poison(device, errno).await;
+        }
+        Err(failure)
+    }
+
+    /// Nothing written since the last good flush can be trusted to be durable: stop taking writes, and
+    /// write that down everywhere before anybody is told.
+    async fn poison(self: &Rc<Self>, device: DeviceIndex, errno: Errno) {
+        if self.mode.get().poisoned {
+            return;
+        }
+        self.change_mode_everywhere(|mode| mode.poisoned = true).await;
+        if let Some(taken) = self.flushes.taken.borrow_mut().take() {
+            self.progress.written.restore(&taken);
+        }
+        let page = Poison {
+            sequence: self.flushes.poison.borrow().sequence + 1,
+            poisoned: true,
+            device: device.0,
+            errno: errno.0,
+            time: self.wall_seconds(),
+            shift: self.progress.written.shift(),
+            regions: self.progress.written.take(),
+        };
+        let kept = self.write_poison(&page).await;
+        *self.flushes.poison.borrow_mut() = page;
+        self.flushes.persistent.set(kept > 0);
+        let action = match kept {
+            0 => "writes and flushes fail until `clear`; not persistent: no device took the note".to_owned(),
+            n => format!("writes and flushes fail until `clear`; noted in {n} places"),
+        };
+        self.event(Severity::Error, "poisoned", Some(device), SectorRange::default(), errno.to_string(), action);
+    }
+
+    /// Write the page to every place and label, flush, and count those that took it.
+    async fn write_poison(self: &Rc<Self>, page: &Poison) -> usize {
+        let mut kept = 0;
+        let mut written = 0;
+        for place in Place::ALL {
+            let bytes = page.encode(self.set, Seat::Spare(place));
+            written += usize::from(self.io.write(DeviceIndex::SPARE, self.layout.poison(place), &bytes).await.is_ok());
+        }
+        if self.io.flush(DeviceIndex::SPARE).await.is_ok() {
+            kept += written;
+        }
+        if let Some(label) = self.label {
+            let bytes = page.encode(self.set, Seat::Label);
+            let written = self.io.write(DeviceIndex::PRIMARY, label.poison(), &bytes).await.is_ok();
+            if self.io.flush(DeviceIndex::PRIMARY).await.is_ok() {
+                kept += usize::from(written);
+            }
+        }
+        kept
+    }
+
+    /// What a failed flush left behind, if one failed.
+    pub(super) fn poison_report(&self) -> Option<PoisonReport> {
+        let poison = self.flushes.poison.borrow();
+        poison.poisoned.then(|| PoisonReport {
+            device: DeviceIndex(poison.device),
+            errno: Errno(poison.errno),
+            time: poison.time,
+            persistent: self.flushes.persistent.get(),
+            ranges: poison
+                .ranges()
+                .into_iter()
+                .map(|(start, count)| (start, count.min(self.geometry.capacity.saturating_sub(start))))
+                .collect(),
+        })
+    }
+
+    /// The operator has looked: both devices must take a flush and the note, then writes are taken again.
+    pub(super) async fn clear_poison(self: &Rc<Self>) -> Result<(), String> {
+        for device in [DeviceIndex::PRIMARY, DeviceIndex::SPARE] {
+            self.io.flush(device).await.map_err(|errno| {
+                format!("the {device} still fails to flush: {errno}; replace it or its cable first")
+            })?;
+        }
+        let page = Poison { sequence: self.flushes.poison.borrow().sequence + 1, ..Poison::default() };
+        if self.write_poison(&page).await == 0 {
+            return Err("no device took the note that the volume is cleared; it stays as it was".to_owned());
+        }
+        *self.flushes.poison.borrow_mut() = page;
+        self.flushes.flushed_slot_writes.set(self.progress.slot_writes.load(Ordering::Acquire));
+        self.change_mode(|mode| mode.poisoned = false);
+        self.event(
+            Severity::Warn,
+            "cleared",
+            None,
+            SectorRange::default(),
+            "the operator's order",
+            "writes and flushes are taken again",
+        );
+        Ok(())
+    }
+
+    /// Whether requests that meet a gone primary wait for it.
+    pub(super) fn holds_for_primary(&self) -> bool {
+        self.policy.primary_gone != OnLoss::Fail
+    }
+}

@@ -1,0 +1,526 @@
+//! The healer: everything rare. One for each volume; it owns map, table and devices' health, and the
+//! requests that shards hand to it.
+//!
+//! Each kind of work has its file: [`fence`] keeps shards away from blocks under repair, [`flush`] is the
+//! only one to flush, [`commit`] the only one to write table pages, [`place`] the other metadata,
+//! [`breaker`] tells a bad medium from a gone device, [`read`] and [`write`] are the two ladders,
+//! [`operator`] does what people ask for.
+
+mod breaker;
+mod commit;
+mod failure;
+mod fence;
+mod flush;
+mod operator;
+mod pending;
+mod place;
+mod read;
+mod write;
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeSet, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::event::{Event, Severity};
+use super::io::Io;
+use super::message::{Cursor, FenceId, Handed, ToHealer, ToShard, Why};
+use super::request::{Request, RequestOp};
+use super::shard::first_piece;
+use super::task::Executor;
+use super::view::{Geometry, Mode, PrimaryState, Progress, View};
+use crate::device::{Completion, DeviceIndex, Op, OpKind};
+use crate::units::{Block, SectorRange, Time};
+use crate::volume::layout::{LabelLayout, Layout};
+use crate::volume::map::Map;
+use crate::volume::sidecar::Poison;
+use crate::volume::superblock::Superblock;
+use crate::volume::table::Table;
+
+use failure::Failure;
+pub use flush::PoisonReport;
+pub use operator::{Order, OrderId, Reply};
+
+/// Repairs under way at a time, at most. Others wait in order; each holds at most [`CHUNK_SECTORS`] of
+/// data, so this bounds the healer's memory too.
+const JOBS_MAX: usize = 64;
+/// Longest part of a request repaired at a time, in sectors (1 MiB).
+const CHUNK_SECTORS: u64 = 2048;
+
+/// What to do while a device cannot serve a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnLoss {
+    /// Answer with an error at once.
+    Fail,
+    /// Keep the request for so many seconds, then answer with an error.
+    Hold(u64),
+}
+
+/// What the operator chose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// While the primary is gone.
+    pub primary_gone: OnLoss,
+    /// While a write needs a slot and there is none.
+    pub spare_full: OnLoss,
+    /// Serve the primary as it is: nothing is ever remapped.
+    pub passthrough: bool,
+}
+
+/// What the healer counts; kept on the spare across restarts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Requests answered with an error.
+    pub guest_errors: u64,
+    /// Blocks read only after retries.
+    pub recovered_reads: u64,
+    /// Blocks rewritten in place after a failure.
+    pub rewritten: u64,
+    /// Blocks moved to a slot.
+    pub remaps: u64,
+    /// Sectors recorded as lost.
+    pub lost: u64,
+    /// Lost sectors and rewritten blocks since proven readable.
+    pub healed: u64,
+    /// Completed scanner passes.
+    pub health_scans: u64,
+    /// Commits of the map.
+    pub commits: u64,
+    /// Damaged metadata copies rewritten.
+    pub metadata_repairs: u64,
+}
+
+/// What a step of a [`Healer`] asks its driver to do.
+#[derive(Debug, Default)]
+pub struct HealerOut {
+    /// Operations to submit to the healer's device, in order.
+    pub ops: Vec<Op>,
+    /// Messages for shards, by their numbers.
+    pub to_shards: Vec<(usize, ToShard)>,
+    /// Answers to the operator's orders.
+    pub replies: Vec<(OrderId, Reply)>,
+    /// What happened.
+    pub events: Vec<Event>,
+}
+
+/// The parts of an open volume, as `open` found them.
+pub(super) struct Opened {
+    pub(super) geometry: Geometry,
+    pub(super) layout: Layout,
+    pub(super) label: Option<LabelLayout>,
+    pub(super) superblock: Superblock,
+    pub(super) table: Table,
+    pub(super) map: Map,
+    pub(super) superseded: Vec<crate::units::Slot>,
+    pub(super) poison: Poison,
+    pub(super) saved: Vec<u64>,
+    pub(super) saved_sequence: u64,
+    pub(super) read_only: bool,
+    pub(super) tally: Tally,
+    pub(super) events: Vec<Event>,
+}
+
+/// State shared by the healer's tasks, all on one thread.
+pub(super) struct Core {
+    pub(super) io: Rc<Io>,
+    geometry: Geometry,
+    layout: Layout,
+    label: Option<LabelLayout>,
+    set: Uuid,
+    policy: Policy,
+    /// Seconds since the epoch at time 0 of the clock.
+    epoch: u64,
+    shards: usize,
+    progress: Arc<Progress>,
+    superblock: RefCell<Superblock>,
+    table: RefCell<Table>,
+    map: RefCell<Map>,
+    mode: Cell<Mode>,
+    view: RefCell<Arc<View>>,
+    view_stale: Cell<bool>,
+    fences: fence::Fences,
+    adoptions: fence::Adoptions,
+    flushes: flush::Flushes,
+    commits: commit::Commits,
+    breaker: breaker::Breaker,
+    places: place::Places,
+    pending: RefCell<pending::PendingSectors>,
+    rewritten: RefCell<BTreeSet<Block>>,
+    tally: RefCell<Tally>,
+    waiting: RefCell<VecDeque<Handed>>,
+    held: RefCell<Vec<Held>>,
+    running: Cell<usize>,
+    to_shards: RefCell<Vec<(usize, ToShard)>>,
+    replies: RefCell<Vec<(OrderId, Reply)>>,
+    events: RefCell<Vec<Event>>,
+}
+
+/// A request kept while a device is away or the spare is full. It holds no fence.
+struct Held {
+    handed: Handed,
+    since: Time,
+    failure: Failure,
+}
+
+/// The healer of one volume: a state machine like the shards.
+pub struct Healer {
+    core: Rc<Core>,
+    executor: Executor,
+}
+
+/// What the runtime gives a healer beside the open volume.
+#[derive(Clone, Debug)]
+pub struct HealerParams {
+    /// Number of shards it serves.
+    pub shards: usize,
+    /// The operator's choices.
+    pub policy: Policy,
+    /// Seconds since the epoch at time 0 of the clock.
+    pub epoch: u64,
+}
+
+impl Healer {
+    pub(super) fn new(executor: Executor, io: Rc<Io>, opened: Opened, params: &HealerParams) -> Healer {
+        let Opened { geometry, layout, label, superblock, table, map, superseded, .. } = opened;
+        let mode = Mode {
+            poisoned: opened.poison.poisoned,
+            primary: PrimaryState::Up,
+            spare_up: true,
+            read_only: opened.read_only,
+        };
+        let view = Arc::new(View { map: map.clone(), mode, dense: Arc::default() });
+        let core = Rc::new(Core {
+            geometry,
+            layout,
+            label,
+            set: superblock.set,
+            policy: params.policy,
+            epoch: params.epoch,
+            shards: params.shards,
+            progress: Progress::new(geometry.capacity),
+            superblock: RefCell::new(superblock),
+            table: RefCell::new(table),
+            map: RefCell::new(map),
+            mode: Cell::new(mode),
+            view: RefCell::new(view),
+            view_stale: Cell::new(false),
+            fences: fence::Fences::default(),
+            adoptions: fence::Adoptions::default(),
+            flushes: flush::Flushes::new(opened.poison),
+            commits: commit::Commits::default(),
+            breaker: breaker::Breaker::default(),
+            places: place::Places::new(opened.saved, opened.saved_sequence),
+            pending: RefCell::default(),
+            rewritten: RefCell::default(),
+            tally: RefCell::new(opened.tally),
+            waiting: RefCell::default(),
+            held: RefCell::default(),
+            running: Cell::new(0),
+            to_shards: RefCell::default(),
+            replies: RefCell::default(),
+            events: RefCell::new(opened.events),
+            io,
+        });
+        core.start(superseded);
+        Healer { core, executor }
+    }
+
+    /// The fixed facts, for the shards.
+    pub fn geometry(&self) -> Geometry {
+        self.core.geometry
+    }
+
+    /// The first view, for the shards.
+    pub fn view(&self) -> Arc<View> {
+        self.core.view.borrow().clone()
+    }
+
+    /// The counters shared with the shards.
+    pub fn progress(&self) -> Arc<Progress> {
+        self.core.progress.clone()
+    }
+
+    /// A message from a shard.
+    pub fn message(&mut self, now: Time, message: ToHealer, out: &mut HealerOut) {
+        self.core.io.set_now(now);
+        match message {
+            ToHealer::Handed(handed) => self.core.take(handed),
+            ToHealer::Clear { shard: _, fence } => self.core.fences.clear(fence),
+            ToHealer::Adopted { shard: _, ack } => self.core.adoptions.adopted(ack),
+            ToHealer::Withdraw { shard, queue } => self.core.withdraw(shard, queue),
+        }
+        self.turn(out);
+    }
+
+    /// A device operation of the healer ended.
+    pub fn completed(&mut self, now: Time, completion: Completion, out: &mut HealerOut) {
+        self.core.io.set_now(now);
+        self.core.io.completed(completion);
+        self.turn(out);
+    }
+
+    /// An order of the operator; the answer comes as a [`Reply`] with the same number.
+    pub fn order(&mut self, now: Time, id: OrderId, order: Order, out: &mut HealerOut) {
+        self.core.io.set_now(now);
+        self.core.order(id, order);
+        self.turn(out);
+    }
+
+    /// Time has passed; see [`Healer::wake_at`].
+    pub fn tick(&mut self, now: Time, out: &mut HealerOut) {
+        self.core.io.set_now(now);
+        self.turn(out);
+    }
+
+    /// When to call [`Healer::tick`] at the latest.
+    pub fn wake_at(&self) -> Option<Time> {
+        self.core.io.next_timer()
+    }
+
+    /// Whether nothing is under way or waiting but timers.
+    pub fn is_idle(&self) -> bool {
+        self.core.running.get() == 0 && self.core.waiting.borrow().is_empty() && self.core.io.in_flight() == 0
+    }
+
+    /// Device operations submitted and not completed: none of them may be abandoned.
+    pub fn in_flight(&self) -> usize {
+        self.core.io.in_flight()
+    }
+
+    fn turn(&mut self, out: &mut HealerOut) {
+        self.executor.run();
+        self.core.io.take_ops(&mut out.ops);
+        out.to_shards.append(&mut self.core.to_shards.borrow_mut());
+        out.replies.append(&mut self.core.replies.borrow_mut());
+        out.events.append(&mut self.core.events.borrow_mut());
+    }
+}
+
+impl Core {
+    /// Background work of a freshly opened volume.
+    fn start(self: &Rc<Self>, superseded: Vec<crate::units::Slot>) {
+        if self.mode.get().read_only || !self.mode.get().spare_up {
+            return;
+        }
+        if !superseded.is_empty() {
+            let core = self.clone();
+            self.spawn(async move { core.free_slots(superseded, false).await });
+        }
+        let core = self.clone();
+        self.spawn(async move { core.keep_sidecars_fresh().await });
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.io.spawner.spawn(task);
+    }
+
+    fn event(
+        &self,
+        severity: Severity,
+        kind: &'static str,
+        device: Option<DeviceIndex>,
+        range: SectorRange,
+        cause: impl Into<String>,
+        action: impl Into<String>,
+    ) {
+        self.events.borrow_mut().push(Event {
+            time: self.io.now(),
+            severity,
+            kind,
+            device,
+            range,
+            cause: cause.into(),
+            action: action.into(),
+        });
+    }
+
+    /// Seconds since the epoch.
+    fn wall_seconds(&self) -> u64 {
+        self.epoch + self.io.now().0 / 1_000_000_000
+    }
+
+    /// A request came from a shard.
+    fn take(self: &Rc<Self>, handed: Handed) {
+        if let Why::Failed(device, _) = handed.why {
+            self.io.count_error(device, if reads(&handed.request) { OpKind::Read } else { OpKind::Write });
+        }
+        match handed.why {
+            Why::Durability => {
+                let core = self.clone();
+                self.spawn(async move { core.make_durable(handed).await });
+            }
+            Why::Refused(refusal) => {
+                let failure = Failure::refused(refusal);
+                self.fail_or_hold(handed, failure);
+            }
+            Why::Failed(..) | Why::Special => {
+                self.waiting.borrow_mut().push_back(handed);
+                self.dispatch();
+            }
+        }
+    }
+
+    /// Start repairs that wait, as many as may run.
+    fn dispatch(self: &Rc<Self>) {
+        while self.running.get() < JOBS_MAX {
+            let Some(handed) = self.waiting.borrow_mut().pop_front() else { return };
+            self.running.set(self.running.get() + 1);
+            let core = self.clone();
+            self.spawn(async move {
+                core.repair(handed).await;
+                core.running.set(core.running.get() - 1);
+                core.dispatch();
+            });
+        }
+    }
+
+    /// Serve a piece of a request by the ladders, a chunk at a time.
+    async fn repair(self: &Rc<Self>, handed: Handed) {
+        let piece = handed.cursor.piece;
+        let failed = match handed.why {
+            Why::Failed(device, errno) => match self.diagnose(device, errno, reads(&handed.request), piece).await {
+                Ok(()) => Some((device, errno)),
+                Err(failure) => return self.fail_or_hold(handed, failure),
+            },
+            _ => None,
+        };
+        let mut start = piece.start;
+        while start < piece.end() {
+            let limit = CHUNK_SECTORS - start.0 % CHUNK_SECTORS;
+            let chunk = SectorRange { start, count: (piece.end().0 - start.0).min(limit) };
+            let from = usize::try_from(chunk.start.0 - piece.start.0).expect("within a request in memory") * 512;
+            let done = match &handed.request.op {
+                RequestOp::Read { data, .. } => self.read_chunk(chunk, data, from, failed.is_some()).await,
+                RequestOp::Write { data, .. } => self.write_chunk(chunk, Some((data, from)), failed).await,
+                RequestOp::WriteZeroes { .. } => self.write_chunk(chunk, None, failed).await,
+                // Advice that failed on the medium was heard; the event below says so.
+                RequestOp::Discard { .. } => Ok(()),
+                RequestOp::Flush => unreachable!("a flush has no piece to repair"),
+            };
+            if let Err(failure) = done {
+                return self.fail_or_hold(handed, failure);
+            }
+            start = chunk.end();
+        }
+        self.hand_back(handed, true);
+    }
+
+    /// A request that cannot be served now: kept, where the operator wants that, or answered.
+    fn fail_or_hold(self: &Rc<Self>, handed: Handed, failure: Failure) {
+        let policy = match failure.hold {
+            failure::Hold::Never => OnLoss::Fail,
+            failure::Hold::PrimaryGone => self.policy.primary_gone,
+            failure::Hold::SpareFull => self.policy.spare_full,
+        };
+        match policy {
+            OnLoss::Fail => self.fail(handed, &failure),
+            OnLoss::Hold(seconds) => {
+                let core = self.clone();
+                let deadline = self.io.now().plus_secs(seconds);
+                self.held.borrow_mut().push(Held { handed, since: self.io.now(), failure });
+                self.spawn(async move {
+                    core.io.sleep_until(deadline).await;
+                    core.fail_held_since(seconds);
+                });
+            }
+        }
+    }
+
+    /// Answer the requests that were held for `seconds` or longer.
+    fn fail_held_since(self: &Rc<Self>, seconds: u64) {
+        let now = self.io.now();
+        let (over, kept) = std::mem::take(&mut *self.held.borrow_mut())
+            .into_iter()
+            .partition(|held: &Held| now >= held.since.plus_secs(seconds));
+        *self.held.borrow_mut() = kept;
+        for held in over {
+            self.fail(held.handed, &held.failure);
+        }
+    }
+
+    /// The reason to hold requests is gone: serve them, in their order.
+    fn resume_held(self: &Rc<Self>, reason: failure::Hold) {
+        let (resumed, kept) = std::mem::take(&mut *self.held.borrow_mut())
+            .into_iter()
+            .partition(|held: &Held| held.failure.hold == reason);
+        *self.held.borrow_mut() = kept;
+        for held in resumed {
+            let mut handed: Handed = held.handed;
+            if matches!(handed.request.op, RequestOp::Flush) || handed.why == Why::Durability {
+                handed.why = Why::Durability;
+            } else {
+                handed.why = Why::Special;
+                if handed.cursor == Cursor::default() {
+                    handed.cursor = first_piece(&handed.request).unwrap_or_default();
+                }
+            }
+            self.take(handed);
+        }
+    }
+
+    /// Answer with an error, and say so.
+    fn fail(&self, handed: Handed, failure: &Failure) {
+        self.tally.borrow_mut().guest_errors += 1;
+        let range = if handed.cursor.piece.is_empty() {
+            first_piece(&handed.request).map(|cursor| cursor.piece).unwrap_or_default()
+        } else {
+            handed.cursor.piece
+        };
+        let action = format!("the guest's {} failed", verb(&handed.request));
+        self.event(
+            Severity::Error,
+            "guest-error",
+            failure.device,
+            failure.range.unwrap_or(range),
+            &failure.cause,
+            action,
+        );
+        self.hand_back(handed, false);
+    }
+
+    fn hand_back(&self, handed: Handed, served: bool) {
+        let Handed { shard, request, cursor, .. } = handed;
+        self.send(shard, ToShard::Handled { request, cursor, served });
+    }
+
+    fn send(&self, shard: usize, message: ToShard) {
+        self.to_shards.borrow_mut().push((shard, message));
+    }
+
+    /// A queue stops: what has not begun goes back to its shard.
+    fn withdraw(&self, shard: usize, queue: u16) {
+        let not_begun = |handed: &Handed| {
+            handed.shard == shard
+                && handed.request.queue == queue
+                && (handed.cursor == Cursor::default() || first_piece(&handed.request) == Some(handed.cursor))
+                && !matches!(handed.why, Why::Failed(..))
+        };
+        let (mut back, kept): (Vec<Handed>, Vec<Handed>) =
+            std::mem::take(&mut *self.waiting.borrow_mut()).into_iter().partition(not_begun);
+        *self.waiting.borrow_mut() = kept.into();
+        let (held, kept) = std::mem::take(&mut *self.held.borrow_mut())
+            .into_iter()
+            .partition(|held: &Held| held.handed.shard == shard && held.handed.request.queue == queue);
+        *self.held.borrow_mut() = kept;
+        back.extend(held.into_iter().map(|held: Held| held.handed));
+        for handed in back {
+            self.send(shard, ToShard::Withdrawn { request: handed.request });
+        }
+    }
+}
+
+fn reads(request: &Request) -> bool {
+    matches!(request.op, RequestOp::Read { .. })
+}
+
+fn verb(request: &Request) -> &'static str {
+    match request.op {
+        RequestOp::Read { .. } => "read",
+        RequestOp::Write { .. } => "write",
+        RequestOp::Flush => "flush",
+        RequestOp::Discard { .. } => "discard",
+        RequestOp::WriteZeroes { .. } => "write of zeros",
+    }
+}

@@ -1,0 +1,291 @@
+//! Orders of the operator, and the state they ask for.
+
+use std::rc::Rc;
+
+use super::commit::Commit;
+use super::flush::PoisonReport;
+use super::{Core, Severity, Tally};
+use crate::device::DeviceIndex;
+use crate::engine::task::join_all;
+use crate::engine::view::{Mode, PrimaryState};
+use crate::units::{BLOCK_SIZE, Block, BlockRange, Sector, SectorRange};
+use crate::volume::map::BlockState;
+use crate::volume::superblock::CloseStamp;
+use crate::volume::table::{Change, Entry};
+
+/// An order's number; its answer carries the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OrderId(pub u64);
+
+/// What the operator wants.
+#[derive(Clone, Debug)]
+pub enum Order {
+    /// The state.
+    Status,
+    /// Special blocks from a sector on, at most so many.
+    List {
+        /// First sector.
+        from: Sector,
+        /// At most so many blocks.
+        limit: usize,
+    },
+    /// Lift poison and tripped breakers.
+    Clear,
+    /// Move blocks to slots.
+    Remap(SectorRange),
+    /// Move blocks back to the primary.
+    Release(SectorRange),
+    /// Save counters and the label's table.
+    Save,
+    /// Everything durable, before closing.
+    Settle,
+    /// The last write of a clean close.
+    Seal(CloseStamp),
+}
+
+/// What `status` wants to know of the healer.
+#[derive(Clone, Debug)]
+pub struct HealerStatus {
+    /// What is allowed.
+    pub mode: Mode,
+    /// A failed flush.
+    pub poison: Option<PoisonReport>,
+    /// Why the spare is down, if it is.
+    pub spare_down: Option<String>,
+    /// Places retired, by name.
+    pub retired_places: Vec<&'static str>,
+    /// Since the server started.
+    pub tally: Tally,
+    /// Requests (reads, writes, flushes, discards, bytes read, bytes written), then the tally, of all runs.
+    pub lifetime: Vec<u64>,
+    /// Failed operations by device: reads, writes, flushes.
+    pub errors: [[u64; 3]; 2],
+    /// Slots in use.
+    pub live: usize,
+    /// Slots that can be given out.
+    pub free: usize,
+    /// Slots that failed.
+    pub retired: usize,
+    /// Pending blocks.
+    pub pending: usize,
+    /// Lost sectors.
+    pub lost_sectors: u64,
+    /// Blocks in doubt.
+    pub in_doubt: u64,
+    /// Repairs under way and waiting.
+    pub repairs: usize,
+    /// Requests held.
+    pub held: usize,
+    /// Fences that stand.
+    pub fences: usize,
+}
+
+/// The answer to an order.
+#[derive(Clone, Debug)]
+pub enum Reply {
+    /// To [`Order::Status`].
+    Status(Box<HealerStatus>),
+    /// To [`Order::List`]: blocks with their state and the sectors (bit mask) whose last read failed.
+    List(Vec<(Block, BlockState, u8)>),
+    /// To [`Order::Settle`]: a checksum over sampled blocks.
+    Settled(Result<u32, String>),
+    /// To everything else.
+    Done(Result<String, String>),
+}
+
+impl Core {
+    /// Carry out an order, in a task of its own where it needs a device.
+    pub(super) fn order(self: &Rc<Self>, id: OrderId, order: Order) {
+        match order {
+            Order::Status => return self.reply(id, Reply::Status(Box::new(self.status()))),
+            Order::List { from, limit } => return self.reply(id, Reply::List(self.list(from, limit))),
+            _ => {}
+        }
+        let core = self.clone();
+        self.spawn(async move {
+            let reply = match order {
+                Order::Clear => Reply::Done(core.clear().await),
+                Order::Remap(range) => Reply::Done(core.remap_blocks(range).await),
+                Order::Release(range) => Reply::Done(core.release_blocks(range).await),
+                Order::Save => Reply::Done(core.save().await),
+                Order::Settle => Reply::Settled(core.settle().await.map_err(|failure| failure.cause)),
+                Order::Seal(stamp) => {
+                    let sealed = core.seal(stamp).await;
+                    Reply::Done(sealed.map(|()| "closed".to_owned()).map_err(|errno| format!("spare: {errno}")))
+                }
+                Order::Status | Order::List { .. } => unreachable!("answered above"),
+            };
+            core.reply(id, reply);
+        });
+    }
+
+    fn reply(&self, id: OrderId, reply: Reply) {
+        self.replies.borrow_mut().push((id, reply));
+    }
+
+    fn status(&self) -> HealerStatus {
+        let table = self.table.borrow();
+        let map = self.map.borrow();
+        let (mut lost_sectors, mut in_doubt) = (0, 0);
+        for (_, state) in map.iter_from(Block(0)) {
+            lost_sectors += u64::from(state.lost.count_ones());
+            in_doubt += u64::from(state.in_doubt);
+        }
+        let live = self.live_places();
+        HealerStatus {
+            mode: self.mode.get(),
+            poison: self.poison_report(),
+            spare_down: self.spare_down_cause(),
+            retired_places: crate::volume::layout::Place::ALL
+                .into_iter()
+                .filter(|place| !live.contains(place))
+                .map(|place| place.name())
+                .collect(),
+            tally: self.tally.borrow().clone(),
+            lifetime: self.lifetime_values(),
+            errors: *self.io.errors.borrow(),
+            live: table.live(),
+            free: table.available(),
+            retired: table.retired(),
+            pending: self.pending.borrow().len(),
+            lost_sectors,
+            in_doubt,
+            repairs: self.running.get() + self.waiting.borrow().len(),
+            held: self.held.borrow().len(),
+            fences: self.fences.standing(),
+        }
+    }
+
+    fn list(&self, from: Sector, limit: usize) -> Vec<(Block, BlockState, u8)> {
+        let pending = self.pending.borrow();
+        let map = self.map.borrow();
+        map.iter_from(from.block()).take(limit).map(|(block, state)| (block, state, pending.mask(block))).collect()
+    }
+
+    async fn clear(self: &Rc<Self>) -> Result<String, String> {
+        let mode = self.mode.get();
+        let mut done = Vec::new();
+        if mode.primary == PrimaryState::Gone {
+            self.clear_breaker().await?;
+            done.push("the primary is used again".to_owned());
+        }
+        if let Some(report) = self.poison_report() {
+            self.clear_poison().await?;
+            done.push(format!(
+                "writes are taken again; {} ranges were written since the last good flush: check them",
+                report.ranges.len()
+            ));
+        }
+        if done.is_empty() {
+            Err("nothing to clear: no flush has failed and the primary is up".into())
+        } else {
+            Ok(done.join("; "))
+        }
+    }
+
+    fn blocks_of(&self, range: SectorRange) -> Result<BlockRange, String> {
+        if range.is_empty() || !self.geometry.contains(range) {
+            let last = self.geometry.capacity - 1;
+            return Err(format!("sectors {}+{} are not within 0-{last}", range.start, range.count));
+        }
+        Ok(range.blocks())
+    }
+
+    fn may_write(&self) -> Result<(), String> {
+        let mode = self.mode.get();
+        if mode.read_only {
+            return Err("the volume is read-only".into());
+        }
+        if mode.poisoned {
+            return Err("a flush failed before: `clear` first".into());
+        }
+        let device = if mode.primary == PrimaryState::Gone { Some(DeviceIndex::PRIMARY) } else { None };
+        match device.or((!mode.spare_up).then_some(DeviceIndex::SPARE)) {
+            Some(device) => Err(format!("the {device} cannot be used at the moment; see `status`")),
+            None => Ok(()),
+        }
+    }
+
+    async fn remap_blocks(self: &Rc<Self>, range: SectorRange) -> Result<String, String> {
+        self.may_write()?;
+        let mut moved = 0;
+        for block in self.blocks_of(range)?.iter() {
+            let fence = self.fence(BlockRange::one(block)).await.map_err(|failure| failure.cause)?;
+            let done = self.remap_fenced(block).await;
+            self.lift(fence);
+            moved += done.map_err(|error| format!("{error} ({moved} blocks were moved before)"))?;
+        }
+        Ok(format!("{moved} blocks moved to the spare"))
+    }
+
+    async fn remap_fenced(self: &Rc<Self>, block: Block) -> Result<u64, String> {
+        let state = self.map.borrow().get(block);
+        if state.slot.is_some() {
+            return Ok(0);
+        }
+        let placement = self.rescue(block, 0).await.map_err(|failure| failure.cause)?;
+        if placement.lost != 0 {
+            // R4: a read error alone marks nothing lost.
+            return Err(format!("sector {} cannot be read: rewrite it first, then nothing is lost", block.start()));
+        }
+        self.place(vec![placement]).await.map_err(|failure| failure.cause)?;
+        Ok(1)
+    }
+
+    async fn release_blocks(self: &Rc<Self>, range: SectorRange) -> Result<String, String> {
+        self.may_write()?;
+        let mut released = 0;
+        for block in self.blocks_of(range)?.iter() {
+            let fence = self.fence(BlockRange::one(block)).await.map_err(|failure| failure.cause)?;
+            let done = self.release_fenced(block).await;
+            self.lift(fence);
+            released += done.map_err(|error| format!("{error} ({released} blocks were released before)"))?;
+        }
+        Ok(format!("{released} blocks moved back to the primary"))
+    }
+
+    /// Write the primary's block, flush, read it back, and only then free the slot (W6).
+    async fn release_fenced(self: &Rc<Self>, block: Block) -> Result<u64, String> {
+        let state = self.map.borrow().get(block);
+        let Some(slot) = state.slot else { return Ok(0) };
+        let sector = block.start();
+        if state.lost != 0 || state.in_doubt || state.pending {
+            return Err(format!(
+                "the block at sector {sector} has lost, pending or doubtful sectors: rewrite it first"
+            ));
+        }
+        let bytes = usize::try_from(self.geometry.sectors_of(block).bytes()).expect("at most a block");
+        let offset = self.geometry.slot_offset(slot);
+        let (read, _) = self.io.read(DeviceIndex::SPARE, offset, bytes).await;
+        let data = read.map_err(|errno| format!("spare, slot {slot}: {errno}"))?;
+        let primary = |errno| format!("primary, sector {sector}: {errno}; the block stays on the spare");
+        self.io.write(DeviceIndex::PRIMARY, block.bytes(), &data).await.map_err(primary)?;
+        self.note_primary_write();
+        self.flush(DeviceIndex::PRIMARY).await.map_err(|failure| failure.cause)?;
+        let (back, _) = self.io.read(DeviceIndex::PRIMARY, block.bytes(), bytes).await;
+        if *back.map_err(primary)? != *data {
+            return Err(format!("primary, sector {sector}: reads back differently; the block stays on the spare"));
+        }
+        self.table.borrow_mut().hold(slot);
+        let commit = Commit { changes: vec![Change { slot, entry: Entry::FREE }], blocks: vec![(block, 0)] };
+        self.commit(commit).await.map_err(|failure| failure.cause)?;
+        self.update_map(block, |state| *state = BlockState::default());
+        let range = self.geometry.sectors_of(block);
+        let (cause, action) = ("the operator's order", format!("moved back from slot {slot}"));
+        self.event(Severity::Info, "released", Some(DeviceIndex::PRIMARY), range, cause, action);
+        self.resume_held(super::failure::Hold::SpareFull);
+        Ok(1)
+    }
+
+    async fn save(self: &Rc<Self>) -> Result<String, String> {
+        self.may_write()?;
+        self.save_counters().await.map_err(|errno| format!("spare: {errno}"))?;
+        self.stamp_label().await;
+        let flushes = join_all([DeviceIndex::PRIMARY, DeviceIndex::SPARE].map(|device| self.flush(device))).await;
+        flushes.into_iter().collect::<Result<(), _>>().map_err(|failure| failure.cause)?;
+        Ok(format!(
+            "counters saved; the map is always saved ({BLOCK_SIZE}-byte blocks, {} live)",
+            self.table.borrow().live()
+        ))
+    }
+}

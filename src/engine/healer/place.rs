@@ -1,0 +1,282 @@
+//! The metadata beside the table: superblocks, retired places, the spare's going and coming, saved
+//! counters and the label's stamped copy.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use super::failure::{Failure, Hold};
+use super::{Core, Severity, Tally};
+use crate::device::{DeviceIndex, Errno};
+use crate::engine::task::join_all;
+use crate::units::SectorRange;
+use crate::volume::layout::{Home, PAGE, Place};
+use crate::volume::sidecar::SavedCounters;
+use crate::volume::superblock::{CloseStamp, Seat, Superblock};
+use crate::volume::table::{Page, PageSeat, PageState};
+
+/// A spare that is down is asked again after so many seconds.
+const RETRY_SECONDS: u64 = 1;
+/// Counters and the label are brought up to date this often, in seconds, where something changed.
+const SAVE_SECONDS: u64 = 60;
+
+/// State of everything here.
+pub(super) struct Places {
+    /// Counters of earlier runs, in the order of [`saved_values`].
+    base: Vec<u64>,
+    saved_sequence: Cell<u64>,
+    /// Commits when the label was last stamped.
+    stamped_commits: Cell<Option<u64>>,
+    /// Refreshes of the label that failed.
+    label_failures: Cell<u64>,
+    returning: Cell<bool>,
+    /// Why the spare is down.
+    down_cause: RefCell<String>,
+}
+
+impl Places {
+    pub(super) fn new(base: Vec<u64>, saved_sequence: u64) -> Places {
+        Places {
+            base,
+            saved_sequence: Cell::new(saved_sequence),
+            stamped_commits: Cell::new(None),
+            label_failures: Cell::new(0),
+            returning: Cell::new(false),
+            down_cause: RefCell::default(),
+        }
+    }
+}
+
+/// Counters kept across restarts: requests first, then the tally. Only ever append.
+pub(super) fn saved_values(requests: [u64; 6], tally: &Tally) -> Vec<u64> {
+    let t = tally;
+    let mut values = requests.to_vec();
+    values.extend([t.guest_errors, t.recovered_reads, t.rewritten, t.remaps, t.lost, t.healed]);
+    values.extend([t.health_scans, t.commits, t.metadata_repairs]);
+    values
+}
+
+impl Core {
+    /// The places that are written.
+    pub(super) fn live_places(&self) -> Vec<Place> {
+        let superblock = self.superblock.borrow();
+        Place::ALL.into_iter().filter(|place| !superblock.is_retired(*place)).collect()
+    }
+
+    /// Write a superblock to the copy its generation goes to, in the given places, and flush.
+    async fn write_superblock(&self, superblock: &Superblock, places: &[Place]) -> Result<(), Errno> {
+        let copy = Superblock::copy_for(superblock.generation);
+        for place in places {
+            let bytes = superblock.encode(Seat::Spare(*place), copy);
+            self.io.write(DeviceIndex::SPARE, self.layout.superblock(*place, copy), &bytes).await?;
+        }
+        self.io.flush(DeviceIndex::SPARE).await
+    }
+
+    /// A place did not take a write: record on the other that it no longer counts, before anything that
+    /// was to be written there is called done. Without another place the spare is down.
+    pub(super) async fn retire_place(self: &Rc<Self>, place: Place, errno: Errno) -> Result<(), Failure> {
+        if !self.mode.get().spare_up {
+            return Err(Failure::spare_down());
+        }
+        if self.superblock.borrow().is_retired(place) {
+            return Ok(());
+        }
+        let mut next = self.superblock.borrow().next_generation();
+        next.retired |= 1 << place.number();
+        let others: Vec<Place> = Place::ALL.into_iter().filter(|other| !next.is_retired(*other)).collect();
+        let cause = format!("metadata at the spare's {}: {errno}", place.name());
+        let written = match others.is_empty() {
+            true => Err(errno),
+            false => self.write_superblock(&next, &others).await,
+        };
+        if written.is_err() {
+            self.spare_down(&cause);
+            return Err(Failure::spare_down());
+        }
+        *self.superblock.borrow_mut() = next;
+        let none = SectorRange::default();
+        let action = "retired; the other place goes on alone";
+        self.event(Severity::Error, "place-retired", Some(DeviceIndex::SPARE), none, cause, action);
+        Ok(())
+    }
+
+    /// The spare cannot be used. The primary goes on without it.
+    pub(super) fn spare_down(self: &Rc<Self>, cause: &str) {
+        if !self.mode.get().spare_up {
+            return;
+        }
+        *self.places.down_cause.borrow_mut() = cause.to_owned();
+        let none = SectorRange::default();
+        let action = format!("remapped blocks fail until it is back; asking every {RETRY_SECONDS} s");
+        self.event(Severity::Error, "spare-down", Some(DeviceIndex::SPARE), none, cause, action);
+        self.change_mode(|mode| mode.spare_up = false);
+        if !self.places.returning.replace(true) {
+            let core = self.clone();
+            self.spawn(async move { core.await_spare().await });
+        }
+    }
+
+    /// Why the spare is down, if it is.
+    pub(super) fn spare_down_cause(&self) -> Option<String> {
+        (!self.mode.get().spare_up).then(|| self.places.down_cause.borrow().clone())
+    }
+
+    async fn await_spare(self: &Rc<Self>) {
+        loop {
+            self.io.sleep_until(self.io.now().plus_secs(RETRY_SECONDS)).await;
+            if self.probe(DeviceIndex::SPARE).await.is_err() || self.check_returned().await.is_err() {
+                continue;
+            }
+            if self.rewrite_differing().await.is_ok() {
+                break;
+            }
+        }
+        self.resolve_doubts();
+        self.places.returning.set(false);
+        self.change_mode(|mode| mode.spare_up = true);
+        let none = SectorRange::default();
+        let action = "its metadata was compared and brought up to date";
+        self.event(Severity::Info, "spare-back", Some(DeviceIndex::SPARE), none, "the probe passed", action);
+        self.retry_orphans();
+        self.resume_held(Hold::SpareFull);
+    }
+
+    /// Whether what came back is the spare that went: a superblock of our set and generation.
+    async fn check_returned(&self) -> Result<(), ()> {
+        let known = self.superblock.borrow().clone();
+        let copy = Superblock::copy_for(known.generation);
+        for place in self.live_places() {
+            let (page, _) = self.io.read(DeviceIndex::SPARE, self.layout.superblock(place, copy), PAGE).await;
+            let Ok(page) = page else { continue };
+            if let Ok(found) = Superblock::decode(&page, Seat::Spare(place), copy) {
+                let same = found.set == known.set && found.generation == known.generation;
+                return if same { Ok(()) } else { Err(()) };
+            }
+        }
+        Err(())
+    }
+
+    /// Compare every page on the returned spare with memory, and give those that differ or are in doubt a
+    /// higher sequence in both homes of every live place (W8).
+    async fn rewrite_differing(&self) -> Result<(), Errno> {
+        let doubted = self.pages_in_doubt();
+        let places = self.live_places();
+        for number in 0..self.layout.table_pages {
+            let state = self.table.borrow().page(number);
+            let known = self.table.borrow().page_with(number, state.sequence, &[]);
+            let mut differs = doubted.contains(&number);
+            for (place, home) in places.iter().flat_map(|place| Home::ALL.map(|home| (*place, home))) {
+                let (page, _) = self.io.read(DeviceIndex::SPARE, self.layout.table(place, home, number), PAGE).await;
+                let seat = PageSeat::Spare(place, home);
+                differs |= !page.is_ok_and(|page| Page::decode(&page, self.set, number, seat).as_ref() == Some(&known));
+            }
+            if !differs {
+                continue;
+            }
+            let page = Page { sequence: state.sequence + 1, ..known };
+            for home in [state.anchor.other(), state.anchor] {
+                for place in &places {
+                    let bytes = page.encode(self.set, number, PageSeat::Spare(*place, home));
+                    self.io.write(DeviceIndex::SPARE, self.layout.table(*place, home, number), &bytes).await?;
+                }
+                self.io.flush(DeviceIndex::SPARE).await?;
+            }
+            let state = PageState { sequence: page.sequence, anchor: state.anchor.other() };
+            self.table.borrow_mut().set_page(number, state);
+        }
+        Ok(())
+    }
+
+    /// Keep the saved counters and the label's table current while the volume is open.
+    pub(super) async fn keep_sidecars_fresh(self: Rc<Self>) {
+        self.stamp_label().await;
+        loop {
+            self.io.sleep_until(self.io.now().plus_secs(SAVE_SECONDS)).await;
+            if self.mode.get().spare_up {
+                let _ = self.save_counters().await;
+            }
+            self.stamp_label().await;
+        }
+    }
+
+    /// Requests (reads, writes, flushes, discards, bytes read, bytes written) and tally, of all runs.
+    pub(super) fn lifetime_values(&self) -> Vec<u64> {
+        use std::sync::atomic::Ordering::Relaxed;
+        let p = &self.progress;
+        let requests = [&p.reads, &p.writes, &p.flushes, &p.discards, &p.read_bytes, &p.written_bytes];
+        let now = saved_values(requests.map(|counter| counter.load(Relaxed)), &self.tally.borrow());
+        let base = self.places.base.iter().copied().chain(std::iter::repeat(0));
+        now.into_iter().zip(base).map(|(now, base)| now.saturating_add(base)).collect()
+    }
+
+    /// Write the counters to one place after the other.
+    pub(super) async fn save_counters(&self) -> Result<(), Errno> {
+        let sequence = self.places.saved_sequence.get() + 1;
+        self.places.saved_sequence.set(sequence);
+        let saved = SavedCounters { sequence, values: self.lifetime_values() };
+        for place in self.live_places() {
+            let bytes = saved.encode(self.set, Seat::Spare(place));
+            self.io.write(DeviceIndex::SPARE, self.layout.counters(place), &bytes).await?;
+        }
+        Ok(())
+    }
+
+    /// Refresh the label: its superblock and its copy of the table, where commits came since the last
+    /// time. Off the path; a failure is only counted.
+    pub(super) async fn stamp_label(&self) {
+        let Some(label) = self.label else { return };
+        let commits = self.tally.borrow().commits;
+        let gone = self.refuse_gone(DeviceIndex::PRIMARY).is_err();
+        if gone || self.places.stamped_commits.get() == Some(commits) {
+            return;
+        }
+        let mut superblock = self.superblock.borrow().clone();
+        superblock.stamped = self.wall_seconds();
+        let copy = Superblock::copy_for(superblock.generation);
+        let mut writes = vec![(label.superblock(copy), superblock.encode(Seat::Label, copy))];
+        for number in 0..label.table_pages {
+            let table = self.table.borrow();
+            let page = table.page_with(number, table.page(number).sequence, &[]);
+            writes.push((label.table(number), page.encode(self.set, number, PageSeat::Label)));
+        }
+        let writes = writes.iter().map(|(offset, bytes)| self.io.write(DeviceIndex::PRIMARY, *offset, bytes));
+        if join_all(writes).await.iter().all(Result::is_ok) {
+            self.places.stamped_commits.set(Some(commits));
+        } else {
+            self.places.label_failures.set(self.places.label_failures.get() + 1);
+        }
+    }
+
+    /// Close the volume: everything durable, counters and label current. What is left to write is the
+    /// stamp of the primary as it is then, by [`Core::seal`].
+    pub(super) async fn settle(self: &Rc<Self>) -> Result<u32, Failure> {
+        let none = SectorRange::default();
+        self.flush_volume().await.inspect_err(|failure| {
+            self.event(Severity::Error, "close", failure.device, none, &*failure.cause, "left as after a crash");
+        })?;
+        if self.mode.get().spare_up {
+            self.save_counters().await.map_err(|errno| Failure::errno(DeviceIndex::SPARE, errno))?;
+        }
+        self.places.stamped_commits.set(None);
+        self.stamp_label().await;
+        if self.label.is_some() {
+            self.flush(DeviceIndex::PRIMARY).await?;
+        }
+        Ok(self.sample_primary().await)
+    }
+
+    /// A checksum over blocks spread over the primary; unreadable ones count as zeros.
+    pub(super) async fn sample_primary(&self) -> u32 {
+        crate::engine::open::sample(&self.io, self.geometry.capacity, self.geometry.logical_block).await
+    }
+
+    /// Write the superblock that says the volume was closed cleanly, and how the primary looked.
+    pub(super) async fn seal(self: &Rc<Self>, stamp: CloseStamp) -> Result<(), Errno> {
+        let mut last = self.superblock.borrow().next_generation();
+        last.clean = true;
+        last.stamp = Some(stamp);
+        self.write_superblock(&last, &self.live_places()).await?;
+        *self.superblock.borrow_mut() = last;
+        Ok(())
+    }
+}

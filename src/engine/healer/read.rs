@@ -1,0 +1,308 @@
+//! The read ladder (R2): retry, split to the logical block, look where a lost sector was, else fail.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::commit::Commit;
+use super::failure::Failure;
+use super::{Core, Severity};
+use crate::device::buffer::{AlignedBuf, Iovecs};
+use crate::device::{DeviceIndex, Errno};
+use crate::engine::io::Took;
+use crate::engine::view::{Run, runs};
+use crate::units::{Block, SECTOR_SIZE, Sector, SectorRange};
+use crate::volume::table::Change;
+
+/// Times a failed sector is read again.
+const RETRIES: u32 = 3;
+/// Device time one request may take on the ladder, in nanoseconds (10 s).
+const READ_BUDGET_NS: u64 = 10_000_000_000;
+/// Bad places after which a request has failed well enough; the rest of it is not looked at.
+const BAD_MAX: usize = 64;
+
+/// Device time that is left.
+pub(super) struct Budget(Cell<u64>);
+
+impl Budget {
+    pub(super) fn new(ns: u64) -> Budget {
+        Budget(Cell::new(ns))
+    }
+
+    pub(super) fn spend(&self, took: Took) {
+        self.0.set(self.0.get().saturating_sub(took.0));
+    }
+
+    pub(super) fn is_spent(&self) -> bool {
+        self.0.get() == 0
+    }
+}
+
+/// A part of a run that could not be read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BadPart {
+    /// Byte offset in the run.
+    pub(super) from: usize,
+    /// Bytes.
+    pub(super) len: usize,
+    /// Its own reads failed on the medium, to the last retry; otherwise it was merely not reached.
+    pub(super) proven: bool,
+}
+
+/// What the ladder brought up.
+pub(super) struct Ladder {
+    /// The bytes; bad parts are zero and mean nothing.
+    pub(super) data: AlignedBuf,
+    /// What could not be read.
+    pub(super) bad: Vec<BadPart>,
+    /// Parts that were read only after a failure.
+    pub(super) recovered: Vec<(usize, usize)>,
+    /// The last error.
+    pub(super) errno: Option<Errno>,
+}
+
+impl Core {
+    /// Read a run whole, or as much of it as the device gives.
+    ///
+    /// # Errors
+    /// When the device is gone or the error is not one of the medium.
+    pub(super) async fn read_ladder(
+        self: &Rc<Self>,
+        device: DeviceIndex,
+        offset: u64,
+        len: usize,
+        failed_before: bool,
+        budget: &Budget,
+    ) -> Result<Ladder, Failure> {
+        let unit = usize::try_from(self.geometry.logical_block).expect("512 or 4096");
+        let mut ladder = Ladder { data: AlignedBuf::zeroed(len), bad: Vec::new(), recovered: Vec::new(), errno: None };
+        let mut parts = vec![(0, len, failed_before)];
+        while let Some((from, len, suspect)) = parts.pop() {
+            if budget.is_spent() || ladder.bad.len() >= BAD_MAX {
+                ladder.bad.push(BadPart { from, len, proven: false });
+                continue;
+            }
+            let mut tries = if len <= unit { 1 + RETRIES } else { 1 };
+            if suspect && len <= unit && failed_before && from == 0 && len == ladder.data.len() {
+                // Its first try was the shard's.
+                tries -= 1;
+            }
+            let mut failed = suspect;
+            loop {
+                let (result, took) = self.io.read(device, offset + from as u64, len).await;
+                budget.spend(took);
+                let errno = match result {
+                    Ok(buf) => {
+                        ladder.data[from..from + len].copy_from_slice(&buf);
+                        if failed {
+                            ladder.recovered.push((from, len));
+                        }
+                        break;
+                    }
+                    Err(errno) => errno,
+                };
+                failed = true;
+                ladder.errno = Some(errno);
+                self.diagnose(device, errno, true, SectorRange::default()).await?;
+                tries -= 1;
+                if tries > 0 && !budget.is_spent() {
+                    continue;
+                }
+                if len <= unit {
+                    ladder.bad.push(BadPart { from, len, proven: tries == 0 });
+                } else {
+                    let half = (len / 2).next_multiple_of(unit);
+                    parts.push((from + half, len - half, false));
+                    parts.push((from, half, false));
+                }
+                break;
+            }
+        }
+        ladder.bad.sort_by_key(|part| part.from);
+        Ok(ladder)
+    }
+
+    /// Serve a chunk of a guest's read into its memory.
+    pub(super) async fn read_chunk(
+        self: &Rc<Self>,
+        range: SectorRange,
+        guest: &Iovecs,
+        from: usize,
+        failed: bool,
+    ) -> Result<(), Failure> {
+        let fence = self.fence(range.blocks()).await?;
+        let result = self.read_fenced(range, guest, from, failed).await;
+        self.lift(fence);
+        result
+    }
+
+    async fn read_fenced(
+        self: &Rc<Self>,
+        range: SectorRange,
+        guest: &Iovecs,
+        from: usize,
+        failed: bool,
+    ) -> Result<(), Failure> {
+        self.refuse_doubted(range, false)?;
+        let budget = Budget::new(READ_BUDGET_NS);
+        let map = self.map.borrow().clone();
+        let mut unreadable: Option<Failure> = None;
+        for run in runs(&map, &self.geometry, range) {
+            self.refuse_gone(run.device)?;
+            let read = self.read_run(run, failed, &budget).await?;
+            let at = from + usize::try_from((run.range.start.0 - range.start.0) * SECTOR_SIZE).expect("a chunk fits");
+            guest.copy_from(at, &read.data[read.skip..read.skip + bytes(run.range)]);
+            for bad in &read.bad {
+                let failure = Failure { device: Some(run.device), ..read.failure.clone() };
+                unreadable.get_or_insert(failure.at(*bad));
+            }
+        }
+        for block in range.blocks().iter() {
+            let lost = map.get(block).lost & range.mask_in(block);
+            for sector in sectors_of_mask(block, lost) {
+                match self.read_lost(block, sector, &budget).await? {
+                    Some(data) => {
+                        let at =
+                            from + usize::try_from((sector.0 - range.start.0) * SECTOR_SIZE).expect("a chunk fits");
+                        guest.copy_from(at, &data);
+                    }
+                    None => {
+                        let failure =
+                            Failure::new(Some(DeviceIndex::SPARE), "a lost sector: no device holds its content");
+                        unreadable.get_or_insert(failure.at(SectorRange { start: sector, count: 1 }));
+                    }
+                }
+            }
+        }
+        unreadable.map_or(Ok(()), Err)
+    }
+
+    /// Read a run of the guest's sectors, widened to logical blocks, and note what that proves.
+    async fn read_run(self: &Rc<Self>, run: Run, failed: bool, budget: &Budget) -> Result<ReadRun, Failure> {
+        let unit = u64::from(self.geometry.logical_block);
+        let start = run.offset / unit * unit;
+        let end = (run.offset + run.range.bytes()).next_multiple_of(unit);
+        let len = usize::try_from(end - start).expect("a chunk fits");
+        let skip = run.offset - start;
+        let ladder = self.read_ladder(run.device, start, len, failed, budget).await?;
+        // Guest sectors of a part of the widened run, clipped to the run.
+        let sectors = |from: usize, len: usize| {
+            let first = (from as u64).max(skip) - skip;
+            let last = ((from + len) as u64).min(skip + run.range.bytes()).saturating_sub(skip);
+            let count = last.saturating_sub(first) / SECTOR_SIZE;
+            SectorRange { start: Sector(run.range.start.0 + first / SECTOR_SIZE), count }
+        };
+        let map = self.map.borrow().clone();
+        let mut bad = Vec::new();
+        let mut good_from = run.range.start;
+        for part in &ladder.bad {
+            let range = sectors(part.from, part.len);
+            if range.is_empty() {
+                continue;
+            }
+            self.note_good(SectorRange { start: good_from, count: range.start.0.saturating_sub(good_from.0) });
+            good_from = range.end();
+            for block in range.blocks().iter() {
+                // What a slot holds for a lost sector is nobody's data: its failing says nothing.
+                let mask = range.mask_in(block) & !map.get(block).lost;
+                if mask == 0 {
+                    continue;
+                }
+                bad.push(range.within(block));
+                if part.proven {
+                    self.note_bad(block, mask);
+                }
+            }
+        }
+        self.note_good(SectorRange { start: good_from, count: run.range.end().0 - good_from.0 });
+        self.report_read(&run, &ladder, &bad, |from, len| sectors(from, len));
+        let cause = ladder.errno.map_or_else(String::new, |errno| errno.to_string());
+        let failure = Failure::new(Some(run.device), format!("unreadable after {RETRIES} retries: {cause}"));
+        Ok(ReadRun { data: ladder.data, skip: usize::try_from(skip).expect("less than a block"), bad, failure })
+    }
+
+    fn report_read(
+        &self,
+        run: &Run,
+        ladder: &Ladder,
+        bad: &[SectorRange],
+        sectors: impl Fn(usize, usize) -> SectorRange,
+    ) {
+        let cause = ladder.errno.map_or_else(String::new, |errno| errno.to_string());
+        for (from, len) in &ladder.recovered {
+            let range = sectors(*from, *len);
+            if bad.is_empty() && !range.is_empty() {
+                self.tally.borrow_mut().recovered_reads += range.blocks().len();
+                self.event(Severity::Warn, "recovered-read", Some(run.device), range, &*cause, "read after retries");
+            }
+        }
+        for range in bad {
+            let action = "pending: fails until it reads again or is rewritten";
+            self.event(Severity::Warn, "read-error", Some(run.device), *range, &*cause, action);
+        }
+    }
+
+    /// Look for a lost sector where the primary still holds its last content; heal it into its slot.
+    async fn read_lost(
+        self: &Rc<Self>,
+        block: Block,
+        sector: Sector,
+        budget: &Budget,
+    ) -> Result<Option<Vec<u8>>, Failure> {
+        let state = self.map.borrow().get(block);
+        if state.primary_stale || self.refuse_gone(DeviceIndex::PRIMARY).is_err() || budget.is_spent() {
+            return Ok(None);
+        }
+        let unit = u64::from(self.geometry.logical_block);
+        let start = sector.bytes() / unit * unit;
+        let len = usize::try_from(unit).expect("512 or 4096");
+        let ladder = self.read_ladder(DeviceIndex::PRIMARY, start, len, false, budget).await?;
+        if !ladder.bad.is_empty() {
+            return Ok(None);
+        }
+        let skip = usize::try_from(sector.bytes() - start).expect("less than a block");
+        let data = ladder.data[skip..skip + 512].to_vec();
+        // The answer is right whether or not it can be kept.
+        let _ = self.heal_lost(block, start, ladder.data).await;
+        Ok(Some(data))
+    }
+
+    /// Put the content of a lost sector (a whole logical block of it) into the slot: data first, flushed,
+    /// then the mask.
+    async fn heal_lost(self: &Rc<Self>, block: Block, start: u64, data: AlignedBuf) -> Result<(), Failure> {
+        let Some(slot) = self.map.borrow().get(block).slot else { return Ok(()) };
+        let range = SectorRange { start: Sector(start / SECTOR_SIZE), count: data.len() as u64 / SECTOR_SIZE };
+        let offset = self.geometry.slot_offset(slot) + start - block.bytes();
+        let len = data.len();
+        let (written, _) = self.io.write_part(DeviceIndex::SPARE, offset, &Arc::new(data), 0, len).await;
+        written.map_err(|errno| Failure::errno(DeviceIndex::SPARE, errno))?;
+        self.flush(DeviceIndex::SPARE).await?;
+        let mut entry = self.table.borrow().entry(slot);
+        let healed = entry.lost & range.mask_in(block);
+        entry.lost &= !range.mask_in(block);
+        self.commit(Commit { changes: vec![Change { slot, entry }], blocks: vec![(block, 0)] }).await?;
+        self.update_map(block, |state| state.lost = entry.lost);
+        self.tally.borrow_mut().healed += u64::from(healed.count_ones());
+        let action = "read from the primary again and kept in its slot";
+        self.event(Severity::Info, "healed", Some(DeviceIndex::PRIMARY), range, "a lost sector came back", action);
+        Ok(())
+    }
+}
+
+/// A run as the guest asked for it.
+struct ReadRun {
+    data: AlignedBuf,
+    /// Bytes before the guest's first.
+    skip: usize,
+    bad: Vec<SectorRange>,
+    failure: Failure,
+}
+
+fn bytes(range: SectorRange) -> usize {
+    usize::try_from(range.bytes()).expect("a chunk fits")
+}
+
+/// The sectors of `block` whose bits are set.
+pub(super) fn sectors_of_mask(block: Block, mask: u8) -> impl Iterator<Item = Sector> {
+    (0..8).filter(move |bit| mask >> bit & 1 == 1).map(move |bit| Sector(block.start().0 + bit))
+}

@@ -1,0 +1,219 @@
+//! Device operations and timers of the healer's tasks.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::task::{Permits, Promise, Spawner, promise};
+use crate::device::buffer::{AlignedBuf, IoSlice, Iovecs};
+use crate::device::{Completion, DeviceIndex, Errno, Op, OpKind, Tag};
+use crate::units::Time;
+
+/// Operations the healer has under way on one device, at most: repairs on the primary never keep the
+/// spare waiting, since each device counts for itself.
+const OPS_PER_DEVICE: usize = 32;
+
+/// Memory of an operation under way: the table owns it, so that nothing a task does can free it early.
+enum Memory {
+    None,
+    Read(AlignedBuf),
+    Write(Iovecs),
+}
+
+struct Pending {
+    promise: Promise<(Result<(), Errno>, Memory)>,
+    memory: Memory,
+    device: DeviceIndex,
+    kind: OpKind,
+}
+
+/// How long an operation took, as its submitter saw it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Took(pub(super) u64);
+
+/// What the healer's tasks use to reach devices and clock.
+pub(super) struct Io {
+    now: Cell<Time>,
+    ops: RefCell<Vec<Option<Pending>>>,
+    free: RefCell<Vec<usize>>,
+    out: RefCell<Vec<Op>>,
+    timers: RefCell<BTreeMap<(Time, u64), Promise<()>>>,
+    next_timer: Cell<u64>,
+    permits: [Permits; 2],
+    pub(super) spawner: Spawner,
+    /// Failed operations by device: reads, writes (discards and zeroing too), flushes.
+    pub(super) errors: RefCell<[[u64; 3]; 2]>,
+}
+
+impl Io {
+    pub(super) fn new(spawner: Spawner) -> Io {
+        Io {
+            now: Cell::new(Time(0)),
+            ops: RefCell::default(),
+            free: RefCell::default(),
+            out: RefCell::default(),
+            timers: RefCell::default(),
+            next_timer: Cell::new(0),
+            permits: [Permits::new(OPS_PER_DEVICE), Permits::new(OPS_PER_DEVICE)],
+            spawner,
+            errors: RefCell::default(),
+        }
+    }
+
+    pub(super) fn now(&self) -> Time {
+        self.now.get()
+    }
+
+    /// Move the clock on and wake whoever waited for it.
+    pub(super) fn set_now(&self, now: Time) {
+        self.now.set(self.now.get().max(now));
+        loop {
+            let due = {
+                let mut timers = self.timers.borrow_mut();
+                match timers.first_key_value() {
+                    Some(((when, _), _)) if *when <= now => timers.pop_first(),
+                    _ => None,
+                }
+            };
+            match due {
+                Some((_, promise)) => promise.keep(()),
+                None => return,
+            }
+        }
+    }
+
+    /// When the next timer is due.
+    pub(super) fn next_timer(&self) -> Option<Time> {
+        self.timers.borrow().first_key_value().map(|((when, _), _)| *when)
+    }
+
+    /// Operations to submit.
+    pub(super) fn take_ops(&self, out: &mut Vec<Op>) {
+        out.append(&mut self.out.borrow_mut());
+    }
+
+    /// Operations under way.
+    pub(super) fn in_flight(&self) -> usize {
+        self.ops.borrow().iter().flatten().count()
+    }
+
+    /// Count a failed operation of a shard with our own.
+    pub(super) fn count_error(&self, device: DeviceIndex, kind: OpKind) {
+        let column = match kind {
+            OpKind::Read => 0,
+            OpKind::Flush => 2,
+            OpKind::Write | OpKind::Discard | OpKind::WriteZeroes { .. } => 1,
+            OpKind::Identify => return,
+        };
+        self.errors.borrow_mut()[usize::from(device.0)][column] += 1;
+    }
+
+    /// An operation ended.
+    ///
+    /// # Panics
+    /// If none of that tag is under way.
+    pub(super) fn completed(&self, completion: Completion) {
+        let index = usize::try_from(completion.tag.0).expect("tags are indices");
+        let pending = self.ops.borrow_mut()[index].take().expect("a completion for an operation under way");
+        self.free.borrow_mut().push(index);
+        if completion.result.is_err() {
+            self.count_error(pending.device, pending.kind);
+        }
+        self.permits[usize::from(pending.device.0)].release();
+        pending.promise.keep((completion.result, pending.memory));
+    }
+
+    async fn run(
+        &self,
+        device: DeviceIndex,
+        kind: OpKind,
+        offset: u64,
+        len: usize,
+        memory: Memory,
+    ) -> (Result<(), Errno>, Memory, Took) {
+        self.permits[usize::from(device.0)].acquire().await;
+        let started = self.now();
+        let (promise, awaited) = promise();
+        let data = match &memory {
+            Memory::None => IoSlice::EMPTY,
+            Memory::Read(buf) => buf.as_io(),
+            Memory::Write(iovecs) => iovecs.as_io(),
+        };
+        let pending = Pending { promise, memory, device, kind };
+        let index = {
+            let mut ops = self.ops.borrow_mut();
+            if let Some(index) = self.free.borrow_mut().pop() {
+                ops[index] = Some(pending);
+                index
+            } else {
+                ops.push(Some(pending));
+                ops.len() - 1
+            }
+        };
+        self.out.borrow_mut().push(Op { tag: Tag(index as u64), device, kind, offset, len: len as u64, data });
+        let (result, memory) = awaited.await;
+        (result, memory, Took(self.now().since_ns(started)))
+    }
+
+    /// Read `len` bytes at `offset`.
+    pub(super) async fn read(&self, device: DeviceIndex, offset: u64, len: usize) -> (Result<AlignedBuf, Errno>, Took) {
+        let memory = Memory::Read(AlignedBuf::zeroed(len));
+        let (result, memory, took) = self.run(device, OpKind::Read, offset, len, memory).await;
+        let Memory::Read(buf) = memory else { unreachable!("the memory comes back as it went") };
+        (result.map(|()| buf), took)
+    }
+
+    /// Write `len` bytes of `data` from `from` on at `offset`.
+    pub(super) async fn write_part(
+        &self,
+        device: DeviceIndex,
+        offset: u64,
+        data: &Arc<AlignedBuf>,
+        from: usize,
+        len: usize,
+    ) -> (Result<(), Errno>, Took) {
+        let memory = Memory::Write(Iovecs::of_buffer(data, from, len));
+        let (result, _, took) = self.run(device, OpKind::Write, offset, len, memory).await;
+        (result, took)
+    }
+
+    /// Write all of `bytes` at `offset`.
+    pub(super) async fn write(&self, device: DeviceIndex, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let data = Arc::new(AlignedBuf::copy_of(bytes));
+        self.write_part(device, offset, &data, 0, bytes.len()).await.0
+    }
+
+    /// Write zeros over a range, in pieces, without giving up its space.
+    pub(super) async fn write_zeroes(&self, device: DeviceIndex, offset: u64, len: u64) -> Result<(), Errno> {
+        const PIECE: u64 = 64 << 20;
+        let end = offset + len;
+        for start in (offset..end).step_by(usize::try_from(PIECE).expect("64 MiB")) {
+            let piece = usize::try_from(PIECE.min(end - start)).expect("64 MiB");
+            let kind = OpKind::WriteZeroes { unmap: false };
+            self.run(device, kind, start, piece, Memory::None).await.0?;
+        }
+        Ok(())
+    }
+
+    /// Make completed writes durable. Only the flush coordinator and opening code call this.
+    pub(super) async fn flush(&self, device: DeviceIndex) -> Result<(), Errno> {
+        self.run(device, OpKind::Flush, 0, 0, Memory::None).await.0
+    }
+
+    /// Ask whether the device is still the one that was opened.
+    pub(super) async fn identify(&self, device: DeviceIndex) -> Result<(), Errno> {
+        self.run(device, OpKind::Identify, 0, 0, Memory::None).await.0
+    }
+
+    /// Wait until `when`.
+    pub(super) async fn sleep_until(&self, when: Time) {
+        if when <= self.now() {
+            return;
+        }
+        let (promise, awaited) = promise();
+        let number = self.next_timer.get();
+        self.next_timer.set(number + 1);
+        self.timers.borrow_mut().insert((when, number), promise);
+        awaited.await;
+    }
+}

@@ -1,0 +1,830 @@
+//! Opening and creating a volume, as scripts of device operations like everything else here: the
+//! simulator can crash in the middle of them.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use uuid::Uuid;
+
+use super::event::{Event, Severity};
+use super::healer::{Healer, HealerParams, Opened, Tally};
+use super::io::Io;
+use super::task::{Executor, join_all};
+use super::view::Geometry;
+use crate::device::buffer::AlignedBuf;
+use crate::device::{Completion, DeviceIndex, Errno, Op};
+use crate::units::{BLOCK_SIZE, SECTOR_SIZE, SECTORS_PER_BLOCK, SectorRange, Time};
+use crate::volume::layout::{
+    Home, LabelLayout, Layout, LayoutError, PAGE, PAGE_SIZE, Place, REGION_ALIGN, REMAPS_MAX, label_size,
+};
+use crate::volume::map::{BlockState, Map};
+use crate::volume::sidecar::{Poison, SavedCounters};
+use crate::volume::superblock::{
+    COMPAT_KNOWN, CloseStamp, INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Region, Seat, Superblock, SuperblockError, VERSION,
+};
+use crate::volume::table::{Page, PageSeat, Table};
+
+/// What the caller knows of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// Bytes.
+    pub size: u64,
+    /// Logical block, bytes.
+    pub logical_block: u32,
+    /// Inode; 0 for a block device.
+    pub inode: u64,
+    /// WWN or serial; empty for a file.
+    pub wwn: String,
+    /// Last change, nanoseconds since the epoch; 0 for a block device.
+    pub mtime_ns: u64,
+}
+
+/// How to open a volume.
+#[derive(Clone, Debug)]
+pub struct OpenParams {
+    /// The primary.
+    pub primary: DeviceFacts,
+    /// The spare.
+    pub spare: DeviceFacts,
+    /// Write nothing to either device.
+    pub read_only: bool,
+    /// Take the primary as it is although somebody else changed it.
+    pub accept_external: bool,
+}
+
+/// How to make a volume.
+#[derive(Clone, Debug)]
+pub struct CreateParams {
+    /// The primary.
+    pub primary: DeviceFacts,
+    /// The spare.
+    pub spare: DeviceFacts,
+    /// Sectors the guest will see.
+    pub capacity: u64,
+    /// Put a label at the primary's end; an adopted primary is not changed by a byte.
+    pub labelled: bool,
+    /// Slots.
+    pub max_remaps: u32,
+    /// The volume's name.
+    pub set: Uuid,
+    /// The devices' names: primary, spare.
+    pub devices: [Uuid; 2],
+    /// GET_ID.
+    pub serial: [u8; 20],
+    /// Seconds since the epoch.
+    pub now: u64,
+}
+
+/// Why a volume does not open.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// The spare has no superblock of ours.
+    #[error("the spare holds no vhost-remap volume; make one with `create` or `adopt`, or name the right spare")]
+    NotAVolume,
+    /// It has, but none can be used.
+    #[error("no superblock of the spare can be used: {0}; a copy of the spare or `repair` is needed")]
+    NoSuperblock(String),
+    /// Made by a later program.
+    #[error("the spare has format version {0} and this program knows version {VERSION}; use a newer program")]
+    Version(u32),
+    /// Features this program does not know.
+    #[error("the volume uses incompatible features {0:#x} that this program does not know; use a newer program")]
+    Features(u64),
+    /// Superblocks of several volumes on one spare.
+    #[error("the spare's superblocks belong to two volumes, {0} and {1}; it was overwritten in part")]
+    Mixed(Uuid, Uuid),
+    /// A device is smaller than it was.
+    #[error("the {device} has {found} bytes and the volume was made with {expected}; it shrank or is the wrong one")]
+    Shrunk {
+        /// The device.
+        device: DeviceIndex,
+        /// Bytes now.
+        found: u64,
+        /// Bytes recorded.
+        expected: u64,
+    },
+    /// The primary is larger than it was.
+    #[error(
+        "the primary has {found} bytes and the volume was made with {expected}; shrink it back (`resize` grows volumes)"
+    )]
+    Grown {
+        /// Bytes now.
+        found: u64,
+        /// Bytes recorded.
+        expected: u64,
+    },
+    /// The primary's label names another volume.
+    #[error(
+        "the primary belongs to volume {found} and the spare to volume {expected}; name the pair that belongs together"
+    )]
+    WrongPrimary {
+        /// By the label.
+        found: Uuid,
+        /// By the spare.
+        expected: Uuid,
+    },
+    /// The primary has no label where it should, and is not the one that had it.
+    #[error(
+        "the primary carries no label of volume {0} and is not the file or device the spare knows; name the right one"
+    )]
+    NoLabel(Uuid),
+    /// Not the adopted primary.
+    #[error("the primary is not the one that was adopted into volume {0}: its identity and its sampled blocks differ")]
+    NotAdopted(Uuid),
+    /// The spare is from before the label's last stamp.
+    #[error(
+        "the spare is of generation {spare} and the primary has seen generation {primary}: an older copy of the spare was put back"
+    )]
+    OldSpare {
+        /// The spare's.
+        spare: u64,
+        /// The label's.
+        primary: u64,
+    },
+    /// Somebody else wrote to the primary.
+    #[error(
+        "the primary was changed by another program since the last clean close ({0}) and {1} blocks are remapped; `repair --accept-external` if that is wanted"
+    )]
+    External(&'static str, usize),
+    /// A device's logical block has grown.
+    #[error("the {device} has logical blocks of {found} bytes and the volume was made for {expected}")]
+    LogicalBlock {
+        /// The device.
+        device: DeviceIndex,
+        /// Bytes.
+        found: u32,
+        /// Bytes.
+        expected: u32,
+    },
+    /// No home of a table page can be used.
+    #[error("table page {0} has no valid copy in any of its homes; restore the spare from a dump")]
+    TablePage(u32),
+    /// The table speaks of blocks the volume does not have.
+    #[error("the table maps block {0}, and the volume has {1}")]
+    BeyondEnd(u64, u64),
+    /// The layout is impossible.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The primary is too small for what was asked.
+    #[error("the primary has {size} bytes, too few for {capacity} sectors and the label ({needed} bytes in all)")]
+    PrimarySmall {
+        /// Bytes.
+        size: u64,
+        /// Sectors asked for.
+        capacity: u64,
+        /// Bytes needed.
+        needed: u64,
+    },
+    /// An operation failed.
+    #[error("{device}: {what}: {errno}")]
+    Io {
+        /// The device.
+        device: DeviceIndex,
+        /// What was being done.
+        what: &'static str,
+        /// The error number.
+        errno: Errno,
+    },
+}
+
+fn io_error(device: DeviceIndex, what: &'static str) -> impl Fn(Errno) -> OpenError {
+    move |errno| OpenError::Io { device, what, errno }
+}
+
+type Outcome<T> = Rc<RefCell<Option<Result<T, OpenError>>>>;
+
+/// A script under way: submit what it emits, report completions, until it has a result.
+struct Script<T> {
+    executor: Executor,
+    io: Rc<Io>,
+    outcome: Outcome<T>,
+}
+
+impl<T: 'static> Script<T> {
+    fn start<F: Future<Output = Result<T, OpenError>> + 'static>(script: impl FnOnce(Rc<Io>) -> F) -> Script<T> {
+        let executor = Executor::default();
+        let io = Rc::new(Io::new(executor.spawner()));
+        let outcome: Outcome<T> = Rc::default();
+        let (task, result) = (script(io.clone()), outcome.clone());
+        executor.spawner().spawn(async move {
+            let done = task.await;
+            *result.borrow_mut() = Some(done);
+        });
+        Script { executor, io, outcome }
+    }
+
+    fn step(&mut self, now: Time, completions: &[Completion], ops: &mut Vec<Op>) {
+        self.io.set_now(now);
+        completions.iter().for_each(|completion| self.io.completed(*completion));
+        self.executor.run();
+        self.io.take_ops(ops);
+    }
+}
+
+/// A volume being opened.
+pub struct Opening(Script<Opened>);
+
+impl Opening {
+    /// Begin; nothing is done before the first [`Opening::step`].
+    pub fn new(params: OpenParams) -> Opening {
+        Opening(Script::start(|io| async move { open(&io, &params).await }))
+    }
+
+    /// Report what has completed, and get the operations to submit. Finished when [`Opening::is_done`].
+    pub fn step(&mut self, now: Time, completions: &[Completion], ops: &mut Vec<Op>) {
+        self.0.step(now, completions, ops);
+    }
+
+    /// Whether the result is there.
+    pub fn is_done(&self) -> bool {
+        self.0.outcome.borrow().is_some()
+    }
+
+    /// The healer of the open volume, with what the guest is told of it.
+    ///
+    /// # Errors
+    /// When the volume was refused.
+    ///
+    /// # Panics
+    /// Before [`Opening::is_done`].
+    pub fn finish(self, params: &HealerParams) -> Result<(Healer, VolumeFacts), OpenError> {
+        let opened = self.0.outcome.borrow_mut().take().expect("called once, when done")?;
+        let superblock = &opened.superblock;
+        let facts = VolumeFacts {
+            set: superblock.set,
+            serial: superblock.serial,
+            created: superblock.created,
+            read_only: opened.read_only,
+            labelled: superblock.labelled,
+            max_remaps: superblock.max_remaps,
+        };
+        Ok((Healer::new(self.0.executor, self.0.io, opened, params), facts))
+    }
+}
+
+/// What does not change while a volume is open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeFacts {
+    /// The volume's name.
+    pub set: Uuid,
+    /// GET_ID.
+    pub serial: [u8; 20],
+    /// Seconds since the epoch.
+    pub created: u64,
+    /// Nothing is written.
+    pub read_only: bool,
+    /// The primary has a label.
+    pub labelled: bool,
+    /// Slots.
+    pub max_remaps: u32,
+}
+
+/// A volume being made.
+pub struct Creation(Script<()>);
+
+impl Creation {
+    /// Begin; nothing is done before the first [`Creation::step`].
+    pub fn new(params: CreateParams) -> Creation {
+        Creation(Script::start(|io| async move { create(&io, &params).await }))
+    }
+
+    /// Report what has completed, and get the operations to submit.
+    pub fn step(&mut self, now: Time, completions: &[Completion], ops: &mut Vec<Op>) {
+        self.0.step(now, completions, ops);
+    }
+
+    /// The result, once it is there.
+    pub fn result(&self) -> Option<Result<(), OpenError>> {
+        self.0.outcome.borrow_mut().take()
+    }
+}
+
+/// A checksum over 16 blocks spread over the primary; those that do not read count as zeros.
+pub(super) async fn sample(io: &Io, capacity: u64, logical_block: u32) -> u32 {
+    const SAMPLES: u64 = 16;
+    let unit = u64::from(logical_block) / SECTOR_SIZE;
+    let blocks = capacity / SECTORS_PER_BLOCK;
+    let mut crc = 0;
+    for i in 0..SAMPLES.min(blocks) {
+        let sector = blocks * i / SAMPLES * SECTORS_PER_BLOCK / unit * unit;
+        let (read, _) = io.read(DeviceIndex::PRIMARY, sector * SECTOR_SIZE, PAGE).await;
+        crc = match read {
+            Ok(data) => crc32c::crc32c_append(crc, &data),
+            Err(_) => crc32c::crc32c_append(crc, &[0; PAGE]),
+        };
+    }
+    crc
+}
+
+fn event(
+    events: &mut Vec<Event>,
+    severity: Severity,
+    kind: &'static str,
+    device: DeviceIndex,
+    cause: String,
+    action: &str,
+) {
+    let (time, range) = (Time(0), SectorRange::default());
+    events.push(Event { time, severity, kind, device: Some(device), range, cause, action: action.into() });
+}
+
+/// A superblock as found: where, and whether it is whole.
+struct Found {
+    place: Place,
+    offset: u64,
+    result: Result<Superblock, String>,
+    ours: bool,
+}
+
+async fn read_superblock(io: &Io, place: Place, offset: u64, copy: u8) -> Result<Found, OpenError> {
+    let (page, _) = io.read(DeviceIndex::SPARE, offset, PAGE).await;
+    let (result, ours) = match page {
+        Err(errno) => (Err(errno.to_string()), true),
+        Ok(page) => match Superblock::decode(&page, Seat::Spare(place), copy) {
+            Ok(superblock) => (Ok(superblock), true),
+            Err(SuperblockError::Version(version)) => return Err(OpenError::Version(version)),
+            Err(error) => {
+                let ours = error != SuperblockError::NotOurs;
+                (Err(error.to_string()), ours)
+            }
+        },
+    };
+    Ok(Found { place, offset, result, ours })
+}
+
+/// All superblocks of the spare. Where the head has none, the tail place is looked for at every start
+/// its size allows.
+async fn find_superblocks(io: &Io, spare_size: u64) -> Result<Vec<Found>, OpenError> {
+    let mut found = Vec::new();
+    for copy in 0..2 {
+        found.push(read_superblock(io, Place::Head, u64::from(copy) * PAGE_SIZE, copy).await?);
+    }
+    let known = found.iter().filter_map(|f| f.result.as_ref().ok()).max_by_key(|s| s.generation);
+    if let Some(known) = known {
+        if spare_size < known.spare_size {
+            let (device, expected) = (DeviceIndex::SPARE, known.spare_size);
+            return Err(OpenError::Shrunk { device, found: spare_size, expected });
+        }
+        let start = Layout::new(known.spare_size, known.max_remaps)?.place_start(Place::Tail);
+        for copy in 0..2 {
+            found.push(read_superblock(io, Place::Tail, start + u64::from(copy) * PAGE_SIZE, copy).await?);
+        }
+        return Ok(found);
+    }
+    let smallest = Layout::new(u64::MAX / 2, crate::volume::layout::REMAPS_MIN)?.place_len();
+    let largest = Layout::new(u64::MAX / 2, REMAPS_MAX)?.place_len();
+    let end = spare_size / REGION_ALIGN * REGION_ALIGN;
+    let mut len = smallest;
+    while len <= largest && len <= end {
+        for copy in 0..2 {
+            let at = read_superblock(io, Place::Tail, end - len + u64::from(copy) * PAGE_SIZE, copy).await?;
+            if at.result.is_ok() {
+                found.push(at);
+            }
+        }
+        len += REGION_ALIGN;
+    }
+    Ok(found)
+}
+
+fn choose(found: &[Found]) -> Result<Superblock, OpenError> {
+    let valid: Vec<&Superblock> = found.iter().filter_map(|f| f.result.as_ref().ok()).collect();
+    let Some(newest) = valid.iter().max_by_key(|superblock| superblock.generation) else {
+        if found.iter().all(|f| !f.ours) {
+            return Err(OpenError::NotAVolume);
+        }
+        let causes: Vec<String> = found
+            .iter()
+            .filter_map(|f| Some(format!("{} at byte {}: {}", f.place.name(), f.offset, f.result.as_ref().err()?)))
+            .collect();
+        return Err(OpenError::NoSuperblock(causes.join("; ")));
+    };
+    if let Some(other) = valid.iter().find(|superblock| superblock.set != newest.set) {
+        return Err(OpenError::Mixed(newest.set, other.set));
+    }
+    Ok((*newest).clone())
+}
+
+fn check_devices(superblock: &Superblock, params: &OpenParams) -> Result<(), OpenError> {
+    let unknown = superblock.features[2] & !INCOMPAT_KNOWN;
+    if unknown != 0 {
+        return Err(OpenError::Features(unknown));
+    }
+    let (found, expected) = (params.primary.size, superblock.primary_size);
+    if found < expected {
+        return Err(OpenError::Shrunk { device: DeviceIndex::PRIMARY, found, expected });
+    }
+    if found > expected {
+        return Err(OpenError::Grown { found, expected });
+    }
+    for (device, facts) in [(DeviceIndex::PRIMARY, &params.primary), (DeviceIndex::SPARE, &params.spare)] {
+        if facts.logical_block > superblock.logical_block {
+            let (found, expected) = (facts.logical_block, superblock.logical_block);
+            return Err(OpenError::LogicalBlock { device, found, expected });
+        }
+    }
+    Ok(())
+}
+
+/// Whether the primary is the one the volume was made with.
+async fn check_primary(
+    io: &Io,
+    superblock: &Superblock,
+    label: Option<LabelLayout>,
+    params: &OpenParams,
+    live: usize,
+) -> Result<bool, OpenError> {
+    let facts = &params.primary;
+    let same_device = (superblock.primary_inode, superblock.primary_wwn.as_str()) == (facts.inode, facts.wwn.as_str());
+    let mut sample_crc = None;
+    let mut label_lost = false;
+    if let Some(label) = label {
+        let mut newest: Option<Superblock> = None;
+        for copy in 0..2 {
+            let (page, _) = io.read(DeviceIndex::PRIMARY, label.superblock(copy), PAGE).await;
+            let found = page.ok().and_then(|page| Superblock::decode(&page, Seat::Label, copy).ok());
+            if found.as_ref().map(|s| s.generation) > newest.as_ref().map(|s| s.generation) {
+                newest = found;
+            }
+        }
+        match newest {
+            Some(found) if found.set != superblock.set => {
+                return Err(OpenError::WrongPrimary { found: found.set, expected: superblock.set });
+            }
+            Some(found) if found.generation > superblock.generation => {
+                return Err(OpenError::OldSpare { spare: superblock.generation, primary: found.generation });
+            }
+            Some(_) => {}
+            // A creation that ended before its last step, or a label on bad sectors.
+            None if same_device => label_lost = true,
+            None => return Err(OpenError::NoLabel(superblock.set)),
+        }
+    } else if !same_device && !params.accept_external {
+        let crc = sample(io, superblock.capacity, superblock.logical_block).await;
+        sample_crc = Some(crc);
+        if superblock.stamp.is_none_or(|stamp| stamp.sample_crc != crc) {
+            return Err(OpenError::NotAdopted(superblock.set));
+        }
+    }
+    if let Some(stamp) = superblock.stamp.filter(|_| superblock.clean && live > 0 && !params.accept_external) {
+        if stamp.size != facts.size {
+            return Err(OpenError::External("its size differs", live));
+        }
+        if stamp.mtime_ns != 0 && same_device && stamp.mtime_ns != facts.mtime_ns {
+            return Err(OpenError::External("its modification time differs", live));
+        }
+        let crc = match sample_crc {
+            Some(crc) => crc,
+            None => sample(io, superblock.capacity, superblock.logical_block).await,
+        };
+        if stamp.sample_crc != crc {
+            return Err(OpenError::External("sampled blocks differ", live));
+        }
+    }
+    Ok(label_lost)
+}
+
+/// The homes of all table pages of one place and home, as read; `None` where a page is not valid.
+async fn read_homes(io: &Io, layout: &Layout, set: Uuid, place: Place, home: Home) -> Vec<Option<Page>> {
+    const PAGES_AT_ONCE: u32 = 256;
+    let mut pages = Vec::new();
+    let mut first = 0;
+    while first < layout.table_pages {
+        let count = PAGES_AT_ONCE.min(layout.table_pages - first);
+        let len = usize::try_from(u64::from(count) * PAGE_SIZE).expect("1 MiB");
+        let (bulk, _) = io.read(DeviceIndex::SPARE, layout.table(place, home, first), len).await;
+        for number in first..first + count {
+            let seat = PageSeat::Spare(place, home);
+            let page = match &bulk {
+                Ok(bulk) => {
+                    let at = usize::try_from(u64::from(number - first) * PAGE_SIZE).expect("within 1 MiB");
+                    Page::decode(&bulk[at..at + PAGE], set, number, seat)
+                }
+                Err(_) => {
+                    let (page, _) = io.read(DeviceIndex::SPARE, layout.table(place, home, number), PAGE).await;
+                    page.ok().and_then(|page| Page::decode(&page, set, number, seat))
+                }
+            };
+            pages.push(page);
+        }
+        first += count;
+    }
+    pages
+}
+
+/// The table from the newest valid homes, with the homes that lack their page's newest.
+type Repairs = Vec<(Place, Home, u32)>;
+
+async fn load_table(io: &Io, layout: &Layout, superblock: &Superblock) -> Result<(Table, Repairs), OpenError> {
+    let places: Vec<Place> = Place::ALL.into_iter().filter(|place| !superblock.is_retired(*place)).collect();
+    let mut homes = BTreeMap::new();
+    for (place, home) in places.iter().flat_map(|place| Home::ALL.map(|home| (*place, home))) {
+        let pages = read_homes(io, layout, superblock.set, place, home).await;
+        homes.insert((place, home.number()), (home, pages));
+    }
+    let mut table = Table::new(superblock.max_remaps);
+    let mut repairs = Vec::new();
+    for number in 0..layout.table_pages {
+        let index = number as usize;
+        let newest = homes
+            .values()
+            .filter_map(|(home, pages)| Some((*home, pages[index].as_ref()?)))
+            .max_by_key(|(_, page)| page.sequence);
+        let (anchor, page) = newest.ok_or(OpenError::TablePage(number))?;
+        for ((place, _), (home, pages)) in &homes {
+            if pages[index].as_ref() != Some(page) {
+                repairs.push((*place, *home, number));
+            }
+        }
+        table.load_page(number, page, anchor);
+    }
+    Ok((table, repairs))
+}
+
+async fn load_sidecars(
+    io: &Io,
+    layout: &Layout,
+    superblock: &Superblock,
+    label: Option<LabelLayout>,
+) -> (Poison, SavedCounters) {
+    let mut poisons = Vec::new();
+    let mut counters = Vec::new();
+    for place in Place::ALL.into_iter().filter(|place| !superblock.is_retired(*place)) {
+        let seat = Seat::Spare(place);
+        let (page, _) = io.read(DeviceIndex::SPARE, layout.poison(place), PAGE).await;
+        poisons.extend(page.ok().and_then(|page| Poison::decode(&page, superblock.set, seat)));
+        let (page, _) = io.read(DeviceIndex::SPARE, layout.counters(place), PAGE).await;
+        counters.extend(page.ok().and_then(|page| SavedCounters::decode(&page, superblock.set, seat)));
+    }
+    if let Some(label) = label {
+        let (page, _) = io.read(DeviceIndex::PRIMARY, label.poison(), PAGE).await;
+        poisons.extend(page.ok().and_then(|page| Poison::decode(&page, superblock.set, Seat::Label)));
+    }
+    let saved = counters.into_iter().max_by_key(|saved| saved.sequence).unwrap_or_default();
+    // Without any valid page nobody knows that all is well, so nobody may say so.
+    let unknown = || Poison { poisoned: true, device: DeviceIndex::SPARE.0, errno: libc::EUCLEAN, ..Poison::default() };
+    (poisons.into_iter().max_by_key(|poison| poison.sequence).unwrap_or_else(unknown), saved)
+}
+
+fn build_map(table: &Table, capacity: u64) -> Result<(Map, Vec<crate::units::Slot>), OpenError> {
+    let blocks = capacity.div_ceil(SECTORS_PER_BLOCK);
+    let (live, superseded) = table.resolve(u64::MAX);
+    let mut map = Map::new(blocks);
+    for (block, (slot, entry)) in live {
+        if block.0 >= blocks {
+            return Err(OpenError::BeyondEnd(block.0, blocks));
+        }
+        let state = BlockState {
+            slot: Some(slot),
+            lost: entry.lost,
+            primary_stale: entry.primary_stale,
+            ..BlockState::default()
+        };
+        map.set(block, state);
+    }
+    Ok((map, superseded))
+}
+
+async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
+    let found = find_superblocks(io, params.spare.size).await?;
+    let mut superblock = choose(&found)?;
+    check_devices(&superblock, params)?;
+    let layout = Layout::new(superblock.spare_size, superblock.max_remaps)?;
+    let label =
+        if superblock.labelled { LabelLayout::new(superblock.primary_size, superblock.max_remaps) } else { None };
+    let (table, repairs) = load_table(io, &layout, &superblock).await?;
+    let (map, superseded) = build_map(&table, superblock.capacity)?;
+    let label_lost = check_primary(io, &superblock, label, params, table.live()).await?;
+    let (poison, saved) = load_sidecars(io, &layout, &superblock, label).await;
+    let unknown = superblock.features[1] & !RO_COMPAT_KNOWN;
+    debug_assert_eq!(COMPAT_KNOWN, 0, "unknown compatible features are ignored");
+    let read_only = params.read_only || unknown != 0;
+    let mut tally = Tally::default();
+    let mut events = Vec::new();
+    let spare = DeviceIndex::SPARE;
+    for bad in found.iter().filter(|f| !superblock.is_retired(f.place)) {
+        if let (Err(cause), true) = (&bad.result, bad.ours) {
+            let cause = format!("superblock at byte {}: {cause}", bad.offset);
+            event(&mut events, Severity::Warn, "metadata-repaired", spare, cause, "another copy is used");
+        }
+    }
+    if unknown != 0 {
+        let cause = format!("read-only compatible features {unknown:#x} are not known here");
+        event(&mut events, Severity::Warn, "read-only", spare, cause, "opened read-only");
+    }
+    if label_lost {
+        let cause = "no copy of the label can be read".to_owned();
+        event(&mut events, Severity::Warn, "metadata-repaired", DeviceIndex::PRIMARY, cause, "written anew");
+    }
+    if !read_only {
+        for (place, home, number) in &repairs {
+            let cause = format!("table page {number} at the {}, home {home:?}", place.name());
+            event(&mut events, Severity::Warn, "metadata-repaired", spare, cause, "rewritten from the newest copy");
+        }
+        tally.metadata_repairs = repairs.len() as u64 + u64::from(label_lost);
+        superblock = take_over(io, &layout, superblock, label, &table, &repairs).await?;
+    }
+    let slots_start = layout.slots_start;
+    let geometry = Geometry {
+        capacity: superblock.capacity,
+        logical_block: superblock.logical_block,
+        slots_start,
+        slots: superblock.max_remaps,
+    };
+    let (saved, saved_sequence) = (saved.values, saved.sequence);
+    Ok(Opened {
+        geometry,
+        layout,
+        label,
+        superblock,
+        table,
+        map,
+        superseded,
+        poison,
+        saved,
+        saved_sequence,
+        read_only,
+        tally,
+        events,
+    })
+}
+
+/// Bring every live place to the newest state, flush, and only then begin a new generation, the spare
+/// first. A retired place is written in full; if it takes that, it counts again.
+async fn take_over(
+    io: &Io,
+    layout: &Layout,
+    superblock: Superblock,
+    label: Option<LabelLayout>,
+    table: &Table,
+    repairs: &Repairs,
+) -> Result<Superblock, OpenError> {
+    let spare = DeviceIndex::SPARE;
+    let failed = io_error(spare, "rewriting damaged metadata");
+    for (place, home, number) in repairs {
+        write_page(io, layout, &superblock, table, (*place, *home, *number)).await.map_err(&failed)?;
+    }
+    if !repairs.is_empty() {
+        io.flush(spare).await.map_err(&failed)?;
+    }
+    let mut next = superblock.next_generation();
+    for place in Place::ALL.into_iter().filter(|place| superblock.is_retired(*place)) {
+        if restore_place(io, layout, &superblock, table, place).await.is_ok() {
+            next.retired &= !(1 << place.number());
+        }
+    }
+    next.clean = false;
+    next.stamp = None;
+    let copy = Superblock::copy_for(next.generation);
+    let failed = io_error(spare, "writing the superblock");
+    for place in Place::ALL.into_iter().filter(|place| !next.is_retired(*place)) {
+        let bytes = next.encode(Seat::Spare(place), copy);
+        io.write(spare, layout.superblock(place, copy), &bytes).await.map_err(&failed)?;
+    }
+    io.flush(spare).await.map_err(&failed)?;
+    if let Some(label) = label {
+        // Not a place: a label that cannot be written costs only the degraded mode.
+        let _ = io.write(DeviceIndex::PRIMARY, label.superblock(copy), &next.encode(Seat::Label, copy)).await;
+    }
+    Ok(next)
+}
+
+async fn write_page(
+    io: &Io,
+    layout: &Layout,
+    superblock: &Superblock,
+    table: &Table,
+    (place, home, number): (Place, Home, u32),
+) -> Result<(), Errno> {
+    let page = table.page_with(number, table.page(number).sequence, &[]);
+    let bytes = page.encode(superblock.set, number, PageSeat::Spare(place, home));
+    io.write(DeviceIndex::SPARE, layout.table(place, home, number), &bytes).await
+}
+
+async fn restore_place(
+    io: &Io,
+    layout: &Layout,
+    superblock: &Superblock,
+    table: &Table,
+    place: Place,
+) -> Result<(), Errno> {
+    for home in Home::ALL {
+        for number in 0..layout.table_pages {
+            write_page(io, layout, superblock, table, (place, home, number)).await?;
+        }
+    }
+    io.flush(DeviceIndex::SPARE).await
+}
+
+/// Write a new volume: the spare complete and flushed, the primary's label last.
+async fn create(io: &Io, params: &CreateParams) -> Result<(), OpenError> {
+    let layout = Layout::new(params.spare.size, params.max_remaps)?;
+    let label = if params.labelled {
+        let layout = LabelLayout::new(params.primary.size, params.max_remaps);
+        let needed = params.capacity * SECTOR_SIZE + label_size(params.max_remaps);
+        let fits = layout.filter(|label| label.start >= params.capacity * SECTOR_SIZE);
+        let (size, capacity) = (params.primary.size, params.capacity);
+        Some(fits.ok_or(OpenError::PrimarySmall { size, capacity, needed })?)
+    } else {
+        None
+    };
+    let superblock = new_superblock(params, &layout, label);
+    let spare = DeviceIndex::SPARE;
+    let failed = io_error(spare, "writing zeros over the new spare");
+    io.write_zeroes(spare, 0, params.spare.size / PAGE_SIZE * PAGE_SIZE).await.map_err(&failed)?;
+    let failed = io_error(spare, "writing new metadata");
+    let table = Table::new(params.max_remaps);
+    for place in Place::ALL {
+        for home in Home::ALL {
+            write_all_pages(io, &layout, &superblock, &table, place, home).await.map_err(&failed)?;
+        }
+        let poison = Poison::default().encode(params.set, Seat::Spare(place));
+        io.write(spare, layout.poison(place), &poison).await.map_err(&failed)?;
+        let counters = SavedCounters::default().encode(params.set, Seat::Spare(place));
+        io.write(spare, layout.counters(place), &counters).await.map_err(&failed)?;
+    }
+    io.flush(spare).await.map_err(&failed)?;
+    for place in Place::ALL {
+        for copy in 0..2 {
+            let bytes = superblock.encode(Seat::Spare(place), copy);
+            io.write(spare, layout.superblock(place, copy), &bytes).await.map_err(&failed)?;
+        }
+    }
+    io.flush(spare).await.map_err(&failed)?;
+    let Some(label) = label else { return Ok(()) };
+    let primary = DeviceIndex::PRIMARY;
+    let failed = io_error(primary, "writing the label");
+    io.write(primary, label.poison(), &Poison::default().encode(params.set, Seat::Label)).await.map_err(&failed)?;
+    for number in 0..label.table_pages {
+        let page = table.page_with(number, 1, &[]).encode(params.set, number, PageSeat::Label);
+        io.write(primary, label.table(number), &page).await.map_err(&failed)?;
+    }
+    for copy in 0..2 {
+        let bytes = superblock.encode(Seat::Label, copy);
+        io.write(primary, label.superblock(copy), &bytes).await.map_err(&failed)?;
+    }
+    io.flush(primary).await.map_err(&failed)
+}
+
+/// Write one home of a place in large pieces.
+async fn write_all_pages(
+    io: &Io,
+    layout: &Layout,
+    superblock: &Superblock,
+    table: &Table,
+    place: Place,
+    home: Home,
+) -> Result<(), Errno> {
+    const PAGES_AT_ONCE: u32 = 256;
+    let mut writes = Vec::new();
+    for first in (0..layout.table_pages).step_by(PAGES_AT_ONCE as usize) {
+        let count = PAGES_AT_ONCE.min(layout.table_pages - first);
+        let mut bytes = AlignedBuf::zeroed(usize::try_from(u64::from(count) * PAGE_SIZE).expect("1 MiB"));
+        for (number, at) in (first..first + count).zip(bytes.chunks_exact_mut(PAGE)) {
+            let page = table.page_with(number, table.page(number).sequence, &[]);
+            at.copy_from_slice(&page.encode(superblock.set, number, PageSeat::Spare(place, home)));
+        }
+        writes.push((layout.table(place, home, first), bytes));
+    }
+    let writes = writes.iter().map(|(offset, bytes)| io.write(DeviceIndex::SPARE, *offset, bytes));
+    join_all(writes).await.into_iter().collect()
+}
+
+fn new_superblock(params: &CreateParams, layout: &Layout, label: Option<LabelLayout>) -> Superblock {
+    let slots = u64::from(params.max_remaps) * BLOCK_SIZE;
+    let tail = layout.place_start(Place::Tail);
+    let guest = params.capacity * SECTOR_SIZE;
+    let mut regions = vec![
+        Region { kind: 1, device: 1, start: 0, length: layout.place_len() },
+        Region { kind: 2, device: 1, start: layout.slots_start, length: slots },
+        Region { kind: 3, device: 1, start: tail, length: layout.place_len() },
+        Region { kind: 4, device: 0, start: 0, length: guest },
+    ];
+    if let Some(label) = label {
+        let length = label_size(params.max_remaps);
+        regions.push(Region { kind: 5, device: 0, start: label.start, length });
+    }
+    Superblock {
+        features: [0; 3],
+        set: params.set,
+        device: params.devices[1],
+        clean: true,
+        labelled: label.is_some(),
+        retired: 0,
+        generation: 1,
+        capacity: params.capacity,
+        primary_size: params.primary.size,
+        spare_size: params.spare.size,
+        max_remaps: params.max_remaps,
+        logical_block: params.primary.logical_block.max(params.spare.logical_block),
+        created: params.now,
+        serial: params.serial,
+        stamp: None::<CloseStamp>,
+        primary_inode: params.primary.inode,
+        primary_wwn: params.primary.wwn.clone(),
+        history: Default::default(),
+        regions,
+        stamped: params.now,
+    }
+}
