@@ -147,8 +147,8 @@ fn percent(part: u64, whole: u64) -> String {
 /// `10 GiB`, `1.5 MiB`, `512 B`: at most one decimal, rounded down.
 pub(super) fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    let exponent = bytes.checked_ilog2().unwrap_or(0) / 10;
-    let unit = UNITS[exponent as usize];
+    let reached = |(exponent, _): &(u32, &str)| *exponent == 0 || bytes >> (10 * exponent) > 0;
+    let (exponent, unit) = (0..).zip(UNITS).take_while(reached).last().expect("B is always reached");
     let tenths = (u128::from(bytes) * 10) >> (10 * exponent);
     match tenths % 10 {
         0 => format!("{} {unit}", tenths / 10),

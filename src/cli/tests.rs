@@ -178,3 +178,41 @@ fn every_subcommand_has_an_example_that_parses() {
     check(&Args::command(), &mut seen);
     assert!(seen >= 15, "only {seen} subcommands were checked");
 }
+
+/// Takes so many lines, then the reader is gone.
+struct Reader {
+    lines: usize,
+    seen: String,
+}
+
+impl std::io::Write for Reader {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.seen.lines().count() >= self.lines && self.seen.ends_with('\n') {
+            return Err(std::io::ErrorKind::BrokenPipe.into());
+        }
+        self.seen.push_str(std::str::from_utf8(bytes).unwrap());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn follow_prints_events_as_they_come_until_nobody_reads() {
+    let (running, volume) = Running::one(ScriptedVolume::new());
+    let path = running.path();
+    let following = std::thread::spawn(move || {
+        let args = Args::parse_from(["x", "events", "--follow", "--control-path", path.to_str().unwrap()]);
+        let mut reader = Reader { lines: 2, seen: String::new() };
+        (run(args, &mut reader), reader.seen)
+    });
+    for seq in 1..=3 {
+        volume.events.lock().unwrap().push(event(seq));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let (result, seen) = following.join().unwrap();
+    assert_eq!(result.unwrap_err().exit_status(), 0);
+    assert!(seen.contains(" #1 ") && seen.contains(" #2 ") && !seen.contains(" #3 "), "{seen}");
+}

@@ -12,7 +12,7 @@
 //! | `POST /v1/log-level` with [`LogLevel`] | [`LogLevel`] |
 //! | `GET /proc` | plain text |
 //!
-//! Every failure is an [`Failure`] with a status of 400 and up. Where a server has several volumes,
+//! Every failure is a [`Failure`] with a status of 400 and up. Where a server has several volumes,
 //! `volume=NAME` or `volume=UUID` in the query says which.
 
 use serde::{Deserialize, Serialize};
