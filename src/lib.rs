@@ -1,6 +1,8 @@
 //! vhost-remap: a vhost-user-blk backend that serves a guest's virtqueues straight out of shared
 //! guest memory through a bad-sector remap engine.
 
+pub mod cli;
+pub mod control;
 pub mod device;
 pub mod engine;
 pub mod runtime;

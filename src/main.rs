@@ -1,5 +1,49 @@
 //! The `vhost-remap` program: see `vhost-remap --help`.
 
-fn main() {
-    println!("vhost-remap {}", env!("CARGO_PKG_VERSION"));
+use std::io::{self, BufWriter, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use vhost_remap::cli::{self, Args};
+use vhost_remap::control::log_level;
+use vhost_remap::runtime::signals;
+
+fn main() -> ExitCode {
+    let argv: Vec<_> = std::env::args_os().collect();
+    let mut out = BufWriter::new(io::stdout());
+    if cli::capabilities_asked_for(&argv) {
+        return exit(writeln!(out, "{}", cli::CAPABILITIES).and_then(|()| out.flush()).map_err(Into::into));
+    }
+    let args = Args::parse_from(cli::with_subcommand(argv));
+    signals::ignore_file_size_limit();
+    init_log(cli::run::log_level(&args));
+    let result = cli::run::run(args, &mut out);
+    // What was done before an error is said before it.
+    let flushed = out.flush();
+    exit(result.and_then(|()| Ok(flushed?)))
+}
+
+fn exit(result: Result<(), cli::run::CliError>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    let status = error.exit_status();
+    if status != 0 {
+        // One line, whatever the parts it was made of.
+        let line = error.to_string().replace('\n', " ");
+        eprintln!("vhost-remap: {line}");
+    }
+    ExitCode::from(status)
+}
+
+/// Log to stderr. Everything of ours passes the logger's own filter, so that the level can be changed
+/// at run time with `log::set_max_level`; of the libraries, warnings.
+fn init_log(level: u8) {
+    env_logger::Builder::new()
+        .filter_level(log::LevelFilter::Warn)
+        .filter_module("vhost_remap", log::LevelFilter::Trace)
+        .format(|buf, record| {
+            let time = buf.timestamp_millis();
+            writeln!(buf, "{time} {:<5} {}", record.level(), record.args())
+        })
+        .init();
+    log::set_max_level(log_level::filter(level).unwrap_or(log::LevelFilter::Trace));
 }

@@ -2,5 +2,9 @@
 
 pub mod handle;
 pub mod mailbox;
+pub mod options;
 pub mod report;
+pub mod serve;
+pub mod signals;
+pub mod volume;
 pub mod worker;

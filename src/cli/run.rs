@@ -1,0 +1,284 @@
+//! Doing what was typed.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::args::{
+    AdoptArgs, Args, Command, ControlArgs, CreateArgs, EventsArgs, ListArgs, LogLevelArgs, SectorsArgs, ServeArgs,
+    ShapeArgs, StatusArgs,
+};
+use super::{parse, show};
+use crate::control::api::{Done, ListPage, LogLevel, Pong, Sectors};
+use crate::control::client::{Client, ClientError, ORDER_TIMEOUT, REPORT_TIMEOUT};
+use crate::runtime::options::{
+    AdoptOptions, CreateIfAbsent, CreateOptions, Listen, MAX_REMAPS_DEFAULT, ServeOptions, VolumeShape,
+};
+use crate::runtime::report::{EventPage, ListFilter, StatusReport};
+use crate::runtime::serve::{ServeError, serve};
+use crate::runtime::signals;
+use crate::runtime::volume::{MakeError, adopt, create};
+
+/// How long the server puts off its answer while `events --follow` waits for something to happen.
+const FOLLOW_WAIT_SECONDS: u64 = 30;
+
+/// Why a command failed: one line for a person.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// What was typed does not fit what is there.
+    #[error("{0}")]
+    Usage(String),
+    /// No server, or it refused.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// No volume was made.
+    #[error(transparent)]
+    Make(#[from] MakeError),
+    /// Serving failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// Signals cannot be had.
+    #[error("cannot listen for SIGTERM and SIGINT: {0}")]
+    Signals(io::Error),
+    /// The answer cannot be printed.
+    #[error("standard output: {0}")]
+    Output(#[from] io::Error),
+}
+
+impl CliError {
+    /// The program's exit status.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            CliError::Usage(_) => 2,
+            // Whoever read the answer has seen enough (`list | head`).
+            CliError::Output(e) if e.kind() == io::ErrorKind::BrokenPipe => 0,
+            _ => 1,
+        }
+    }
+}
+
+/// How much this command logs until told otherwise, 0 to 3.
+pub fn log_level(args: &Args) -> u8 {
+    match &args.command {
+        Command::Serve(args) => args.log_level,
+        _ => 0,
+    }
+}
+
+/// Do it; answers go to `out`.
+///
+/// # Errors
+/// See [`CliError`].
+pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
+    match args.command {
+        Command::Create(args) => Ok(writeln!(out, "{}", create(&create_options(args)?)?)?),
+        Command::Adopt(args) => Ok(writeln!(out, "{}", adopt(&adopt_options(args)?)?)?),
+        Command::Serve(args) => {
+            let options = serve_options(*args)?;
+            let stop = signals::stop_signals().map_err(CliError::Signals)?;
+            Ok(serve(&options, stop)?)
+        }
+        Command::Status(args) => Server::of(&args.control)?.status(&args, out),
+        Command::List(args) => Server::of(&args.control)?.list(&args, out),
+        Command::Events(args) => Server::of(&args.control)?.events(&args, out),
+        Command::Fault(command) => super::fault::run(command, out),
+        Command::Clear(args) => Server::of(&args)?.order("/v1/clear", &serde_json::json!({}), out),
+        Command::Save(args) => Server::of(&args)?.order("/v1/save", &serde_json::json!({}), out),
+        Command::Remap(args) => Server::of(&args.control)?.sectors("/v1/remap", &args, out),
+        Command::Release(args) => Server::of(&args.control)?.sectors("/v1/release", &args, out),
+        Command::Ping(args) => Server::of(&args)?.ping(out),
+        Command::LogLevel(args) => Server::of(&args.control)?.log_level(&args, out),
+    }
+}
+
+fn shape(args: ShapeArgs) -> VolumeShape {
+    VolumeShape { max_remaps: args.max_remaps.unwrap_or(MAX_REMAPS_DEFAULT), serial: args.serial }
+}
+
+fn create_options(args: CreateArgs) -> Result<CreateOptions, CliError> {
+    let spare = args.spare.map_or_else(|| parse::default_spare(&args.primary), Ok).map_err(CliError::Usage)?;
+    Ok(CreateOptions { primary: args.primary, spare, size: args.size, shape: shape(args.shape), force: args.force })
+}
+
+fn adopt_options(args: AdoptArgs) -> Result<AdoptOptions, CliError> {
+    let spare = args.spare.map_or_else(|| parse::default_spare(&args.primary), Ok).map_err(CliError::Usage)?;
+    Ok(AdoptOptions { primary: args.primary, spare, shape: shape(args.shape), force: args.force })
+}
+
+pub(super) fn serve_options(args: ServeArgs) -> Result<ServeOptions, CliError> {
+    let spare = match args.spare {
+        None if args.passthrough => None,
+        None => Some(parse::default_spare(&args.primary).map_err(CliError::Usage)?),
+        given => given,
+    };
+    let (listen, control_default) = match (args.socket_path, args.fd) {
+        (Some(path), _) => {
+            let control = parse::with_suffix(&path, ".ctl");
+            (Listen::Path(path), Some(control))
+        }
+        (None, Some(fd)) => (Listen::Fd(fd), None),
+        (None, None) => return Err(CliError::Usage("say where to listen with --socket-path or --fd".into())),
+    };
+    let new_shape = shape(ShapeArgs { max_remaps: args.max_remaps, serial: args.serial });
+    Ok(ServeOptions {
+        primary: args.primary,
+        spare,
+        listen,
+        control_path: args.control_path.or(control_default),
+        num_queues: args.num_queues,
+        workers: args.workers,
+        read_only: args.read_only,
+        create: args.size.filter(|_| args.create).map(|size| CreateIfAbsent { size, shape: new_shape }),
+        io_engine: args.io_engine,
+        cache: args.cache,
+        fault_injection: args.fault_injection,
+        passthrough: args.passthrough,
+        on_device_loss: args.on_device_loss,
+        on_spare_full: args.on_spare_full,
+        lock_wait: Duration::from_secs(args.lock_wait),
+    })
+}
+
+/// A running server, and how its answers are printed.
+pub(super) struct Server {
+    client: Client,
+    volume: Option<String>,
+    json: bool,
+}
+
+impl Server {
+    pub(super) fn of(args: &ControlArgs) -> Result<Server, CliError> {
+        Ok(Server { client: Client::new(&args.control_path)?, volume: args.volume.clone(), json: args.json })
+    }
+
+    /// `route` with the query, and the volume where one was named.
+    fn target(&self, route: &str, query: &[(&str, String)]) -> String {
+        let mut target = route.to_owned();
+        let volume = self.volume.iter().map(|volume| ("volume", percent_encoded(volume)));
+        let query = query.iter().map(|(name, value)| (*name, value.clone())).chain(volume);
+        for (i, (name, value)) in query.enumerate() {
+            target.push(if i == 0 { '?' } else { '&' });
+            target.push_str(name);
+            target.push('=');
+            target.push_str(&value);
+        }
+        target
+    }
+
+    pub(super) fn get<T: DeserializeOwned>(&self, route: &str) -> Result<T, CliError> {
+        Ok(self.client.get(&self.target(route, &[]), REPORT_TIMEOUT)?)
+    }
+
+    pub(super) fn post<T: DeserializeOwned>(&self, route: &str, body: &impl Serialize) -> Result<T, CliError> {
+        Ok(self.client.post(&self.target(route, &[]), body, ORDER_TIMEOUT)?)
+    }
+
+    pub(super) fn delete<T: DeserializeOwned>(&self, route: &str) -> Result<T, CliError> {
+        Ok(self.client.delete(&self.target(route, &[]), ORDER_TIMEOUT)?)
+    }
+
+    /// Print a document as JSON, or as the text made of it.
+    pub(super) fn print<T: Serialize>(
+        &self,
+        document: &T,
+        text: impl FnOnce(&T) -> String,
+        out: &mut dyn Write,
+    ) -> Result<(), CliError> {
+        if self.json {
+            let json = serde_json::to_string(document).expect("documents are plain data with string keys");
+            writeln!(out, "{json}")?;
+        } else {
+            writeln!(out, "{}", text(document).trim_end_matches('\n'))?;
+        }
+        Ok(())
+    }
+
+    fn status(&self, args: &StatusArgs, out: &mut dyn Write) -> Result<(), CliError> {
+        if args.proc {
+            let text = self.client.get_text("/proc", REPORT_TIMEOUT)?;
+            return Ok(out.write_all(text.as_bytes())?);
+        }
+        let report: StatusReport = self.get("/v1/status")?;
+        self.print(&report, show::status, out)
+    }
+
+    fn list(&self, args: &ListArgs, out: &mut dyn Write) -> Result<(), CliError> {
+        let filter = match args.filter() {
+            ListFilter::All => "all",
+            ListFilter::Lost => "lost",
+            ListFilter::Pending => "pending",
+        };
+        let mut from = Some(0);
+        let mut head_due = !self.json;
+        while let Some(start) = from {
+            let target = self.target("/v1/list", &[("filter", filter.into()), ("from", start.to_string())]);
+            let page: ListPage = self.client.get(&target, REPORT_TIMEOUT)?;
+            if head_due {
+                head_due = false;
+                let head = if page.entries.is_empty() { "none".into() } else { show::list_head() };
+                writeln!(out, "{head}")?;
+            }
+            for entry in &page.entries {
+                self.print(entry, show::list_entry, out)?;
+            }
+            // A server that would send us back ends the list rather than looping for ever.
+            from = page.next.filter(|next| *next > start);
+        }
+        Ok(())
+    }
+
+    fn events(&self, args: &EventsArgs, out: &mut dyn Write) -> Result<(), CliError> {
+        let mut after = 0;
+        let mut dropped = 0;
+        loop {
+            let wait = if args.follow { FOLLOW_WAIT_SECONDS } else { 0 };
+            let target = self.target("/v1/events", &[("after", after.to_string()), ("wait", wait.to_string())]);
+            let page: EventPage = self.client.get(&target, REPORT_TIMEOUT + Duration::from_secs(wait))?;
+            for event in &page.events {
+                self.print(event, show::event, out)?;
+            }
+            if page.dropped > dropped && !self.json {
+                writeln!(out, "({} events dropped because the log was full)", page.dropped - dropped)?;
+            }
+            out.flush()?;
+            dropped = page.dropped;
+            if page.events.is_empty() && !args.follow {
+                return Ok(());
+            }
+            after = page.last_seq.max(after);
+        }
+    }
+
+    fn ping(&self, out: &mut dyn Write) -> Result<(), CliError> {
+        let pong: Pong = self.get("/v1/ping")?;
+        self.print(&pong, |pong| format!("pong from vhost-remap {}", pong.version), out)
+    }
+
+    fn order(&self, route: &str, body: &impl Serialize, out: &mut dyn Write) -> Result<(), CliError> {
+        let done: Done = self.post(route, body)?;
+        self.print(&done, |done| done.message.clone(), out)
+    }
+
+    fn sectors(&self, route: &str, args: &SectorsArgs, out: &mut dyn Write) -> Result<(), CliError> {
+        for range in &args.sectors {
+            self.order(route, &Sectors { start: range.start.0, count: range.count }, out)?;
+        }
+        Ok(())
+    }
+
+    fn log_level(&self, args: &LogLevelArgs, out: &mut dyn Write) -> Result<(), CliError> {
+        let set: LogLevel = self.post("/v1/log-level", &LogLevel { level: args.level })?;
+        self.print(&set, |set| format!("log level {}", set.level), out)
+    }
+}
+
+/// A value safe in a query (RFC 3986 §2.3).
+fn percent_encoded(value: &str) -> String {
+    let byte = |b: u8| match b {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(b).to_string(),
+        _ => format!("%{b:02X}"),
+    };
+    value.bytes().map(byte).collect()
+}

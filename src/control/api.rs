@@ -1,0 +1,168 @@
+//! What server and client say to each other, beside the documents of [`crate::runtime::report`].
+//!
+//! | route | answer |
+//! |---|---|
+//! | `GET /v1/ping` | [`Pong`] |
+//! | `GET /v1/status` | [`StatusReport`](crate::runtime::report::StatusReport) |
+//! | `GET /v1/list?filter=all\|lost\|pending&from=SECTOR&limit=N` | [`ListPage`] |
+//! | `GET /v1/events?after=SEQ&limit=N&wait=SECONDS` | [`EventPage`](crate::runtime::report::EventPage) |
+//! | `GET /v1/faults`, `POST /v1/faults`, `DELETE /v1/faults[/ID]` | [`FaultList`], [`FaultAdded`], [`FaultsCleared`] |
+//! | `POST /v1/clear`, `POST /v1/save` | [`Done`] |
+//! | `POST /v1/remap`, `POST /v1/release` with [`Sectors`] | [`Done`] |
+//! | `POST /v1/log-level` with [`LogLevel`] | [`LogLevel`] |
+//! | `GET /proc` | plain text |
+//!
+//! Every failure is a [`Failure`] with a status of 400 and up. Where a server has several volumes,
+//! `volume=NAME` or `volume=UUID` in the query says which.
+
+use serde::{Deserialize, Serialize};
+
+use crate::runtime::report::{ListEntry, ListFilter};
+
+/// The most rows of `list` in one answer.
+pub const LIST_LIMIT_MAX: usize = 4096;
+/// The most events in one answer.
+pub const EVENTS_LIMIT_MAX: usize = 4096;
+/// The longest an answer to `/v1/events` is put off, in seconds.
+pub const WAIT_MAX_SECONDS: u64 = 60;
+/// The largest request body. The longest legal one, a fault rule with many ranges, is far smaller.
+pub const REQUEST_BODY_MAX: usize = 64 << 10;
+
+/// A request that was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// One line for a person.
+    pub error: String,
+}
+
+/// The server is there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pong {
+    /// Always true.
+    pub pong: bool,
+    /// Version of the server program.
+    pub version: String,
+    /// Names of the volumes served.
+    pub volumes: Vec<String>,
+}
+
+/// The query of `/v1/list`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ListQuery {
+    /// Name or UUID of the volume, where there are several.
+    pub volume: Option<String>,
+    /// Which blocks.
+    pub filter: ListFilter,
+    /// From this sector on.
+    pub from: u64,
+    /// At most so many rows; [`LIST_LIMIT_MAX`] where absent or more.
+    pub limit: Option<usize>,
+}
+
+/// A page of `list`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ListPage {
+    /// By address.
+    pub entries: Vec<ListEntry>,
+    /// Ask from this sector for more; absent on the last page.
+    pub next: Option<u64>,
+}
+
+/// The query of `/v1/events`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EventsQuery {
+    /// Name or UUID of the volume, where there are several.
+    pub volume: Option<String>,
+    /// Events after this number.
+    pub after: u64,
+    /// At most so many; [`EVENTS_LIMIT_MAX`] where absent or more.
+    pub limit: Option<usize>,
+    /// Where there is none yet, wait so many seconds for one, at most [`WAIT_MAX_SECONDS`].
+    pub wait: u64,
+}
+
+/// The sectors an order is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sectors {
+    /// First sector.
+    pub start: u64,
+    /// Number of sectors.
+    pub count: u64,
+}
+
+/// An order was carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// One line for a person.
+    pub message: String,
+}
+
+/// A debug level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogLevel {
+    /// 0 warn, 1 info, 2 debug, 3 trace.
+    pub level: u8,
+}
+
+/// A fault rule as an operator states it: matching operations fail or are delayed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FaultSpec {
+    /// `primary` or `spare`.
+    pub device: String,
+    /// Of `read`, `write`, `flush`, `discard`.
+    pub ops: Vec<String>,
+    /// Sectors of the device; all where empty.
+    pub sectors: Vec<Sectors>,
+    /// Linux error number; absent where operations are only delayed.
+    pub errno: Option<i32>,
+    /// How many operations; without end where absent.
+    pub count: Option<u64>,
+    /// Whether a sector is good again once it was written.
+    pub until_rewritten: bool,
+    /// Delay of matching operations in milliseconds.
+    pub delay_ms: u64,
+    /// Chance that an operation matches; 1 where absent.
+    pub probability: Option<f64>,
+    /// Seed of the dice.
+    pub seed: Option<u64>,
+    /// Whether failing operations take effect in part.
+    pub partial: bool,
+}
+
+/// A rule was added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultAdded {
+    /// Its number.
+    pub id: u64,
+}
+
+/// The fault rules.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FaultList {
+    /// By number.
+    pub rules: Vec<ActiveFault>,
+}
+
+/// A fault rule in force.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ActiveFault {
+    /// Its number.
+    pub id: u64,
+    /// How often it matched.
+    pub hits: u64,
+    /// The rule.
+    #[serde(flatten)]
+    pub spec: FaultSpec,
+}
+
+/// Rules were removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultsCleared {
+    /// How many.
+    pub cleared: usize,
+}

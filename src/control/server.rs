@@ -1,0 +1,103 @@
+//! The control socket's thread.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, watch};
+
+use super::routes::{self, State};
+use super::volume::Volume;
+
+/// Orders under way at a time. They may wait for a disk, so they must not use up the threads that reports need.
+pub(super) const ORDERS_MAX: usize = 4;
+
+/// Threads that run orders and reports.
+const THREADS_MAX: usize = ORDERS_MAX + 4;
+
+/// How long requests under way may take to end after [`Server::shutdown`].
+pub(super) const GRACE: Duration = Duration::from_secs(2);
+
+/// A volume and what an operator calls it.
+#[derive(Clone)]
+pub struct ServedVolume {
+    /// Short name, unique in this server.
+    pub name: String,
+    /// Set UUID.
+    pub uuid: String,
+    /// Whom to ask.
+    pub volume: Arc<dyn Volume>,
+}
+
+/// A running control server; dropping it stops it.
+pub struct Server {
+    stop: watch::Sender<bool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Answer on `listener` for `volumes` (at least one), on a thread of its own.
+    ///
+    /// # Errors
+    /// When the thread or its event loop cannot be made.
+    pub fn start(listener: UnixListener, volumes: Vec<ServedVolume>) -> io::Result<Server> {
+        assert!(!volumes.is_empty(), "a control server without volumes has nothing to say");
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(THREADS_MAX).build()?;
+        listener.set_nonblocking(true)?;
+        let listener = {
+            let _in_runtime = runtime.enter();
+            tokio::net::UnixListener::from_std(listener)?
+        };
+        let (stop, stopped) = watch::channel(false);
+        let state = State { volumes: volumes.into(), orders: Arc::new(Semaphore::new(ORDERS_MAX)), stopped };
+        let thread = std::thread::Builder::new().name("control".into()).spawn(move || {
+            runtime.block_on(run(listener, state));
+            // A report or order that is stuck keeps its thread; the process need not wait for it here.
+            runtime.shutdown_background();
+        })?;
+        Ok(Server { stop, thread: Some(thread) })
+    }
+
+    /// Take no more requests, let those under way end for two seconds, and stop.
+    pub fn shutdown(mut self) {
+        self.stop_and_join();
+    }
+
+    fn stop_and_join(&mut self) {
+        self.stop.send_replace(true);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the control thread panicked");
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop_and_join();
+    }
+}
+
+async fn run(listener: tokio::net::UnixListener, state: State) {
+    let mut stopped = state.stopped.clone();
+    let until = stopped.clone();
+    let serving = axum::serve(listener, routes::router(state)).with_graceful_shutdown(has_stopped(until));
+    let serving = tokio::spawn(serving.into_future());
+    wait_stopped(&mut stopped).await;
+    // Either all connections ended in time or the runtime drops them.
+    let _ = tokio::time::timeout(GRACE, serving).await;
+}
+
+async fn has_stopped(mut stopped: watch::Receiver<bool>) {
+    wait_stopped(&mut stopped).await;
+}
+
+/// Return once the server is told to stop.
+pub(super) async fn wait_stopped(stopped: &mut watch::Receiver<bool>) {
+    // An error means that the sender is gone, and the server with it.
+    let _ = stopped.wait_for(|stop| *stop).await;
+}

@@ -1,0 +1,211 @@
+//! What the control socket asks of a volume.
+
+use std::sync::Arc;
+
+use crate::device::fault::FaultTable;
+use crate::runtime::handle::{Refused, VolumeHandle};
+use crate::runtime::report::{EventPage, ListEntry, ListFilter, StatusReport};
+use crate::units::SectorRange;
+
+/// A volume as an operator sees it: [`VolumeHandle`], or a scripted one in the tests of this module.
+///
+/// The reports come from memory and never wait for a disk. The orders may.
+pub trait Volume: Send + Sync {
+    /// See [`VolumeHandle::status`].
+    fn status(&self) -> StatusReport;
+    /// See [`VolumeHandle::list`].
+    fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Vec<ListEntry>;
+    /// See [`VolumeHandle::events`].
+    fn events(&self, after: u64, limit: usize) -> EventPage;
+    /// See [`VolumeHandle::faults`].
+    fn faults(&self) -> Option<&Arc<FaultTable>>;
+    /// Carry out an order; the answer is one line for a person.
+    ///
+    /// # Errors
+    /// When the volume refuses it, with the reason.
+    fn order(&self, order: Order) -> Result<String, Refused>;
+}
+
+/// Something an operator wants done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Lift the poison of a failed flush and close tripped breakers.
+    Clear,
+    /// Move blocks to slots.
+    Remap(SectorRange),
+    /// Move blocks back to the primary.
+    Release(SectorRange),
+    /// Write counters and the label's copy of the table.
+    Save,
+}
+
+impl Volume for VolumeHandle {
+    fn status(&self) -> StatusReport {
+        VolumeHandle::status(self)
+    }
+
+    fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Vec<ListEntry> {
+        VolumeHandle::list(self, filter, from, limit)
+    }
+
+    fn events(&self, after: u64, limit: usize) -> EventPage {
+        VolumeHandle::events(self, after, limit)
+    }
+
+    fn faults(&self) -> Option<&Arc<FaultTable>> {
+        VolumeHandle::faults(self)
+    }
+
+    fn order(&self, order: Order) -> Result<String, Refused> {
+        match order {
+            Order::Clear => self.clear(),
+            Order::Remap(range) => self.remap(range.start.0, range.count),
+            Order::Release(range) => self.release(range.start.0, range.count),
+            Order::Save => self.save(),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod scripted {
+    //! A volume whose answers are set by the test.
+
+    use std::sync::mpsc::Receiver;
+    use std::sync::{Mutex, PoisonError};
+
+    use super::*;
+    use crate::runtime::report::{BlockReport, Counters, DeviceReport, EventRecord, SCHEMA_VERSION};
+
+    /// Answers what it was given and keeps the orders it got.
+    pub(crate) struct ScriptedVolume {
+        pub(crate) status: StatusReport,
+        pub(crate) entries: Vec<ListEntry>,
+        pub(crate) events: Mutex<Vec<EventRecord>>,
+        pub(crate) faults: Option<Arc<FaultTable>>,
+        pub(crate) orders: Mutex<Vec<Order>>,
+        pub(crate) refuse: Option<&'static str>,
+        /// Orders wait until the other end is gone.
+        pub(crate) hold: Option<Mutex<Receiver<()>>>,
+    }
+
+    impl ScriptedVolume {
+        pub(crate) fn new() -> ScriptedVolume {
+            ScriptedVolume {
+                status: sample_status(),
+                entries: Vec::new(),
+                events: Mutex::new(Vec::new()),
+                faults: None,
+                orders: Mutex::new(Vec::new()),
+                refuse: None,
+                hold: None,
+            }
+        }
+    }
+
+    impl Volume for ScriptedVolume {
+        fn status(&self) -> StatusReport {
+            self.status.clone()
+        }
+
+        fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Vec<ListEntry> {
+            let wanted = |e: &&ListEntry| match filter {
+                ListFilter::All => true,
+                ListFilter::Lost => !e.lost.is_empty(),
+                ListFilter::Pending => e.state.iter().any(|s| s == "pending"),
+            };
+            self.entries.iter().filter(|e| e.sector >= from).filter(wanted).take(limit).cloned().collect()
+        }
+
+        fn events(&self, after: u64, limit: usize) -> EventPage {
+            let all = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+            let events: Vec<_> = all.iter().filter(|e| e.seq > after).take(limit).cloned().collect();
+            let last_seq = events.last().map_or(after, |e| e.seq);
+            EventPage { events, last_seq, dropped: 0 }
+        }
+
+        fn faults(&self) -> Option<&Arc<FaultTable>> {
+            self.faults.as_ref()
+        }
+
+        fn order(&self, order: Order) -> Result<String, Refused> {
+            if let Some(hold) = &self.hold {
+                let _ = hold.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            }
+            if let Some(reason) = self.refuse {
+                return Err(Refused(reason.into()));
+            }
+            self.orders.lock().unwrap_or_else(PoisonError::into_inner).push(order);
+            Ok("done as told".into())
+        }
+    }
+
+    /// A remapped block at `sector`.
+    pub(crate) fn entry(sector: u64, state: &str, lost: &[u64]) -> ListEntry {
+        ListEntry {
+            sector,
+            sectors: 8,
+            state: vec![state.into()],
+            slot: (state == "remapped").then_some(7),
+            lost: lost.to_vec(),
+            primary_stale: false,
+        }
+    }
+
+    /// Event number `seq`.
+    pub(crate) fn event(seq: u64) -> EventRecord {
+        EventRecord {
+            seq,
+            time: 1_767_225_600.25,
+            severity: "warn".into(),
+            kind: "remapped".into(),
+            device: "primary".into(),
+            sector: Some(8 * seq),
+            sectors: 8,
+            cause: "Input/output error (os error 5)".into(),
+            action: "moved to slot 7".into(),
+        }
+    }
+
+    /// A volume in good health, with a few remaps.
+    pub(crate) fn sample_status() -> StatusReport {
+        let device = |role: &str, path: &str, size| DeviceReport {
+            role: role.into(),
+            path: path.into(),
+            state: "up".into(),
+            size,
+            logical_block: 512,
+            ..DeviceReport::default()
+        };
+        StatusReport {
+            schema: SCHEMA_VERSION,
+            version: "0.1.0".into(),
+            volume: "6f1f4b1e-1f6c-4f0e-9b3e-3d5a9a1c2b3d".into(),
+            state: vec!["ok".into()],
+            messages: Vec::new(),
+            devices: vec![
+                device("primary", "/srv/disk.img", 10 << 30),
+                device("spare", "/srv/disk.img.spare", 66 << 20),
+            ],
+            capacity_sectors: (10 << 30) / 512,
+            blocks: BlockReport {
+                remapped: 12,
+                remaps_max: 16_384,
+                slots_free: 16_371,
+                slots_retired: 1,
+                pending: 3,
+                lost_sectors: 2,
+                in_doubt: 0,
+            },
+            counters: Counters { reads: 1_204, writes: 377, device_errors: 4, ..Counters::default() },
+            lifetime: Counters { reads: 998_877, writes: 54_321, device_errors: 40, ..Counters::default() },
+            uptime_seconds: 93_784,
+            started: 1_767_225_600,
+            io_engine: "io_uring".into(),
+            cache: "none".into(),
+            workers: 2,
+            connected: true,
+            oldest_in_flight_ms: 0,
+            events_dropped: 0,
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! What the program was told to do, as plain data: the command line fills it, the runtime acts on it.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// Remaps a volume has room for unless told otherwise.
+pub const MAX_REMAPS_DEFAULT: u32 = 16_384;
+
+/// How a new volume is laid out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeShape {
+    /// The most blocks that can be remapped.
+    pub max_remaps: u32,
+    /// The guest's answer to GET_ID, at most 20 bytes (virtio 1.3 §5.2.6); one is made up where absent.
+    pub serial: Option<String>,
+}
+
+/// `create`: a volume on an empty primary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// Device or file that will hold guest data.
+    pub primary: PathBuf,
+    /// Device or file that will hold metadata and slots.
+    pub spare: PathBuf,
+    /// Size of the disk in bytes, a multiple of 512.
+    pub size: u64,
+    /// Layout.
+    pub shape: VolumeShape,
+    /// Whether a spare that carries another file system's signature may be used.
+    pub force: bool,
+}
+
+/// `adopt`: a volume around an existing raw image or device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdoptOptions {
+    /// Device or file that holds guest data.
+    pub primary: PathBuf,
+    /// Device or file that will hold metadata and slots.
+    pub spare: PathBuf,
+    /// Layout.
+    pub shape: VolumeShape,
+    /// Whether a spare that carries another file system's signature may be used.
+    pub force: bool,
+}
+
+/// `serve --create`: what to make where primary and spare are both absent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateIfAbsent {
+    /// Size of the disk in bytes, a multiple of 512.
+    pub size: u64,
+    /// Layout.
+    pub shape: VolumeShape,
+}
+
+/// Where front-ends come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// A socket to be made at this path.
+    Path(PathBuf),
+    /// An inherited socket, listening or already connected (`SO_ACCEPTCONN` tells which).
+    Fd(RawFd),
+}
+
+/// Way of device I/O.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoEngine {
+    /// io_uring where the host allows it, else threads.
+    #[default]
+    Auto,
+    /// io_uring or nothing.
+    IoUring,
+    /// A thread pool.
+    Threads,
+}
+
+/// Whether the host's page cache is in the way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// O_DIRECT: errors arrive where they happen.
+    #[default]
+    None,
+    /// Buffered: write errors are only seen at flush.
+    Writeback,
+}
+
+/// What becomes of requests that cannot be carried out now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FailOrHold {
+    /// The guest gets an error.
+    #[default]
+    Fail,
+    /// They wait, at most that long where a time is given.
+    Hold(Option<Duration>),
+}
+
+/// `serve`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServeOptions {
+    /// Device or file that holds guest data.
+    pub primary: PathBuf,
+    /// Device or file that holds metadata and slots; absent only with `passthrough`.
+    pub spare: Option<PathBuf>,
+    /// Where front-ends come from.
+    pub listen: Listen,
+    /// The control socket's path; no control socket where absent.
+    pub control_path: Option<PathBuf>,
+    /// Queues offered.
+    pub num_queues: u16,
+    /// Worker threads; min(queues, cores) where absent.
+    pub workers: Option<u16>,
+    /// Whether the disk only takes reads and neither device is written.
+    pub read_only: bool,
+    /// Make the volume first where primary and spare are both absent.
+    pub create: Option<CreateIfAbsent>,
+    /// Way of device I/O.
+    pub io_engine: IoEngine,
+    /// Page cache or not.
+    pub cache: Cache,
+    /// Whether the operator may make devices fail.
+    pub fault_injection: bool,
+    /// Whether requests go straight to the primary, without metadata or remaps.
+    pub passthrough: bool,
+    /// While a device is gone.
+    pub on_device_loss: FailOrHold,
+    /// While a write needs a slot and none is free.
+    pub on_spare_full: FailOrHold,
+    /// How long to wait for another process to let go of the devices.
+    pub lock_wait: Duration,
+}
+
+impl FromStr for IoEngine {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(IoEngine::Auto),
+            "io_uring" => Ok(IoEngine::IoUring),
+            "threads" => Ok(IoEngine::Threads),
+            _ => Err(format!("{text:?} is none of auto, io_uring, threads")),
+        }
+    }
+}
+
+impl FromStr for Cache {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Cache::None),
+            "writeback" => Ok(Cache::Writeback),
+            _ => Err(format!("{text:?} is none of none, writeback")),
+        }
+    }
+}
+
+impl FromStr for FailOrHold {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is none of fail, hold, hold=SECONDS");
+        match text.split_once('=') {
+            None if text == "fail" => Ok(FailOrHold::Fail),
+            None if text == "hold" => Ok(FailOrHold::Hold(None)),
+            Some(("hold", seconds)) => {
+                let seconds = seconds.parse().map_err(|_| wrong())?;
+                Ok(FailOrHold::Hold(Some(Duration::from_secs(seconds))))
+            }
+            _ => Err(wrong()),
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! The program as a process: exit status, standard output and standard error.
+
+use std::process::{Command, Output};
+
+fn vhost_remap(words: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vhost-remap")).args(words).output().expect("the program was just built")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[track_caller]
+fn check_usage_error(words: &[&str], part: &str) {
+    let output = vhost_remap(words);
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{words:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{words:?}");
+    assert!(stderr.contains(part), "{words:?}: {stderr}");
+}
+
+/// Exit status 1 and one line with all the parts.
+#[track_caller]
+fn check_failure(words: &[&str], parts: &[&str]) {
+    let output = vhost_remap(words);
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{words:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{words:?}");
+    assert!(stderr.starts_with("vhost-remap: ") && stderr.lines().count() == 1, "{words:?}: {stderr}");
+    for part in parts {
+        assert!(stderr.contains(part), "{words:?}: {stderr}");
+    }
+}
+
+#[test]
+fn wrong_usage_exits_with_2_and_says_why() {
+    check_usage_error(&[], "Usage:");
+    check_usage_error(&["frobnicate"], "unrecognized subcommand");
+    check_usage_error(&["create", "--primary", "p"], "--size");
+    check_usage_error(&["create", "--primary", "p", "--size", "10GB"], "ambiguous");
+    check_usage_error(&["create", "--primary", "p", "--size", "1000"], "not a multiple of 512");
+    check_usage_error(&["create", "--primary", "p", "--size", "1G", "--serial", "123456789012345678901"], "20 bytes");
+    check_usage_error(&["serve", "--primary", "p"], "--socket-path");
+    check_usage_error(&["serve", "--primary", "p", "--socket-path", "s", "--fd", "3"], "cannot be used with");
+    check_usage_error(&["serve", "--primary", "p", "--fd", "1"], "1 is not in 3..");
+    check_usage_error(&["serve", "--primary", "p", "--fd", "3", "--create"], "--size");
+    check_usage_error(&["serve", "--primary", "p", "--fd", "3", "--io-engine", "magic"], "io_uring");
+    check_usage_error(&["serve", "--primary", "p", "--fd", "3", "--on-device-loss", "hold=x"], "hold=SECONDS");
+    check_usage_error(
+        &["serve", "--primary", "p", "--fd", "3", "--passthrough", "--spare", "s"],
+        "cannot be used with",
+    );
+    check_usage_error(&["status"], "--control-path");
+    check_usage_error(&["list", "--control-path", "c", "--lost", "--pending"], "cannot be used with");
+    check_usage_error(&["remap", "--control-path", "c", "15-8"], "ends before it starts");
+    check_usage_error(&["log-level", "--control-path", "c", "4"], "4 is not in 0..=3");
+    check_usage_error(&["fault", "add", "--control-path", "c", "--errno", "EWHAT"], "EIO");
+    check_usage_error(&["fault", "add", "--control-path", "c", "--probability", "2", "--seed", "1"], "no probability");
+}
+
+#[test]
+fn without_a_server_every_question_fails_in_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let ctl = dir.path().join("vm1.sock.ctl");
+    let ctl = ctl.to_str().unwrap();
+    for words in [
+        &["status"][..],
+        &["status", "--proc"],
+        &["list"],
+        &["events"],
+        &["events", "--follow"],
+        &["fault", "add"],
+        &["fault", "list"],
+        &["fault", "clear"],
+        &["clear"],
+        &["remap", "8"],
+        &["release", "8"],
+        &["save"],
+        &["ping"],
+        &["log-level", "1"],
+    ] {
+        let words = [words, &["--control-path", ctl]].concat();
+        check_failure(&words, &[ctl, "server may not be running", "--control-path"]);
+    }
+}
+
+#[test]
+fn a_socket_left_by_a_dead_server_is_told_from_a_missing_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let ctl = dir.path().join("ctl");
+    drop(std::os::unix::net::UnixListener::bind(&ctl).unwrap());
+    let ctl = ctl.to_str().unwrap();
+    check_failure(&["ping", "--control-path", ctl], &[ctl, "nobody answers"]);
+}
+
+#[test]
+fn capabilities_are_printed_whatever_else_is_asked() {
+    for words in [
+        &["--print-capabilities"][..],
+        &["--socket-path=/no", "--print-capabilities", "--no-such-option"],
+        &["serve", "--print-capabilities"],
+    ] {
+        let output = vhost_remap(words);
+        assert_eq!(output.status.code(), Some(0), "{words:?}");
+        assert_eq!(text(&output.stdout), "{\"type\":\"block\",\"features\":[\"read-only\",\"blk-file\"]}\n");
+        assert!(output.stderr.is_empty());
+    }
+}
+
+#[test]
+fn help_and_version_go_to_standard_output() {
+    let help = vhost_remap(&["--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    assert!(text(&help.stdout).contains("serve"));
+    let version = vhost_remap(&["--version"]);
+    assert_eq!(text(&version.stdout), format!("vhost-remap {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vhost-remap"))
+        .arg("--print-capabilities")
+        .stdout({
+            let (reader, writer) = std::io::pipe().unwrap();
+            drop(reader);
+            writer
+        })
+        .spawn()
+        .unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
