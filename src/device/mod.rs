@@ -7,9 +7,12 @@
 //! rules say. Nothing here knows what a slot, a map or a guest is.
 
 pub mod buffer;
+mod errno;
 pub mod fault;
+mod lock;
 pub mod memory;
 pub mod open;
+mod sys;
 pub mod threads;
 pub mod uring;
 
@@ -18,6 +21,7 @@ use std::os::fd::RawFd;
 
 use crate::units::Time;
 use buffer::IoSlice;
+pub use errno::{Errno, UnknownErrno};
 
 /// Which device of the volume an operation goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -80,16 +84,6 @@ pub struct Op {
     pub len: u64,
     /// The memory, borrowed until the completion: see [`Device::submit`].
     pub data: IoSlice,
-}
-
-/// A Linux error number, as a device returned it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Errno(pub i32);
-
-impl fmt::Display for Errno {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", std::io::Error::from_raw_os_error(self.0))
-    }
 }
 
 /// The end of an operation: all of it was done, or it failed (and then says nothing about any byte).
