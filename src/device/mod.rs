@@ -12,9 +12,12 @@ pub mod fault;
 mod lock;
 pub mod memory;
 pub mod open;
+mod operation;
+mod pool;
 mod sys;
 pub mod threads;
 pub mod uring;
+mod watch;
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -64,7 +67,8 @@ pub enum OpKind {
     Identify,
 }
 
-/// The submitter's name for an operation; it comes back in the [`Completion`].
+/// The submitter's name for an operation; it comes back in the [`Completion`]. The upper bit is
+/// reserved for devices that wrap others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tag(pub u64);
 
@@ -137,7 +141,7 @@ pub trait Device {
     fn in_flight(&self) -> usize;
 
     /// Start what is queued, wait as told if nothing is ready, and append what happened to `events`.
-    /// `now` is the current time of the caller's clock.
+    /// `now` is the current time of the caller's clock. A wait may end early with nothing to report.
     fn poll(&mut self, now: Time, wait: Wait, events: &mut Vec<Event>);
 }
 

@@ -326,7 +326,7 @@ fn finish(
 
 fn mtime_ns(stat: &rustix::fs::Stat) -> i64 {
     let nanoseconds = i64::try_from(stat.st_mtime_nsec).unwrap_or(0);
-    i64::from(stat.st_mtime).saturating_mul(1_000_000_000).saturating_add(nanoseconds)
+    stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
 }
 
 fn geometry_of(
