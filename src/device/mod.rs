@@ -7,17 +7,24 @@
 //! rules say. Nothing here knows what a slot, a map or a guest is.
 
 pub mod buffer;
+mod errno;
 pub mod fault;
+mod lock;
 pub mod memory;
 pub mod open;
+mod operation;
+mod pool;
+mod sys;
 pub mod threads;
 pub mod uring;
+mod watch;
 
 use std::fmt;
 use std::os::fd::RawFd;
 
 use crate::units::Time;
 use buffer::IoSlice;
+pub use errno::{Errno, UnknownErrno};
 
 /// Which device of the volume an operation goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -60,7 +67,8 @@ pub enum OpKind {
     Identify,
 }
 
-/// The submitter's name for an operation; it comes back in the [`Completion`].
+/// The submitter's name for an operation; it comes back in the [`Completion`]. The upper bit is
+/// reserved for devices that wrap others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tag(pub u64);
 
@@ -80,16 +88,6 @@ pub struct Op {
     pub len: u64,
     /// The memory, borrowed until the completion: see [`Device::submit`].
     pub data: IoSlice,
-}
-
-/// A Linux error number, as a device returned it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Errno(pub i32);
-
-impl fmt::Display for Errno {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", std::io::Error::from_raw_os_error(self.0))
-    }
 }
 
 /// The end of an operation: all of it was done, or it failed (and then says nothing about any byte).
@@ -143,7 +141,7 @@ pub trait Device {
     fn in_flight(&self) -> usize;
 
     /// Start what is queued, wait as told if nothing is ready, and append what happened to `events`.
-    /// `now` is the current time of the caller's clock.
+    /// `now` is the current time of the caller's clock. A wait may end early with nothing to report.
     fn poll(&mut self, now: Time, wait: Wait, events: &mut Vec<Event>);
 }
 
