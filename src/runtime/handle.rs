@@ -1,15 +1,56 @@
 //! The operator's side of a running volume.
 
-use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use super::report::{EventPage, ListEntry, ListFilter, StatusReport};
+use super::devices::Devices;
+use super::eventlog::EventLog;
+use super::healer::{Command, OpenedVolume};
+use super::mailbox::Outbox;
+use super::report::{
+    BlockReport, Counters, DeviceReport, EventPage, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
+};
+use super::worker::Clock;
+use crate::device::DeviceIndex;
 use crate::device::fault::FaultTable;
+use crate::engine::healer::{HealerStatus, Order, PoisonReport, Reply, Tally};
+use crate::engine::view::PrimaryState;
+use crate::units::{Sector, SectorRange};
 
-/// A cheap clone that any thread may ask. No answer waits for a disk.
-#[derive(Clone)]
-pub struct VolumeHandle {
-    faults: Option<Arc<FaultTable>>,
+/// The healer answers questions from memory; this much patience is for a machine in trouble.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Orders that work on devices may take as long as the ladders behind them.
+const ORDER_TIMEOUT: Duration = Duration::from_secs(3600);
+/// Requests older than this make `status` name them as hung.
+const HUNG_MS: u64 = 5000;
+
+/// What the front-end's side knows.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FrontEndState {
+    /// A front-end is connected.
+    pub connected: bool,
+    /// Age of the oldest request not answered.
+    pub oldest_in_flight_ms: u64,
 }
+
+/// What does not change while the volume is served.
+pub(super) struct Served {
+    pub(super) devices: Devices,
+    pub(super) opened: OpenedVolume,
+    pub(super) orders: Outbox<Command>,
+    pub(super) log: Arc<EventLog>,
+    pub(super) clock: Clock,
+    pub(super) epoch: u64,
+    pub(super) cache: &'static str,
+    pub(super) workers: u32,
+    pub(super) front_end: OnceLock<Box<dyn Fn() -> FrontEndState + Send + Sync>>,
+}
+
+/// A cheap clone that any thread may ask. No report waits for a disk.
+#[derive(Clone)]
+pub struct VolumeHandle(pub(super) Arc<Served>);
 
 /// Why an operator's order was not carried out: one line for a person.
 #[derive(Debug, thiserror::Error)]
@@ -17,24 +58,183 @@ pub struct VolumeHandle {
 pub struct Refused(pub String);
 
 impl VolumeHandle {
+    /// Say whom to ask about the front-end. Once.
+    pub fn set_front_end(&self, ask: impl Fn() -> FrontEndState + Send + Sync + 'static) {
+        let _ = self.0.front_end.set(Box::new(ask));
+    }
+
+    /// The volume's UUID.
+    pub fn uuid(&self) -> String {
+        self.0.opened.facts.set.to_string()
+    }
+
+    /// The volume's clock.
+    pub fn clock(&self) -> Clock {
+        self.0.clock
+    }
+
     /// The volume's state now.
+    ///
+    /// # Panics
+    /// When the healer's thread has died, which is a bug.
     pub fn status(&self) -> StatusReport {
-        todo!()
+        let Some(Reply::Status(healer)) = self.ask(Order::Status, ANSWER_TIMEOUT) else {
+            panic!("the healer answers a question for its status")
+        };
+        let served = &*self.0;
+        let front_end = served.front_end.get().map(|ask| ask()).unwrap_or_default();
+        let (state, messages) = self.judge(&healer, front_end);
+        StatusReport {
+            schema: SCHEMA_VERSION,
+            version: env!("CARGO_PKG_VERSION").into(),
+            volume: self.uuid(),
+            state,
+            messages,
+            devices: self.device_reports(&healer),
+            capacity_sectors: served.opened.geometry.capacity,
+            blocks: BlockReport {
+                remapped: healer.live as u64,
+                remaps_max: u64::from(served.opened.geometry.slots),
+                slots_free: healer.free as u64,
+                slots_retired: healer.retired as u64,
+                pending: healer.pending as u64,
+                lost_sectors: healer.lost_sectors,
+                in_doubt: healer.in_doubt,
+            },
+            counters: self.counters(&healer),
+            lifetime: lifetime(&healer.lifetime, &healer),
+            uptime_seconds: served.clock.now().0 / 1_000_000_000,
+            started: served.epoch,
+            io_engine: served.devices.engine.clone(),
+            cache: served.cache.into(),
+            workers: served.workers,
+            connected: front_end.connected,
+            oldest_in_flight_ms: front_end.oldest_in_flight_ms,
+            events_dropped: served.log.dropped(),
+        }
+    }
+
+    fn judge(&self, healer: &HealerStatus, front_end: FrontEndState) -> (Vec<String>, Vec<String>) {
+        let mut found: Vec<(&str, String)> = Vec::new();
+        let path = |device| self.path(device);
+        if let Some(poison) = &healer.poison {
+            found.push(("poisoned", poison_message(poison, &path(poison.device))));
+        }
+        if healer.mode.primary == PrimaryState::Gone {
+            let primary = path(DeviceIndex::PRIMARY);
+            found.push(("primary-gone", format!("{primary} does not answer: reattach it; see `events` for the error")));
+        }
+        if let Some(cause) = &healer.spare_down {
+            let spare = path(DeviceIndex::SPARE);
+            found.push(("spare-down", format!("{spare}: {cause}: {} remapped blocks cannot be used until it is back", healer.live)));
+        }
+        if healer.free == 0 && healer.live + healer.retired > 0 {
+            let slots = self.0.opened.geometry.slots;
+            found.push(("spare-full", format!("all {slots} slots are used: writes to further bad blocks fail; replace the primary")));
+        }
+        for place in &healer.retired_places {
+            found.push(("place-retired", format!("metadata at the spare's {place} is retired: one copy is left; replace the spare")));
+        }
+        if front_end.oldest_in_flight_ms > HUNG_MS {
+            let seconds = front_end.oldest_in_flight_ms / 1000;
+            let primary = path(DeviceIndex::PRIMARY);
+            found.push(("hung", format!("a request to {primary} has been under way for {seconds} s")));
+        }
+        if healer.mode.read_only {
+            found.push(("read-only", "nothing is written to either device".to_owned()));
+        }
+        if found.is_empty() {
+            return (vec!["ok".into()], Vec::new());
+        }
+        found.into_iter().map(|(state, message)| (state.to_owned(), message)).unzip()
+    }
+
+    fn path(&self, device: DeviceIndex) -> String {
+        let found = self.0.devices.get(device);
+        found.map_or_else(|| device.to_string(), |device| device.path.display().to_string())
+    }
+
+    fn device_reports(&self, healer: &HealerStatus) -> Vec<DeviceReport> {
+        let mode = healer.mode;
+        let present = [DeviceIndex::PRIMARY, DeviceIndex::SPARE].into_iter();
+        present
+            .filter_map(|index| {
+                let device = self.0.devices.get(index)?;
+                let [reads, writes, flushes] = healer.errors[usize::from(index.0)];
+                let up = match index {
+                    DeviceIndex::PRIMARY => mode.primary == PrimaryState::Up,
+                    _ => mode.spare_up,
+                };
+                Some(DeviceReport {
+                    role: index.to_string(),
+                    path: device.path.display().to_string(),
+                    state: match (up, index) {
+                        (true, _) => "up",
+                        (false, DeviceIndex::PRIMARY) => "gone",
+                        (false, _) => "down",
+                    }
+                    .into(),
+                    size: device.size(),
+                    logical_block: device.geometry.logical_block,
+                    read_errors: reads,
+                    write_errors: writes,
+                    flush_errors: flushes,
+                })
+            })
+            .collect()
+    }
+
+    fn counters(&self, healer: &HealerStatus) -> Counters {
+        let p = &self.0.opened.progress;
+        let requests = [&p.reads, &p.writes, &p.flushes, &p.discards, &p.read_bytes, &p.written_bytes];
+        counters(requests.map(|counter| counter.load(Relaxed)), &healer.tally, healer)
     }
 
     /// Blocks that are remapped, pending or hold lost sectors, by address, at most `limit` from sector `from`.
-    pub fn list(&self, _filter: ListFilter, _from: u64, _limit: usize) -> Vec<ListEntry> {
-        todo!()
+    pub fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Vec<ListEntry> {
+        const PAGE: usize = 4096;
+        let mut entries = Vec::new();
+        let mut from = Sector(from);
+        loop {
+            let Some(Reply::List(page)) = self.ask(Order::List { from, limit: PAGE }, ANSWER_TIMEOUT) else {
+                return entries;
+            };
+            let Some((last, _, _)) = page.last() else { return entries };
+            from = Sector(last.start().0 + 8);
+            for (block, state, _) in page {
+                let wanted = match filter {
+                    ListFilter::All => true,
+                    ListFilter::Lost => state.lost != 0,
+                    ListFilter::Pending => state.pending,
+                };
+                if !wanted {
+                    continue;
+                }
+                let exists = self.0.opened.geometry.sectors_of(block);
+                let names = [(state.slot.is_some(), "remapped"), (state.pending, "pending"), (state.in_doubt, "in-doubt")];
+                entries.push(ListEntry {
+                    sector: block.start().0,
+                    sectors: u32::try_from(exists.count).expect("at most 8"),
+                    state: names.iter().filter(|(is, _)| *is).map(|(_, name)| (*name).to_owned()).collect(),
+                    slot: state.slot.map(|slot| slot.0),
+                    lost: (0..8).filter(|bit| state.lost >> bit & 1 == 1).map(|bit| block.start().0 + bit).collect(),
+                    primary_stale: state.primary_stale,
+                });
+                if entries.len() >= limit {
+                    return entries;
+                }
+            }
+        }
     }
 
     /// Events after number `after`, at most `limit`.
-    pub fn events(&self, _after: u64, _limit: usize) -> EventPage {
-        todo!()
+    pub fn events(&self, after: u64, limit: usize) -> EventPage {
+        self.0.log.page(after, limit)
     }
 
     /// The fault rules, where the server was started with fault injection.
     pub fn faults(&self) -> Option<&Arc<FaultTable>> {
-        self.faults.as_ref()
+        self.0.devices.faults.as_ref()
     }
 
     /// Lift the poison of a failed flush and close tripped breakers.
@@ -42,23 +242,23 @@ impl VolumeHandle {
     /// # Errors
     /// When there is nothing to clear, or the cleared state could not be made durable.
     pub fn clear(&self) -> Result<String, Refused> {
-        todo!()
+        self.order(Order::Clear)
     }
 
     /// Move the blocks of `sectors` (start, count) to slots.
     ///
     /// # Errors
     /// When a sector is beyond the end, the spare is full or the data cannot be read.
-    pub fn remap(&self, _start: u64, _count: u64) -> Result<String, Refused> {
-        todo!()
+    pub fn remap(&self, start: u64, count: u64) -> Result<String, Refused> {
+        self.order(Order::Remap(SectorRange { start: Sector(start), count }))
     }
 
     /// Copy the blocks of the sectors back to the primary and free their slots.
     ///
     /// # Errors
     /// When a block is not remapped, or the primary does not take it.
-    pub fn release(&self, _start: u64, _count: u64) -> Result<String, Refused> {
-        todo!()
+    pub fn release(&self, start: u64, count: u64) -> Result<String, Refused> {
+        self.order(Order::Release(SectorRange { start: Sector(start), count }))
     }
 
     /// Write counters and the label's copy of the table now.
@@ -66,6 +266,71 @@ impl VolumeHandle {
     /// # Errors
     /// When the spare does not take them.
     pub fn save(&self) -> Result<String, Refused> {
-        todo!()
+        self.order(Order::Save)
     }
+
+    pub(super) fn order(&self, order: Order) -> Result<String, Refused> {
+        match self.ask(order, ORDER_TIMEOUT) {
+            Some(Reply::Done(result)) => result.map_err(Refused),
+            _ => Err(Refused("the volume did not answer: it is closing, or a device hangs; see `status`".into())),
+        }
+    }
+
+    pub(super) fn ask(&self, order: Order, timeout: Duration) -> Option<Reply> {
+        let (reply, answer) = sync_channel(1);
+        self.0.orders.send(Command::Order(order, reply));
+        answer.recv_timeout(timeout).ok()
+    }
+}
+
+fn poison_message(poison: &PoisonReport, path: &str) -> String {
+    let sectors: u64 = poison.ranges.iter().map(|(_, count)| count).sum();
+    let ranges: Vec<String> =
+        poison.ranges.iter().take(4).map(|(start, count)| format!("{start}-{}", start + count.saturating_sub(1))).collect();
+    let more = if poison.ranges.len() > 4 { ", …" } else { "" };
+    let persistent = if poison.persistent { "" } else { " (not persistent: no device took the note)" };
+    let list = if ranges.is_empty() { "none".to_owned() } else { format!("{}{more}", ranges.join(", ")) };
+    format!(
+        "{path}: a flush failed ({}){persistent}: of {sectors} sectors written since the last good one nobody knows ({list}); check them, then `clear`",
+        poison.errno
+    )
+}
+
+fn counters(requests: [u64; 6], tally: &Tally, healer: &HealerStatus) -> Counters {
+    let [reads, writes, flushes, discards, read_bytes, written_bytes] = requests;
+    Counters {
+        reads,
+        writes,
+        flushes,
+        discards,
+        read_bytes,
+        written_bytes,
+        guest_errors: tally.guest_errors,
+        device_errors: healer.errors.iter().flatten().sum(),
+        recovered_reads: tally.recovered_reads,
+        rewritten: tally.rewritten,
+        remaps: tally.remaps,
+        lost: tally.lost,
+        healed: tally.healed,
+        health_scans: tally.health_scans,
+        commits: tally.commits,
+        metadata_repairs: tally.metadata_repairs,
+    }
+}
+
+/// The saved counters, in their order on the spare.
+fn lifetime(values: &[u64], healer: &HealerStatus) -> Counters {
+    let at = |i: usize| values.get(i).copied().unwrap_or(0);
+    let tally = Tally {
+        guest_errors: at(6),
+        recovered_reads: at(7),
+        rewritten: at(8),
+        remaps: at(9),
+        lost: at(10),
+        healed: at(11),
+        health_scans: at(12),
+        commits: at(13),
+        metadata_repairs: at(14),
+    };
+    counters(std::array::from_fn(at), &tally, healer)
 }
