@@ -6,8 +6,10 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, Subcommand};
 
-use super::fault::FaultErrno;
+use super::fault::{self, FaultErrno};
 use super::parse;
+use crate::device::DeviceIndex;
+use crate::device::fault::FaultOp;
 use crate::runtime::options::{Cache, FailOrHold, IoEngine};
 use crate::runtime::report::ListFilter;
 use crate::units::SectorRange;
@@ -265,23 +267,25 @@ pub enum FaultCommand {
 vhost-remap fault add --control-path /run/vm1.sock.ctl --ops read,write --sectors 2048-2055\n  \
 vhost-remap fault add --control-path /run/vm1.sock.ctl --ops read --sectors 4096 --until-rewritten\n  \
 vhost-remap fault add --control-path /run/vm1.sock.ctl --ops flush --count 1\n  \
-vhost-remap fault add --control-path /run/vm1.sock.ctl --delay 200 --errno none --probability 0.01 --seed 7")]
+vhost-remap fault add --control-path /run/vm1.sock.ctl --delay 200 --probability 0.01 --seed 7")]
 pub struct FaultAddArgs {
     /// Server.
     #[command(flatten)]
     pub control: ControlArgs,
     /// Which device fails.
-    #[arg(long, default_value = "primary", value_parser = ["primary", "spare"])]
-    pub device: String,
+    #[arg(long, default_value = "primary", value_parser = PossibleValuesParser::new(["primary", "spare"]).try_map(|name| fault::device(&name)))]
+    pub device: DeviceIndex,
     /// Which operations.
-    #[arg(long, value_name = "OP,…", value_delimiter = ',', default_value = "read,write", value_parser = ["read", "write", "flush", "discard"])]
-    pub ops: Vec<String>,
-    /// Only operations that touch these sectors of the device; may be repeated [default: all].
+    #[arg(long, value_name = "OP,…", value_delimiter = ',', default_value = "read,write",
+        value_parser = PossibleValuesParser::new(["read", "write", "flush", "discard", "identify"]).try_map(|name| fault::op(&name)))]
+    pub ops: Vec<FaultOp>,
+    /// Only operations that touch these sectors of the device [default: all]. May be repeated: each
+    /// range becomes a rule of its own.
     #[arg(long, value_name = "A-B", value_parser = parse::sectors)]
     pub sectors: Vec<SectorRange>,
-    /// The error, by name or number; `none` only delays.
-    #[arg(long, value_name = "ERRNO", default_value = "EIO")]
-    pub errno: FaultErrno,
+    /// The error, by name or number; `none` only delays [default: EIO; none with --delay].
+    #[arg(long, value_name = "ERRNO")]
+    pub errno: Option<FaultErrno>,
     /// Fail only so many operations.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
@@ -292,12 +296,12 @@ pub struct FaultAddArgs {
     #[arg(long, value_name = "MS")]
     pub delay: Option<u64>,
     /// Match with this probability only.
-    #[arg(long, value_name = "P", value_parser = probability, requires = "seed")]
-    pub probability: Option<f64>,
-    /// Seed of the dice for --probability.
-    #[arg(long, value_name = "N", requires = "probability")]
-    pub seed: Option<u64>,
-    /// Failing operations take effect in part, as real disks do.
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability, hide_default_value = true)]
+    pub probability: f64,
+    /// Seed of the dice for --probability: the same operations meet the same fate.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// A failing write still writes the sectors outside of --sectors, as real disks do.
     #[arg(long)]
     pub partial: bool,
 }

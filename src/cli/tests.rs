@@ -9,6 +9,7 @@ use super::{Args, with_subcommand};
 use crate::control::tests::Running;
 use crate::control::volume::Order;
 use crate::control::volume::scripted::{ScriptedVolume, entry, event};
+use crate::device::fault::FaultTable;
 use crate::runtime::options::{Cache, CreateIfAbsent, FailOrHold, IoEngine, Listen, ServeOptions, VolumeShape};
 use crate::units::{Sector, SectorRange};
 
@@ -86,6 +87,32 @@ fn a_named_volume_is_asked_for() {
     assert_eq!(*volumes[1].orders.lock().unwrap(), [Order::Save]);
     let error = typed(&running, "save --control-path CTL --volume a&b=c").unwrap_err().to_string();
     assert!(error.contains("no volume \"a&b=c\""), "{error}");
+}
+
+#[test]
+fn faults_are_added_listed_and_cleared() {
+    let mut volume = ScriptedVolume::new();
+    volume.faults = Some(std::sync::Arc::new(FaultTable::new()));
+    let (running, _) = Running::one(volume);
+    let fault = |words: &str| typed(&running, &format!("fault {words} --control-path CTL"));
+    assert_eq!(fault("list").unwrap(), "no fault rules\n");
+    assert_eq!(fault("add --sectors 8-15 --sectors 64 --ops read --count 2").unwrap().lines().count(), 2);
+    let json = fault("add --device spare --ops flush --delay 5 --json").unwrap();
+    assert_eq!(json, "{\"id\":3}\n");
+    fault("add --errno ETIMEDOUT --until-rewritten --partial --probability 0.5 --seed 7 --sectors 1").unwrap();
+    let expected = "\
+ID  DEVICE   OPS         SECTORS  ERROR      HITS  DETAILS
+ 1  primary  read        8-15     EIO           0  2 more times
+ 2  primary  read        64       EIO           0  2 more times
+ 3  spare    flush       all      none          0  delay 5 ms
+ 4  primary  read,write  1        ETIMEDOUT     0  until rewritten, probability 0.5 (seed 7), partial effect
+";
+    assert_eq!(fault("list").unwrap(), expected);
+    assert_eq!(fault("clear 2").unwrap(), "fault rules removed: 1\n");
+    assert!(fault("clear 2").unwrap_err().to_string().contains("no fault rule 2"));
+    assert_eq!(fault("clear").unwrap(), "fault rules removed: 3\n");
+    let error = fault("add --errno none").unwrap_err().to_string();
+    assert!(error.contains("the rule does nothing"), "{error}");
 }
 
 fn serve_options_of(words: &str) -> ServeOptions {

@@ -6,7 +6,9 @@
 //! | `GET /v1/status` | [`StatusReport`](crate::runtime::report::StatusReport) |
 //! | `GET /v1/list?filter=all\|lost\|pending&from=SECTOR&limit=N` | [`ListPage`] |
 //! | `GET /v1/events?after=SEQ&limit=N&wait=SECONDS` | [`EventPage`](crate::runtime::report::EventPage) |
-//! | `GET /v1/faults`, `POST /v1/faults`, `DELETE /v1/faults[/ID]` | [`FaultList`], [`FaultAdded`], [`FaultsCleared`] |
+//! | `GET /v1/faults` | [`FaultList`] |
+//! | `POST /v1/faults` with a [`FaultRule`](crate::device::fault::FaultRule) | [`FaultAdded`] |
+//! | `DELETE /v1/faults`, `DELETE /v1/faults/ID` | [`FaultsCleared`] |
 //! | `POST /v1/clear`, `POST /v1/save` | [`Done`] |
 //! | `POST /v1/remap`, `POST /v1/release` with [`Sectors`] | [`Done`] |
 //! | `POST /v1/log-level` with [`LogLevel`] | [`LogLevel`] |
@@ -17,6 +19,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::fault::FaultReport;
 use crate::runtime::report::{ListEntry, ListFilter};
 
 /// The most rows of `list` in one answer.
@@ -108,32 +111,6 @@ pub struct LogLevel {
     pub level: u8,
 }
 
-/// A fault rule as an operator states it: matching operations fail or are delayed.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct FaultSpec {
-    /// `primary` or `spare`.
-    pub device: String,
-    /// Of `read`, `write`, `flush`, `discard`.
-    pub ops: Vec<String>,
-    /// Sectors of the device; all where empty.
-    pub sectors: Vec<Sectors>,
-    /// Linux error number; absent where operations are only delayed.
-    pub errno: Option<i32>,
-    /// How many operations; without end where absent.
-    pub count: Option<u64>,
-    /// Whether a sector is good again once it was written.
-    pub until_rewritten: bool,
-    /// Delay of matching operations in milliseconds.
-    pub delay_ms: u64,
-    /// Chance that an operation matches; 1 where absent.
-    pub probability: Option<f64>,
-    /// Seed of the dice.
-    pub seed: Option<u64>,
-    /// Whether failing operations take effect in part.
-    pub partial: bool,
-}
-
 /// A rule was added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultAdded {
@@ -144,20 +121,8 @@ pub struct FaultAdded {
 /// The fault rules.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FaultList {
-    /// By number.
-    pub rules: Vec<ActiveFault>,
-}
-
-/// A fault rule in force.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ActiveFault {
-    /// Its number.
-    pub id: u64,
-    /// How often it matched.
-    pub hits: u64,
-    /// The rule.
-    #[serde(flatten)]
-    pub spec: FaultSpec,
+    /// In the order in which they are asked.
+    pub rules: Vec<FaultReport>,
 }
 
 /// Rules were removed.
