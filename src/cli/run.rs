@@ -17,9 +17,9 @@ use crate::runtime::options::{
     AdoptOptions, CreateIfAbsent, CreateOptions, Listen, MAX_REMAPS_DEFAULT, ServeOptions, VolumeShape,
 };
 use crate::runtime::report::{EventPage, ListFilter, StatusReport};
-use crate::runtime::serve::{ServeError, serve};
 use crate::runtime::signals;
 use crate::runtime::volume::{MakeError, adopt, create};
+use crate::serve::{ServeError, serve};
 
 /// How long the server puts off its answer while `events --follow` waits for something to happen.
 const FOLLOW_WAIT_SECONDS: u64 = 30;

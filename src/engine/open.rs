@@ -231,6 +231,13 @@ impl Opening {
         Opening(Script::start(|io| async move { open(&io, &params).await }))
     }
 
+    /// A primary served as it is, without spare or metadata: nothing is ever remapped. To be opened with
+    /// [`super::healer::Policy::passthrough`].
+    pub fn passthrough(primary: &DeviceFacts, serial: [u8; 20], read_only: bool) -> Opening {
+        let opened = passthrough(primary, serial, read_only);
+        Opening(Script::start(|_| async move { Ok(opened) }))
+    }
+
     /// Report what has completed, and get the operations to submit. Finished when [`Opening::is_done`].
     pub fn step(&mut self, now: Time, completions: &[Completion], ops: &mut Vec<Op>) {
         self.0.step(now, completions, ops);
@@ -648,6 +655,37 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         tally,
         events,
     })
+}
+
+fn passthrough(primary: &DeviceFacts, serial: [u8; 20], read_only: bool) -> Opened {
+    let layout = Layout::new(u64::MAX / 2, crate::volume::layout::REMAPS_MIN).expect("a spare that large holds it");
+    let params = CreateParams {
+        primary: primary.clone(),
+        spare: primary.clone(),
+        capacity: primary.size / SECTOR_SIZE,
+        labelled: false,
+        max_remaps: layout.max_remaps,
+        set: Uuid::nil(),
+        devices: [Uuid::nil(); 2],
+        serial,
+        now: 0,
+    };
+    let (capacity, logical_block) = (params.capacity, primary.logical_block);
+    Opened {
+        geometry: Geometry { capacity, logical_block, slots_start: 0, slots: 0 },
+        layout,
+        label: None,
+        superblock: new_superblock(&params, &layout, None),
+        table: Table::new(layout.max_remaps),
+        map: Map::new(capacity.div_ceil(SECTORS_PER_BLOCK)),
+        superseded: Vec::new(),
+        poison: Poison::default(),
+        saved: Vec::new(),
+        saved_sequence: 0,
+        read_only,
+        tally: Tally::default(),
+        events: Vec::new(),
+    }
 }
 
 /// Bring every live place to the newest state, flush, and only then begin a new generation, the spare

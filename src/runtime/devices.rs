@@ -36,9 +36,9 @@ impl Devices {
     pub fn new(set: DeviceSet, engine: IoEngine, faults: Option<Arc<FaultTable>>) -> io::Result<Devices> {
         let tried = match engine {
             IoEngine::Threads => Err("as asked for".to_owned()),
-            IoEngine::Auto | IoEngine::IoUring => UringReactor::new(&set, 8).map(drop).map_err(|error| {
-                format!("io_uring cannot be used on this host: {error}")
-            }),
+            IoEngine::Auto | IoEngine::IoUring => UringReactor::new(&set, 8)
+                .map(drop)
+                .map_err(|error| format!("io_uring cannot be used on this host: {error}")),
         };
         let (uring, engine) = match (tried, engine) {
             (Ok(()), _) => (true, "io_uring".to_owned()),

@@ -126,14 +126,23 @@ impl VolumeHandle {
         }
         if let Some(cause) = &healer.spare_down {
             let spare = path(DeviceIndex::SPARE);
-            found.push(("spare-down", format!("{spare}: {cause}: {} remapped blocks cannot be used until it is back", healer.live)));
+            found.push((
+                "spare-down",
+                format!("{spare}: {cause}: {} remapped blocks cannot be used until it is back", healer.live),
+            ));
         }
         if healer.free == 0 && healer.live + healer.retired > 0 {
             let slots = self.0.opened.geometry.slots;
-            found.push(("spare-full", format!("all {slots} slots are used: writes to further bad blocks fail; replace the primary")));
+            found.push((
+                "spare-full",
+                format!("all {slots} slots are used: writes to further bad blocks fail; replace the primary"),
+            ));
         }
         for place in &healer.retired_places {
-            found.push(("place-retired", format!("metadata at the spare's {place} is retired: one copy is left; replace the spare")));
+            found.push((
+                "place-retired",
+                format!("metadata at the spare's {place} is retired: one copy is left; replace the spare"),
+            ));
         }
         if front_end.oldest_in_flight_ms > HUNG_MS {
             let seconds = front_end.oldest_in_flight_ms / 1000;
@@ -211,7 +220,8 @@ impl VolumeHandle {
                     continue;
                 }
                 let exists = self.0.opened.geometry.sectors_of(block);
-                let names = [(state.slot.is_some(), "remapped"), (state.pending, "pending"), (state.in_doubt, "in-doubt")];
+                let names =
+                    [(state.slot.is_some(), "remapped"), (state.pending, "pending"), (state.in_doubt, "in-doubt")];
                 entries.push(ListEntry {
                     sector: block.start().0,
                     sectors: u32::try_from(exists.count).expect("at most 8"),
@@ -285,8 +295,12 @@ impl VolumeHandle {
 
 fn poison_message(poison: &PoisonReport, path: &str) -> String {
     let sectors: u64 = poison.ranges.iter().map(|(_, count)| count).sum();
-    let ranges: Vec<String> =
-        poison.ranges.iter().take(4).map(|(start, count)| format!("{start}-{}", start + count.saturating_sub(1))).collect();
+    let ranges: Vec<String> = poison
+        .ranges
+        .iter()
+        .take(4)
+        .map(|(start, count)| format!("{start}-{}", start + count.saturating_sub(1)))
+        .collect();
     let more = if poison.ranges.len() > 4 { ", …" } else { "" };
     let persistent = if poison.persistent { "" } else { " (not persistent: no device took the note)" };
     let list = if ranges.is_empty() { "none".to_owned() } else { format!("{}{more}", ranges.join(", ")) };

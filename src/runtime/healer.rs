@@ -112,7 +112,8 @@ impl HealerThread {
             }
             .run();
         })?;
-        let opened = wait.recv().map_err(|_| io::Error::other("the healer's thread ended before the volume was open"))??;
+        let opened =
+            wait.recv().map_err(|_| io::Error::other("the healer's thread ended before the volume was open"))??;
         Ok((HealerThread { thread: Some(thread), shards, orders }, opened))
     }
 }

@@ -1,10 +1,12 @@
 //! Threads and wiring: the engine's state machines driven by real devices and clocks.
 
+pub mod devices;
+pub mod eventlog;
 pub mod handle;
+pub mod healer;
 pub mod mailbox;
 pub mod options;
 pub mod report;
-pub mod serve;
 pub mod signals;
 pub mod volume;
 pub mod worker;

@@ -41,7 +41,7 @@ use crate::volume::table::Table;
 
 use failure::Failure;
 pub use flush::PoisonReport;
-pub use operator::{Order, OrderId, Reply};
+pub use operator::{HealerStatus, Order, OrderId, Reply};
 
 /// Repairs under way at a time, at most. Others wait in order; each holds at most [`CHUNK_SECTORS`] of
 /// data, so this bounds the healer's memory too.
@@ -301,7 +301,7 @@ impl Healer {
 impl Core {
     /// Background work of a freshly opened volume.
     fn start(self: &Rc<Self>, superseded: Vec<crate::units::Slot>) {
-        if self.mode.get().read_only || !self.mode.get().spare_up {
+        if self.mode.get().read_only || self.policy.passthrough {
             return;
         }
         if !superseded.is_empty() {

@@ -215,7 +215,7 @@ impl Core {
             }
         }
         self.note_good(SectorRange { start: good_from, count: run.range.end().0 - good_from.0 });
-        self.report_read(&run, &ladder, &bad, |from, len| sectors(from, len));
+        self.report_read(&run, &ladder, &bad, sectors);
         let cause = ladder.errno.map_or_else(String::new, |errno| errno.to_string());
         let failure = Failure::new(Some(run.device), format!("unreadable after {RETRIES} retries: {cause}"));
         Ok(ReadRun { data: ladder.data, skip: usize::try_from(skip).expect("less than a block"), bad, failure })
