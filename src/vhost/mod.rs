@@ -9,8 +9,10 @@
 //! Nothing here knows what a slot or a map is; nothing below knows what a descriptor is.
 
 pub mod chain;
+pub mod config;
 pub mod inflight;
 pub mod memory;
+pub mod request;
 pub mod ring;
 
 #[cfg(test)]
