@@ -10,10 +10,15 @@
 
 pub mod chain;
 pub mod config;
+pub mod device;
 pub mod inflight;
 pub mod memory;
+pub(crate) mod queue;
 pub mod request;
 pub mod ring;
+pub(crate) mod slots;
+pub mod status;
+pub mod worker;
 
 #[cfg(test)]
 mod testing;
