@@ -7,4 +7,5 @@ pub mod device;
 pub mod engine;
 pub mod runtime;
 pub mod units;
+pub mod vhost;
 pub mod volume;

@@ -1,0 +1,446 @@
+//! The protocol thread's half of a connection: what the front-end said, turned into orders to workers.
+//!
+//! Nothing here waits for the disk except the messages that promise it: GET_VRING_BASE, removals of memory,
+//! RESET_DEVICE, and the end of the connection.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures};
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::QUEUE_SIZE_MAX;
+use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
+use super::inflight::InflightRegion;
+use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
+use super::ring::{Ring, RingAddresses, RingError};
+use super::worker::{Command, QueueKick, StartQueue, StopHow};
+use crate::runtime::mailbox::Outbox;
+
+/// After this long a drain is reported: the device does not return requests.
+const SLOW_DRAIN: Duration = Duration::from_secs(5);
+
+/// What the front-end has said of a queue.
+#[derive(Default)]
+struct QueueSetup {
+    size: u16,
+    addresses: Option<RingAddresses>,
+    base: u16,
+    kick: Option<QueueKick>,
+    call: Option<OwnedFd>,
+    err: Option<OwnedFd>,
+    enabled: bool,
+    started: bool,
+}
+
+/// One connection.
+pub(crate) struct Session {
+    device: Arc<BlkDevice>,
+    workers: Vec<Outbox<Command>>,
+    queues: Vec<QueueSetup>,
+    memory: Arc<MemoryMap>,
+    inflight: Option<Arc<InflightRegion>>,
+    features: u64,
+}
+
+/// A refusal that the crate has answered, where an answer was asked for; the connection goes on.
+fn refuse(reason: impl std::fmt::Display) -> Error {
+    Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, reason.to_string()))
+}
+
+/// Whether the connection goes on after `error`.
+pub(crate) fn is_refusal(error: &Error) -> bool {
+    matches!(error, Error::ReqHandlerError(_))
+}
+
+fn address_of(region: &VhostUserMemoryRegion) -> RegionAddress {
+    RegionAddress {
+        guest: region.guest_phys_addr,
+        user: region.user_addr,
+        len: region.memory_size,
+        offset: region.mmap_offset,
+    }
+}
+
+impl Session {
+    pub(crate) fn new(device: Arc<BlkDevice>, workers: Vec<Outbox<Command>>, queues: u16) -> Session {
+        let queues = std::iter::repeat_with(QueueSetup::default).take(usize::from(queues)).collect();
+        Session { device, workers, queues, memory: Arc::new(MemoryMap::new()), inflight: None, features: 0 }
+    }
+
+    /// The end of the connection: every queue is stopped, the device has returned everything, and guest memory
+    /// is no longer used. Requests that no device worked on stay in the in-flight region.
+    pub(crate) fn close(&mut self) {
+        if let Err(error) =
+            self.stop_all(StopHow::Leave).and_then(|()| self.use_memory(MemoryMap::new(), RegionBits(u64::MAX)))
+        {
+            log::error!("the connection cannot be wound up: {error}");
+        }
+        self.inflight = None;
+    }
+
+    fn worker(&self, index: u16) -> &Outbox<Command> {
+        // Fixed: a queue's requests never change threads.
+        &self.workers[usize::from(index) % self.workers.len()]
+    }
+
+    fn queue(&mut self, index: u32) -> Result<(u16, &mut QueueSetup)> {
+        let number = u16::try_from(index).map_err(|_| refuse(format!("there is no queue {index}")))?;
+        let queue = self.queues.get_mut(usize::from(number));
+        queue.map(|queue| (number, queue)).ok_or_else(|| refuse(format!("there is no queue {index}")))
+    }
+
+    /// Start a queue once everything is known: with its kick, or late ones when they are enabled.
+    fn start_if_ready(&mut self, index: u32) -> Result<()> {
+        let event_idx = self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let memory = self.memory.clone();
+        let inflight = self.inflight.clone();
+        let (number, queue) = self.queue(index)?;
+        let Some(addresses) = queue.addresses.filter(|_| queue.kick.is_some() && queue.size > 0 && !queue.started)
+        else {
+            return Ok(());
+        };
+        // The worker translates for itself; here it is checked so that the front-end hears of errors.
+        Ring::new(&memory, addresses, queue.size, queue.base, event_idx).map_err(refuse)?;
+        let start = StartQueue {
+            index: number,
+            addresses,
+            size: queue.size,
+            next_avail: queue.base,
+            event_idx,
+            inflight,
+            kick: queue.kick.take().expect("just seen"),
+            call: duplicate(queue.call.as_ref()),
+            err: duplicate(queue.err.as_ref()),
+            enabled: queue.enabled,
+        };
+        queue.started = true;
+        self.worker(number).send(Command::Start(Box::new(start)));
+        Ok(())
+    }
+
+    /// Order a stop; the receiver gets the next avail entry, or is closed if the worker did not serve the queue.
+    fn order_stop(&mut self, index: u16, how: StopHow) -> Receiver<u16> {
+        let (reply, stopped) = channel();
+        self.worker(index).send(Command::Stop { queue: index, how, reply });
+        stopped
+    }
+
+    fn finish_stop(&mut self, index: u16, stopped: &Receiver<u16>) -> Result<()> {
+        let base = wait(stopped, || format!("queue {index}"));
+        let queue = &mut self.queues[usize::from(index)];
+        queue.started = false;
+        queue.kick = None;
+        // A queue that its worker could not start has taken nothing.
+        queue.base = base.unwrap_or(queue.base);
+        Ok(())
+    }
+
+    fn stop_all(&mut self, how: StopHow) -> Result<()> {
+        let started = self.queues.iter().enumerate().filter(|(_, queue)| queue.started);
+        let started: Vec<u16> = started.map(|(i, _)| u16::try_from(i).expect("at most 64 queues")).collect();
+        let stops: Vec<_> = started.into_iter().map(|index| (index, self.order_stop(index, how))).collect();
+        stops.iter().try_for_each(|(index, stopped)| self.finish_stop(*index, stopped))
+    }
+
+    /// Change the memory of all workers and wait until no request uses `removed` (O5).
+    fn use_memory(&mut self, map: MemoryMap, removed: RegionBits) -> Result<()> {
+        self.memory = Arc::new(map);
+        let (done, ends) = channel();
+        for worker in &self.workers {
+            worker.send(Command::Memory { map: self.memory.clone(), removed, done: done.clone() });
+        }
+        drop(done);
+        if removed != RegionBits::default() {
+            for _ in &self.workers {
+                wait(&ends, || "memory that is being removed".to_string());
+            }
+        }
+        Ok(())
+    }
+
+    fn event_fd(file: Option<File>) -> Option<OwnedFd> {
+        file.map(OwnedFd::from)
+    }
+}
+
+fn duplicate(fd: Option<&OwnedFd>) -> Option<OwnedFd> {
+    fd.and_then(|fd| fd.try_clone().inspect_err(|error| log::error!("an eventfd is lost: {error}")).ok())
+}
+
+/// Wait for a worker, and say so when it takes long. `None` if the worker had nothing to say.
+fn wait<T>(from: &Receiver<T>, what: impl Fn() -> String) -> Option<T> {
+    let mut reported = false;
+    loop {
+        match from.recv_timeout(SLOW_DRAIN) {
+            Ok(value) => return Some(value),
+            Err(RecvTimeoutError::Disconnected) => return None,
+            Err(RecvTimeoutError::Timeout) if !reported => {
+                log::warn!("{}: waiting for requests that the device does not return", what());
+                reported = true;
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        // Deprecated and without a common meaning; the spec advises to ignore it.
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.stop_all(StopHow::Discard)?;
+        for queue in &mut self.queues {
+            queue.enabled = false;
+            queue.base = 0;
+        }
+        self.inflight = None;
+        self.device.reset();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.device.offered_features())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.device.offered_features();
+        if unknown != 0 {
+            return Err(refuse(format!("features {unknown:#x} were not offered")));
+        }
+        self.features = features;
+        self.device.negotiated(features);
+        if features & (1 << VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
+            // Without protocol features there is no SET_VRING_ENABLE: rings start enabled.
+            for index in 0..self.queues.len() {
+                self.set_vring_enable(u32::try_from(index).expect("at most 64 queues"), true)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let regions: Vec<_> = regions.iter().map(address_of).zip(files).collect();
+        let (map, removed) = self.memory.replaced_by(&regions).map_err(refuse)?;
+        self.use_memory(map, removed)?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= QUEUE_SIZE_MAX);
+        let size = size.ok_or_else(|| refuse(RingError::Size(num)))?;
+        let (number, queue) = self.queue(index)?;
+        if queue.started && queue.size != size {
+            return Err(refuse(format!("queue {number} is started: its size stays")));
+        }
+        queue.size = size;
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let addresses = RingAddresses { descriptors: descriptor, avail: available, used };
+        let memory = self.memory.clone();
+        let (number, queue) = self.queue(index)?;
+        let moved = queue.addresses.replace(addresses) != Some(addresses);
+        if queue.started && moved {
+            Ring::new(&memory, addresses, queue.size, 0, false).map_err(refuse)?;
+            self.worker(number).send(Command::Addresses { queue: number, addresses });
+        }
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let (number, queue) = self.queue(index)?;
+        if queue.started {
+            return Err(refuse(format!("queue {number} is started: its place stays")));
+        }
+        // The upper half belongs to packed rings.
+        queue.base = u16::try_from(base & 0xffff).expect("masked");
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        // Its only answer is a state: an error must end the connection, or the front-end waits for ever.
+        let (number, started) =
+            self.queue(index).map(|(number, queue)| (number, queue.started)).map_err(|_| Error::InvalidParam)?;
+        if started {
+            let stopped = self.order_stop(number, StopHow::Drain);
+            self.finish_stop(number, &stopped)?;
+        }
+        let queue = &mut self.queues[usize::from(number)];
+        queue.kick = None;
+        Ok(VhostUserVringState::new(index, u32::from(queue.base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let kick = Self::event_fd(fd).map_or(QueueKick::Polled, QueueKick::Fd);
+        let (number, queue) = self.queue(u32::from(index))?;
+        if queue.started {
+            self.worker(number).send(Command::Kick { queue: number, kick });
+            return Ok(());
+        }
+        queue.kick = Some(kick);
+        self.start_if_ready(u32::from(index))
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let (number, queue) = self.queue(u32::from(index))?;
+        queue.call = Self::event_fd(fd);
+        if queue.started {
+            let call = duplicate(queue.call.as_ref());
+            self.worker(number).send(Command::Call { queue: number, call });
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let (number, queue) = self.queue(u32::from(index))?;
+        queue.err = Self::event_fd(fd);
+        if queue.started {
+            let err = duplicate(queue.err.as_ref());
+            self.worker(number).send(Command::Err { queue: number, err });
+        }
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        // Only what works: the crate drops STATUS, and has no sender for what BACKEND_REQ is good for.
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE)
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+        // The crate keeps them. Reconnecting front-ends send this without having asked first.
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(u64::try_from(self.queues.len()).expect("at most 64 queues"))
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let (number, queue) = self.queue(index)?;
+        queue.enabled = enable;
+        if queue.started {
+            self.worker(number).send(Command::Enable { queue: number, enabled: enable });
+            Ok(())
+        } else if enable {
+            // QEMU enables rings that were never set up, too: nothing starts then.
+            self.start_if_ready(index)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        Ok(self.device.read_config(offset, size))
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        // Flags differ between front-ends for the same thing: 0 in the spec, 1 in rust-vmm's.
+        self.device.write_config(offset, buf).map_err(refuse)
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        Err(refuse("this is no GPU"))
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(refuse("there are no shared objects"))
+    }
+
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = (inflight.num_queues, inflight.queue_size);
+        // As for GET_VRING_BASE, no refusal can be said but by ending the connection.
+        let (file, len) = InflightRegion::create(queues, size).map_err(|error| {
+            log::warn!("{error}");
+            Error::InvalidParam
+        })?;
+        Ok((VhostUserInflight::new(len, 0, queues, size), file))
+    }
+
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let (offset, len) = (inflight.mmap_offset, inflight.mmap_size);
+        let region = InflightRegion::map(&file, offset, len, inflight.num_queues, inflight.queue_size);
+        self.inflight = Some(Arc::new(region.map_err(refuse)?));
+        Ok(())
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(u64::try_from(REGIONS_MAX).expect("a constant"))
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        let map = self.memory.with_region(address_of(region), &fd).map_err(refuse)?;
+        self.use_memory(map, RegionBits::default())?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let address = address_of(region);
+        let (map, removed) = self
+            .memory
+            .without_region(address)
+            .ok_or_else(|| refuse(format!("there is no region of {:#x} bytes at {:#x}", address.len, address.guest)))?;
+        self.use_memory(map, removed)
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        Err(refuse("there is no state to transfer"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(refuse("there is no state to transfer"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Error::InvalidOperation("there is no shared memory"))
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(Error::InvalidOperation("dirty logging was not offered"))
+    }
+}

@@ -1,0 +1,145 @@
+//! The requests a worker has taken and not yet answered.
+
+use super::chain::StatusByte;
+use super::memory::RegionBits;
+use crate::engine::request::Token;
+use crate::units::Time;
+
+/// No slot: the end of a list.
+const NONE: u32 = u32::MAX;
+
+/// A request taken from a queue.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    /// Queue of the device.
+    pub(crate) queue: u16,
+    /// Its chain.
+    pub(crate) head: u16,
+    /// Its place in the avail ring; `None` where it was found in the in-flight region.
+    pub(crate) position: Option<u16>,
+    /// Where its status goes.
+    pub(crate) status: StatusByte,
+    /// The used length if it ends well.
+    pub(crate) written: u32,
+    /// When it was taken.
+    pub(crate) started: Time,
+    /// Regions that it, or its ring, lies in.
+    pub(crate) regions: RegionBits,
+}
+
+#[derive(Debug)]
+struct Slot {
+    taken: Option<Taken>,
+    serial: u64,
+    previous: u32,
+    next: u32,
+}
+
+/// A table of requests by token, which also knows their order.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    slots: Vec<Slot>,
+    free: u32,
+    oldest: u32,
+    newest: u32,
+    len: usize,
+    serial: u64,
+}
+
+impl Slots {
+    pub(crate) fn new() -> Slots {
+        Slots { slots: Vec::new(), free: NONE, oldest: NONE, newest: NONE, len: 0, serial: 0 }
+    }
+
+    /// Requests in the table.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Number that the next request gets: those in the table have smaller ones.
+    pub(crate) fn next_serial(&self) -> u64 {
+        self.serial
+    }
+
+    /// When the oldest request was taken.
+    pub(crate) fn oldest_start(&self) -> Option<Time> {
+        self.get(self.oldest).and_then(|slot| slot.taken.as_ref()).map(|taken| taken.started)
+    }
+
+    /// Add a request.
+    pub(crate) fn insert(&mut self, taken: Taken) -> Token {
+        let index = if self.free == NONE {
+            // Bounded by the sizes of all queues: a head is taken once.
+            self.slots.push(Slot { taken: None, serial: 0, previous: NONE, next: NONE });
+            u32::try_from(self.slots.len() - 1).expect("64 queues of 32768 entries fit")
+        } else {
+            let index = self.free;
+            self.free = self.at(index).next;
+            index
+        };
+        let (serial, newest) = (self.serial, self.newest);
+        *self.at(index) = Slot { taken: Some(taken), serial, previous: newest, next: NONE };
+        self.link(newest, |slot| &mut slot.next, index);
+        self.newest = index;
+        if self.oldest == NONE {
+            self.oldest = index;
+        }
+        self.serial += 1;
+        self.len += 1;
+        Token(index)
+    }
+
+    /// Take a request out.
+    ///
+    /// # Panics
+    /// If there is none of that token: the engine answers once.
+    pub(crate) fn remove(&mut self, token: Token) -> Taken {
+        let free = self.free;
+        let slot = self.at(token.0);
+        let taken = slot.taken.take().expect("the engine answers each request once");
+        let (previous, next) = (slot.previous, slot.next);
+        slot.next = free;
+        self.free = token.0;
+        self.link(previous, |slot| &mut slot.next, next);
+        self.link(next, |slot| &mut slot.previous, previous);
+        if self.oldest == token.0 {
+            self.oldest = next;
+        }
+        if self.newest == token.0 {
+            self.newest = previous;
+        }
+        self.len -= 1;
+        taken
+    }
+
+    /// The request of that token.
+    pub(crate) fn taken(&self, token: Token) -> Option<&Taken> {
+        self.get(token.0)?.taken.as_ref()
+    }
+
+    /// Whether a request older than number `before` touches one of `regions`.
+    pub(crate) fn touch(&self, regions: RegionBits, before: u64) -> bool {
+        let mut at = self.oldest;
+        while let Some(slot) = self.get(at).filter(|slot| slot.serial < before) {
+            if slot.taken.as_ref().is_some_and(|taken| taken.regions.intersects(regions)) {
+                return true;
+            }
+            at = slot.next;
+        }
+        false
+    }
+
+    fn get(&self, index: u32) -> Option<&Slot> {
+        self.slots.get(usize::try_from(index).ok()?)
+    }
+
+    fn at(&mut self, index: u32) -> &mut Slot {
+        &mut self.slots[usize::try_from(index).expect("32 bits fit in a usize")]
+    }
+
+    fn link(&mut self, index: u32, field: impl FnOnce(&mut Slot) -> &mut u32, to: u32) {
+        if index != NONE {
+            *field(self.at(index)) = to;
+        }
+    }
+}
