@@ -6,6 +6,7 @@ pub mod control;
 pub mod device;
 pub mod engine;
 pub mod runtime;
+pub mod serve;
 pub mod units;
 pub mod vhost;
 pub mod volume;

@@ -96,11 +96,8 @@ fn front_end(listen: &Listen) -> Result<(FrontEnd, Option<SocketFile>), ServeErr
             let socket = unsafe { OwnedFd::from_raw_fd(*fd) };
             let listening = rustix::net::sockopt::socket_acceptconn(&socket).map_err(failed)?;
             rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).map_err(failed)?;
-            let front_end = if listening {
-                FrontEnd::Listener(socket.into())
-            } else {
-                FrontEnd::Connected(socket.into())
-            };
+            let front_end =
+                if listening { FrontEnd::Listener(socket.into()) } else { FrontEnd::Connected(socket.into()) };
             Ok((front_end, None))
         }
     }
