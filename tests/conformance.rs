@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use vhost_remap::device::buffer::{AlignedBuf, IoSlice, Iovecs};
 use vhost_remap::device::fault::{FaultDevice, FaultTable};
 use vhost_remap::device::memory::MemoryDisks;
-use vhost_remap::device::open::{DeviceSet, Geometry, OpenDevice, OpenOptions, create_file, open};
+use vhost_remap::device::open::{DeviceSet, Geometry, OpenDevice, OpenError, OpenOptions, create_file, open};
 use vhost_remap::device::threads::{THREADS_DEFAULT, ThreadReactor};
 use vhost_remap::device::uring::UringReactor;
 use vhost_remap::device::{Completion, DeviceIndex, Errno, Event, Op, OpKind, Reactor, Tag, Wait};
@@ -57,9 +57,25 @@ fn skip(name: &str, reason: impl std::fmt::Display) {
     let _ = writeln!(std::io::stdout(), "SKIP {name}: {reason}");
 }
 
-fn open_quickly(path: &Path, direct: bool) -> Arc<OpenDevice> {
+fn try_open(path: &Path, direct: bool) -> Result<Arc<OpenDevice>, OpenError> {
     let options = OpenOptions { direct, lock_wait: Duration::from_secs(5), ..OpenOptions::default() };
-    Arc::new(open(path, &options).unwrap())
+    open(path, &options).map(Arc::new)
+}
+
+fn open_quickly(path: &Path, direct: bool) -> Arc<OpenDevice> {
+    try_open(path, direct).unwrap()
+}
+
+/// The device, unless the file system has no direct I/O.
+fn open_or_skip(name: &str, path: &Path, direct: bool) -> Option<Arc<OpenDevice>> {
+    match try_open(path, direct) {
+        Ok(device) => Some(device),
+        Err(error @ OpenError::NoDirect { .. }) => {
+            skip(name, error);
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
 }
 
 fn temp_dir() -> TempDir {
@@ -94,7 +110,7 @@ impl Subject {
     }
 
     fn on_uring(name: &'static str, path: &Path, ground: Ground, direct: bool) -> Option<Subject> {
-        let device = open_quickly(path, direct);
+        let device = open_or_skip(name, path, direct)?;
         let geometry = device.geometry.clone();
         // A short queue, so that the suite overflows it.
         match UringReactor::new(&DeviceSet::new(vec![device]), 8) {
@@ -106,11 +122,11 @@ impl Subject {
         }
     }
 
-    fn on_threads(name: &'static str, path: &Path, ground: Ground, direct: bool) -> Subject {
-        let device = open_quickly(path, direct);
+    fn on_threads(name: &'static str, path: &Path, ground: Ground, direct: bool) -> Option<Subject> {
+        let device = open_or_skip(name, path, direct)?;
         let geometry = device.geometry.clone();
         let reactor = ThreadReactor::new(&DeviceSet::new(vec![device]), THREADS_DEFAULT).unwrap();
-        Subject::new(name, Box::new(reactor), Some(geometry), ground)
+        Some(Subject::new(name, Box::new(reactor), Some(geometry), ground))
     }
 
     fn now(&self) -> Time {
@@ -180,9 +196,9 @@ fn on_every_device(check: impl Fn(&mut Subject)) {
     let (path, ground) = file_ground();
     Subject::on_uring("uring on a cached file", &path, ground, false).map(run);
     let (path, ground) = file_ground();
-    run(Subject::on_threads("threads on a file", &path, ground, true));
+    Subject::on_threads("threads on a file", &path, ground, true).map(run);
     let (path, ground) = file_ground();
-    run(Subject::on_threads("threads on a cached file", &path, ground, false));
+    Subject::on_threads("threads on a cached file", &path, ground, false).map(run);
     let memory = MemoryDisks::new(&[SIZE]).queue();
     run(Subject::new("memory", Box::new(memory), None, Ground::default()));
     let wrapped = FaultDevice::new(MemoryDisks::new(&[SIZE]).queue(), Arc::new(FaultTable::new()));
@@ -205,9 +221,12 @@ fn on_every_device(check: impl Fn(&mut Subject)) {
             }
         };
         match loop_ground(sector) {
-            Ok((path, ground)) => run(Subject::on_threads(by_threads, &path, ground, true)),
-            Err(reason) => skip(by_threads, reason),
-        }
+            Ok((path, ground)) => Subject::on_threads(by_threads, &path, ground, true).map(run),
+            Err(reason) => {
+                skip(by_threads, reason);
+                continue;
+            }
+        };
     }
 }
 
@@ -572,7 +591,7 @@ fn watches_and_operations_go_together() {
 fn a_dropped_reactor_has_let_go_of_memory_and_locks() {
     let (path, _ground) = file_ground();
     for round in 0..4 {
-        let device = open_quickly(&path, true);
+        let Some(device) = open_or_skip("a dropped reactor", &path, true) else { return };
         let set = DeviceSet::new(vec![device]);
         let mut reactor: Box<dyn Reactor> = if round % 2 == 0 {
             Box::new(ThreadReactor::new(&set, 2).unwrap())
@@ -620,7 +639,7 @@ fn a_file_that_shrank_gives_errors_and_not_zeros() {
     let (path, ground) = file_ground();
     check(Subject::on_uring("uring on a file", &path, ground, true), &path);
     let (path, ground) = file_ground();
-    check(Some(Subject::on_threads("threads on a file", &path, ground, true)), &path);
+    check(Subject::on_threads("threads on a file", &path, ground, true), &path);
 }
 
 #[test]
@@ -642,13 +661,14 @@ fn qemu_and_we_keep_each_other_out() {
         return skip("qemu-img", error);
     }
     check(write(), true, "write to a free image");
-    let device = open_quickly(&path, true);
+    // The locks are the same without direct I/O.
+    let device = open_quickly(&path, false);
     check(read(&[]), false, "read what is written to");
     check(read(&["-U"]), true, "a forced look");
     check(write(), false, "write to what is written to");
     drop(device);
     check(read(&[]), true, "read a free image");
-    let reader = open(&path, &OpenOptions { read_only: true, ..OpenOptions::default() }).unwrap();
+    let reader = open(&path, &OpenOptions { read_only: true, direct: false, ..OpenOptions::default() }).unwrap();
     check(read(&[]), true, "readers share");
     check(write(), false, "write to what is read");
     drop(reader);
@@ -673,7 +693,7 @@ fn qemu_using_an_image_keeps_us_out() {
         std::thread::sleep(Duration::from_millis(10));
     }
     std::thread::sleep(Duration::from_millis(200));
-    let options = OpenOptions { lock_wait: Duration::from_millis(200), ..OpenOptions::default() };
+    let options = OpenOptions { direct: false, lock_wait: Duration::from_millis(200), ..OpenOptions::default() };
     let refused = open(&path, &options).map(drop).unwrap_err();
     daemon.kill().unwrap();
     daemon.wait().unwrap();

@@ -471,3 +471,6 @@ impl BouncePool {
         self.free.push(buffer);
     }
 }
+
+#[cfg(test)]
+mod tests;
