@@ -8,6 +8,8 @@
 //!
 //! Everything that happens depends on nothing but the calls made.
 
+mod half;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::RawFd;
@@ -17,6 +19,7 @@ use super::buffer::IoSlice;
 use super::watch::Watches;
 use super::{Completion, Device, DeviceIndex, Errno, Event, Op, OpKind, Reactor, Tag, Wait};
 use crate::units::{SECTOR_SIZE, Sector, Time};
+use half::Half;
 
 const SECTOR: usize = 512;
 
@@ -70,9 +73,9 @@ struct World {
 #[derive(Clone, Debug)]
 struct Disk {
     /// What survives for sure.
-    durable: Vec<u8>,
+    durable: Half,
     /// What reads see.
-    current: Vec<u8>,
+    current: Half,
     /// Executed and unflushed writes, in order.
     log: VecDeque<Logged>,
     /// Number of the next entry of `log`.
@@ -116,11 +119,10 @@ impl MemoryDisks {
         assert!(logical_block > 0 && logical_block.is_multiple_of(SECTOR_SIZE));
         let disks = sizes.iter().map(|size| {
             assert!(size.is_multiple_of(logical_block), "a disk has whole blocks");
-            let zeros = vec![0; to_usize(*size)];
-            let current = vec![0; to_usize(*size)];
+            let zeros = Half::zeros(to_usize(*size));
             Disk {
-                durable: zeros,
-                current,
+                durable: zeros.clone(),
+                current: zeros,
                 log: VecDeque::new(),
                 log_end: 0,
                 differing: Vec::new(),
@@ -242,7 +244,7 @@ impl MemoryDisks {
     pub fn peek(&self, device: DeviceIndex, offset: u64, to: &mut [u8]) {
         let world = self.world();
         let disk = &world.disks[usize::from(device.0)];
-        to.copy_from_slice(&disk.current[to_usize(offset)..][..to.len()]);
+        disk.current.read(to_usize(offset), to);
     }
 
     /// Put `bytes` at `offset` of both halves, beside all rules: bit rot, foreign writes, set-up.
@@ -252,8 +254,8 @@ impl MemoryDisks {
     pub fn poke(&self, device: DeviceIndex, offset: u64, bytes: &[u8]) {
         let mut world = self.world();
         let disk = &mut world.disks[usize::from(device.0)];
-        disk.current[to_usize(offset)..][..bytes.len()].copy_from_slice(bytes);
-        disk.durable[to_usize(offset)..][..bytes.len()].copy_from_slice(bytes);
+        disk.current.write(to_usize(offset), bytes);
+        disk.durable.write(to_usize(offset), bytes);
     }
 
     /// Take the disk away or bring it back: while gone, every operation on it fails with ENODEV.
@@ -346,7 +348,8 @@ impl Submitted {
 
 impl Disk {
     fn read(&self, op: Op, mut lands: impl FnMut(Sector) -> bool) {
-        let mut bytes = self.current[to_usize(op.offset)..][..to_usize(op.len)].to_vec();
+        let mut bytes = vec![0; to_usize(op.len)];
+        self.current.read(to_usize(op.offset), &mut bytes);
         for (sector, piece) in (op.offset / SECTOR_SIZE..).zip(bytes.chunks_mut(SECTOR)) {
             if !lands(Sector(sector)) {
                 piece.fill(GARBAGE);
@@ -363,7 +366,8 @@ impl Disk {
         let data = match write.op.kind {
             // Of a discarded range anything old or zero may be read: here, every other sector is zero.
             OpKind::Discard => {
-                let mut data = self.current[offset..offset + len].to_vec();
+                let mut data = vec![0; len];
+                self.current.read(offset, &mut data);
                 for (sector, piece) in (offset / SECTOR..).zip(data.chunks_mut(SECTOR)) {
                     if sector % 2 == 0 {
                         piece.fill(0);
@@ -384,7 +388,7 @@ impl Disk {
         for (index, piece) in entry.data.chunks(SECTOR).enumerate() {
             let offset = entry.offset + index * SECTOR;
             if lands(sector_at(offset)) {
-                self.current[offset..][..SECTOR].copy_from_slice(piece);
+                self.current.write(offset, piece);
             } else {
                 exclude(&mut entry.excluded, entry.data.len(), index);
             }
@@ -427,7 +431,7 @@ impl Disk {
         }
         let ranges = self.log.drain(..).map(|entry| entry.range()).chain(self.differing.drain(..));
         for range in ranges {
-            self.current[range.clone()].copy_from_slice(&self.durable[range]);
+            self.current.copy_from(&self.durable, range);
         }
     }
 }
@@ -437,11 +441,11 @@ impl Logged {
         self.offset..self.offset + self.data.len()
     }
 
-    fn apply(&self, to: &mut [u8], mut picked: impl FnMut(Sector) -> bool) {
+    fn apply(&self, to: &mut Half, mut picked: impl FnMut(Sector) -> bool) {
         for (index, piece) in self.data.chunks(SECTOR).enumerate() {
             let offset = self.offset + index * SECTOR;
             if !self.excluded.get(index).is_some_and(|excluded| *excluded) && picked(sector_at(offset)) {
-                to[offset..][..SECTOR].copy_from_slice(piece);
+                to.write(offset, piece);
             }
         }
     }
@@ -476,13 +480,17 @@ unsafe fn scatter(memory: IoSlice, mut bytes: &[u8]) {
 /// # Safety
 /// The array and the memory it names are valid.
 unsafe fn gather(memory: IoSlice, len: usize) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(len);
+    let mut bytes: Vec<u8> = Vec::with_capacity(len);
     // SAFETY: the caller vouches for the array.
     for iovec in unsafe { memory.iovecs() } {
-        let at = bytes.len();
-        bytes.resize(at + iovec.iov_len, 0);
-        // SAFETY: the caller vouches for the memory; `bytes` has just grown by as much.
-        unsafe { std::ptr::copy_nonoverlapping(iovec.iov_base.cast(), bytes[at..].as_mut_ptr(), iovec.iov_len) };
+        bytes.reserve(iovec.iov_len);
+        // SAFETY: the caller vouches for the memory, and the vector has room for as much beyond its
+        // end; what it grows by was just written.
+        unsafe {
+            let end = bytes.as_mut_ptr().add(bytes.len());
+            std::ptr::copy_nonoverlapping(iovec.iov_base.cast(), end, iovec.iov_len);
+            bytes.set_len(bytes.len() + iovec.iov_len);
+        }
     }
     assert_eq!(bytes.len(), len, "an operation's memory has another length than its range");
     bytes
