@@ -64,6 +64,17 @@ pub struct Handed {
     pub why: Why,
 }
 
+/// How the healer's work on a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The piece was served.
+    Served,
+    /// What was written is durable: the answer to [`Why::Durability`].
+    Durable,
+    /// The request fails; that has been reported.
+    Failed,
+}
+
 /// A message from a shard to the healer.
 #[derive(Debug)]
 pub enum ToHealer {
@@ -118,8 +129,8 @@ pub enum ToShard {
         request: Request,
         /// The piece it stood at.
         cursor: Cursor,
-        /// Whether the piece was served; the failure has been reported.
-        served: bool,
+        /// How it went.
+        outcome: Outcome,
     },
     /// A request given back without effect since its queue is stopping.
     Withdrawn {

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::message::{Cursor, FenceId, Handed, Refusal, ToHealer, ToShard, Why};
+use super::message::{Cursor, FenceId, Handed, Outcome, Refusal, ToHealer, ToShard, Why};
 use super::request::{Answer, Request, RequestOp, Status};
 use super::view::{Geometry, PrimaryState, Progress, Run, View, runs};
 use crate::device::buffer::{IoSlice, Iovecs};
@@ -165,8 +165,11 @@ impl Shard {
                     out.to_healer.push(ToHealer::Adopted { shard: self.index, ack });
                 }
             }
-            ToShard::Handled { request, cursor, served: true } => self.advance(request, cursor, out),
-            ToShard::Handled { request, cursor: _, served: false } => self.answer(request, Status::IoErr, out),
+            ToShard::Handled { request, cursor, outcome } => match outcome {
+                Outcome::Served => self.advance(request, cursor, out),
+                Outcome::Durable => self.answer(request, Status::Ok, out),
+                Outcome::Failed => self.answer(request, Status::IoErr, out),
+            },
             ToShard::Withdrawn { request } => self.give_back(request, out),
         }
     }

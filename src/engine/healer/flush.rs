@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use super::failure::Failure;
 use super::{Core, Handed, OnLoss, Severity};
 use crate::device::{DeviceIndex, Errno};
-use crate::engine::message::Refusal;
+use crate::engine::message::{Outcome, Refusal};
 use crate::engine::task::{Promise, join_all, promise};
 use crate::engine::view::PrimaryState;
 use crate::units::SectorRange;
@@ -73,7 +73,7 @@ impl Core {
     pub(super) async fn make_durable(self: &Rc<Self>, handed: Handed) {
         let mode = self.mode.get();
         if mode.read_only {
-            return self.hand_back(handed, true);
+            return self.hand_back(handed, Outcome::Durable);
         }
         if mode.poisoned {
             return self.fail(handed, &Failure::refused(Refusal::Poisoned));
@@ -82,7 +82,7 @@ impl Core {
             return self.fail_or_hold(handed, Failure::refused(Refusal::PrimaryGone));
         }
         match self.flush_volume().await {
-            Ok(()) => self.hand_back(handed, true),
+            Ok(()) => self.hand_back(handed, Outcome::Durable),
             Err(failure) => self.fail(handed, &failure),
         }
     }

@@ -26,7 +26,7 @@ use uuid::Uuid;
 
 use super::event::{Event, Severity};
 use super::io::Io;
-use super::message::{Cursor, FenceId, Handed, ToHealer, ToShard, Why};
+use super::message::{Cursor, FenceId, Handed, Outcome, ToHealer, ToShard, Why};
 use super::request::{Request, RequestOp};
 use super::shard::first_piece;
 use super::task::Executor;
@@ -404,7 +404,7 @@ impl Core {
             }
             start = chunk.end();
         }
-        self.hand_back(handed, true);
+        self.hand_back(handed, Outcome::Served);
     }
 
     /// A request that cannot be served now: kept, where the operator wants that, or answered.
@@ -477,12 +477,12 @@ impl Core {
             &failure.cause,
             action,
         );
-        self.hand_back(handed, false);
+        self.hand_back(handed, Outcome::Failed);
     }
 
-    fn hand_back(&self, handed: Handed, served: bool) {
+    fn hand_back(&self, handed: Handed, outcome: Outcome) {
         let Handed { shard, request, cursor, .. } = handed;
-        self.send(shard, ToShard::Handled { request, cursor, served });
+        self.send(shard, ToShard::Handled { request, cursor, outcome });
     }
 
     fn send(&self, shard: usize, message: ToShard) {
