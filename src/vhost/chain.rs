@@ -67,11 +67,15 @@ struct Side {
     len: u64,
 }
 
+/// A worker's own handle to its map: requests that only keep the map alive on that thread count on the outer
+/// pointer, without atomics.
+pub type LocalMap = Rc<Arc<MemoryMap>>;
+
 /// The place of a request's status byte, kept mapped.
 #[derive(Debug)]
 pub struct StatusByte {
     ptr: *mut u8,
-    _memory: Rc<Arc<MemoryMap>>,
+    _memory: LocalMap,
 }
 
 impl StatusByte {
@@ -234,7 +238,7 @@ impl Chain<'_> {
     /// # Panics
     /// If `memory` is not the map that the chain was walked with.
     #[inline]
-    pub fn status_byte(&self, memory: &Rc<Arc<MemoryMap>>) -> Option<StatusByte> {
+    pub fn status_byte(&self, memory: &LocalMap) -> Option<StatusByte> {
         assert!(Arc::ptr_eq(self.memory, memory), "a status byte lies in the map of its chain");
         let ptr = self.scatter.last_writable?;
         Some(StatusByte { ptr, _memory: memory.clone() })

@@ -273,3 +273,57 @@ impl VhostUserBackend for BlkDevice {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vhost::testing::{Bench, DATA, Guest, chain_from, readable, writable};
+
+    #[test]
+    fn a_vring_of_the_daemon_is_served_to_the_end() {
+        let guest = Guest::new(16);
+        let (device, ports) = Bench::ports(1);
+        let device = BlkDevice::for_daemon(Arc::new(device.disk().clone()), ports);
+        let memory = GuestMemoryAtomic::new((*guest.memory).clone());
+        device.update_memory(memory.clone()).unwrap();
+        let vring = VringRwLock::new(memory, 16).unwrap();
+        let ring = guest.addresses();
+        vring.set_queue_info(ring.descriptors, ring.avail, ring.used).unwrap();
+        vring.set_queue_size(16);
+        vring.set_queue_ready(true);
+        guest.write(DATA, &[0; 16]);
+        for round in 0..3_u16 {
+            for number in 0..4 {
+                let buffers = [readable(DATA, 16), writable(DATA + 0x1000, 512), writable(DATA + 64, 1)];
+                guest.offer(chain_from(&guest, number * 3, &buffers));
+            }
+            device.handle_event(0, EventSet::IN, std::slice::from_ref(&vring), 0).unwrap();
+            for number in 0..4 {
+                assert_eq!(guest.take_used(), Some((number * 3, 513)));
+            }
+            assert_eq!(vring.queue_next_avail(), (round + 1) * 4);
+        }
+        assert!(device.handle_event(9, EventSet::IN, &[vring], 0).is_ok());
+    }
+
+    #[test]
+    fn a_read_only_disk_offers_no_writes() {
+        let mut disk = Bench::ports(1).0.disk().clone();
+        let has =
+            |disk: &DiskInfo, number| BlkDevice::new(Arc::new(disk.clone())).offered_features() & bit(number) != 0;
+        assert!(!has(&disk, VIRTIO_BLK_F_RO) && has(&disk, VIRTIO_BLK_F_DISCARD));
+        disk.read_only = true;
+        assert!(has(&disk, VIRTIO_BLK_F_RO) && has(&disk, VIRTIO_BLK_F_FLUSH));
+        assert!(!has(&disk, VIRTIO_BLK_F_DISCARD) && !has(&disk, VIRTIO_BLK_F_WRITE_ZEROES));
+    }
+
+    #[test]
+    fn without_flush_the_cache_shows_as_write_through() {
+        let (device, _) = Bench::ports(1);
+        device.negotiated(device.offered_features() & !bit(VIRTIO_BLK_F_FLUSH));
+        assert_eq!(device.read_config(32, 1), [0]);
+        assert!(device.settings().write_through());
+        device.reset();
+        assert_eq!(device.read_config(32, 1), [1]);
+    }
+}

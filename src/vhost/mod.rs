@@ -9,6 +9,7 @@
 //! Nothing here knows what a slot or a map is; nothing below knows what a descriptor is.
 
 pub mod chain;
+pub mod command;
 pub mod config;
 pub mod device;
 pub mod inflight;

@@ -1,12 +1,25 @@
-//! A guest driver for unit tests: rings and chains written into memory of our own.
+//! For tests: a guest driver that writes rings and chains into memory of our own, and a worker on a disk in
+//! memory whose every step the test decides. Also compiled into `tests/hostile_chains.rs`.
 
 use std::cell::Cell;
+use std::fs::File;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-use super::memory::MemoryMap;
-use super::ring::{Ring, RingAddresses};
+use crate::device::memory::MemoryDisks;
+use crate::engine::message::{Outcome, ToHealer, ToShard, Why};
+use crate::engine::shard::Shard;
+use crate::engine::view::{Geometry, Mode, PrimaryState, Progress, View};
+use crate::runtime::mailbox::{Inbox, Outbox, mailbox};
+use crate::runtime::worker::{Clock, DiskInfo, WorkerPort};
+use crate::vhost::device::BlkDevice;
+use crate::vhost::memory::MemoryMap;
+use crate::vhost::ring::{Ring, RingAddresses};
+use crate::vhost::status::WorkerStatus;
+use crate::vhost::worker::{DataPlane, QueueKick, StartQueue};
+use crate::volume::map::Map;
 
 /// Guest memory for buffers, above the rings.
 pub(crate) const DATA: u64 = 0x10_0000;
@@ -28,9 +41,10 @@ pub(crate) fn writable(addr: u64, len: u32) -> Buffer {
     (addr, len, true)
 }
 
-/// Two adjacent regions of guest memory and the driver's side of one ring.
+/// Two adjacent regions of guest memory, in one file, and the driver's side of one ring.
 pub(crate) struct Guest {
     pub(crate) memory: Arc<GuestMemoryMmap>,
+    pub(crate) file: Arc<File>,
     pub(crate) size: u16,
     avail: Cell<u16>,
     used: Cell<u16>,
@@ -39,9 +53,11 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn new(size: u16) -> Guest {
         let len = usize::try_from(REGION).unwrap();
-        let ranges = [(GuestAddress(0), len), (GuestAddress(REGION), len)];
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
-        Guest { memory, size, avail: Cell::new(0), used: Cell::new(0) }
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(2 * REGION).unwrap();
+        let at = |start| (GuestAddress(start), len, Some(FileOffset::from_arc(file.clone(), start)));
+        let memory = Arc::new(GuestMemoryMmap::from_ranges_with_files([at(0), at(REGION)]).unwrap());
+        Guest { memory, file, size, avail: Cell::new(0), used: Cell::new(0) }
     }
 
     pub(crate) fn first_region_end(&self) -> u64 {
@@ -99,6 +115,13 @@ impl Guest {
         self.set_avail_idx(self.avail.get());
     }
 
+    /// Begin anew at that entry, as a driver does after a reset.
+    pub(crate) fn restart_at(&self, idx: u16) {
+        self.avail.set(idx);
+        self.used.set(idx);
+        self.set_avail_idx(idx);
+    }
+
     pub(crate) fn set_avail_idx(&self, idx: u16) {
         self.memory.write_obj(idx, GuestAddress(AVAIL + 2)).unwrap();
     }
@@ -113,6 +136,10 @@ impl Guest {
 
     pub(crate) fn avail_event(&self) -> u16 {
         self.memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(self.size))).unwrap()
+    }
+
+    pub(crate) fn avail_idx(&self) -> u16 {
+        self.avail.get()
     }
 
     pub(crate) fn used_idx(&self) -> u16 {
@@ -148,4 +175,125 @@ pub(crate) fn chain_from(guest: &Guest, first: u16, buffers: &[Buffer]) -> u16 {
         guest.descriptor(index, addr, len, flags, if more { index + 1 } else { 0 });
     }
     first
+}
+
+/// Sectors of the test disk.
+pub(crate) const CAPACITY: u64 = 4096;
+
+fn device() -> BlkDevice {
+    let serial = *b"bench\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    BlkDevice::new(Arc::new(DiskInfo { capacity: CAPACITY, logical_block_size: 512, read_only: false, serial }))
+}
+
+/// A worker's place on a disk in memory, and the healer's ends of its mailboxes.
+fn port(index: usize, device: &BlkDevice, disks: &MemoryDisks) -> (WorkerPort, Outbox<ToShard>, Inbox<ToHealer>) {
+    let (to_shard, inbox) = mailbox().unwrap();
+    let (healer, from_shard) = mailbox().unwrap();
+    let geometry = Geometry { capacity: CAPACITY, logical_block: 512, slots_start: 0, slots: 0 };
+    let mode = Mode { poisoned: false, primary: PrimaryState::Up, spare_up: true, read_only: false };
+    let view = Arc::new(View { map: Map::new(geometry.blocks()), mode, dense: Arc::default() });
+    let disks = disks.clone();
+    let port = WorkerPort {
+        shard: Shard::new(index, geometry, view, Progress::new(CAPACITY)),
+        reactor: Box::new(move || Ok(Box::new(disks.queue()))),
+        inbox,
+        healer,
+        clock: Clock::start(),
+        disk: Arc::new(device.disk().clone()),
+    };
+    (port, to_shard, from_shard)
+}
+
+/// A worker on a disk in memory, with one guest. The healer's part is played by [`Bench::step`]: durability is
+/// granted, everything else refused.
+pub(crate) struct Bench {
+    pub(crate) guest: Guest,
+    pub(crate) plane: DataPlane,
+    /// Operations end at once, or (after `manual`) when the test says.
+    pub(crate) disks: MemoryDisks,
+    pub(crate) device: BlkDevice,
+    pub(crate) to_shard: Outbox<ToShard>,
+    from_shard: Inbox<ToHealer>,
+    next_avail: u16,
+}
+
+impl Bench {
+    /// A worker with guest memory and no queue.
+    pub(crate) fn new(size: u16) -> Bench {
+        let guest = Guest::new(size);
+        let device = device();
+        device.negotiated(device.offered_features());
+        let disks = MemoryDisks::new(&[CAPACITY * 512]);
+        let (port, to_shard, from_shard) = port(0, &device, &disks);
+        let worker = port.open().unwrap();
+        let mut plane = DataPlane::new(worker, device.settings(), Arc::new(WorkerStatus::new()));
+        let (done, _) = channel();
+        plane.set_memory(&guest.map(), Default::default(), done);
+        Bench { guest, plane, disks, device, to_shard, from_shard, next_avail: 0 }
+    }
+
+    /// A device and places for its workers. Nobody plays the healer: reads are served, flushes are not.
+    pub(crate) fn ports(count: usize) -> (Arc<BlkDevice>, Vec<WorkerPort>) {
+        let device = device();
+        let disks = MemoryDisks::new(&[CAPACITY * 512]);
+        let ports = (0..count).map(|index| port(index, &device, &disks).0).collect();
+        (Arc::new(device), ports)
+    }
+
+    /// Start queue 0 where it stopped.
+    pub(crate) fn start(&mut self) {
+        self.start_with(None);
+    }
+
+    pub(crate) fn start_with(&mut self, inflight: Option<Arc<crate::vhost::inflight::InflightRegion>>) {
+        self.plane.start(StartQueue {
+            index: 0,
+            addresses: self.guest.addresses(),
+            size: self.guest.size,
+            next_avail: self.next_avail,
+            event_idx: false,
+            inflight,
+            kick: QueueKick::Caller,
+            call: None,
+            err: None,
+            enabled: true,
+        });
+    }
+
+    /// Kick and give everything the chance to happen. Bounded: a worker that has nothing to do is quiet.
+    pub(crate) fn step(&mut self) {
+        self.plane.kick(0);
+        for _ in 0..8 {
+            self.plane.turn(false);
+            let mut messages = Vec::new();
+            self.from_shard.drain(&mut messages);
+            for message in messages {
+                if let ToHealer::Handed(handed) = message {
+                    let outcome = if handed.why == Why::Durability { Outcome::Durable } else { Outcome::Failed };
+                    let (request, cursor) = (handed.request, handed.cursor);
+                    self.to_shard.send(ToShard::Handled { request, cursor, outcome });
+                }
+            }
+        }
+    }
+
+    /// Begin to stop queue 0; its next avail entry comes when it has stopped.
+    pub(crate) fn begin_stop(&mut self, how: crate::vhost::worker::StopHow) -> Receiver<u16> {
+        let (reply, stopped) = channel();
+        self.plane.stop(0, how, reply);
+        self.step();
+        stopped
+    }
+
+    /// Stop queue 0, whose requests have all ended; its next avail entry.
+    pub(crate) fn stop(&mut self, how: crate::vhost::worker::StopHow) -> Option<u16> {
+        let base = self.begin_stop(how).try_recv().ok()?;
+        self.next_avail = base;
+        Some(base)
+    }
+
+    /// Where queue 0 goes on when it is started again.
+    pub(crate) fn set_next_avail(&mut self, base: u16) {
+        self.next_avail = base;
+    }
 }

@@ -4,18 +4,16 @@
 //! sleeps on nothing but the reactor and takes [`Command`]s. A worker outlives connections.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
-use super::chain::{ChainError, Scatter};
+use super::chain::{ChainError, LocalMap, Scatter};
 use super::device::Settings;
 use super::memory::{MemoryMap, RegionBits};
 use super::queue::{Kick, Queue, Stop};
 use super::request::{Parsed, S_IOERR, S_OK, parse};
-use super::ring::RingAddresses;
 use super::slots::{Slots, Taken};
 use super::status::WorkerStatus;
 use crate::device::buffer::Iovecs;
@@ -27,6 +25,7 @@ use crate::runtime::mailbox::{Inbox, Outbox, mailbox};
 use crate::runtime::worker::{Worker, WorkerPort};
 use crate::units::Time;
 
+pub use super::command::Command;
 pub use super::queue::{Kick as QueueKick, StartQueue, StopHow};
 
 /// The reactor's name for the command mailbox, the healer's mailbox and the first kick.
@@ -41,68 +40,6 @@ const POLL_INTERVAL_NS: u64 = 1_000_000;
 /// few hundred bytes.
 const POOL_MAX: usize = 1024;
 
-/// An order to a worker. None waits for the disk; stops and memory changes are answered when they are done.
-#[derive(Debug)]
-pub enum Command {
-    /// Serve a queue.
-    Start(Box<StartQueue>),
-    /// Serve a queue no more; answered with its next avail entry when the device has returned its requests.
-    Stop {
-        /// The queue.
-        queue: u16,
-        /// What becomes of requests that no device works on.
-        how: StopHow,
-        /// The answer.
-        reply: Sender<u16>,
-    },
-    /// Take requests of a queue, or not.
-    Enable {
-        /// The queue.
-        queue: u16,
-        /// Whether to.
-        enabled: bool,
-    },
-    /// Another kick for a live queue.
-    Kick {
-        /// The queue.
-        queue: u16,
-        /// Its kick.
-        kick: Kick,
-    },
-    /// Another call eventfd for a live queue.
-    Call {
-        /// The queue.
-        queue: u16,
-        /// The eventfd.
-        call: Option<OwnedFd>,
-    },
-    /// Another error eventfd for a live queue.
-    Err {
-        /// The queue.
-        queue: u16,
-        /// The eventfd.
-        err: Option<OwnedFd>,
-    },
-    /// The ring of a live queue moved.
-    Addresses {
-        /// The queue.
-        queue: u16,
-        /// Its place.
-        addresses: RingAddresses,
-    },
-    /// The guest's memory changed; answered when nothing uses `removed` any more.
-    Memory {
-        /// The new memory.
-        map: Arc<MemoryMap>,
-        /// Regions that are gone.
-        removed: RegionBits,
-        /// The answer.
-        done: Sender<()>,
-    },
-    /// End the thread when the device has returned everything.
-    Exit,
-}
-
 /// A memory change whose requests have not all ended.
 struct Removal {
     regions: RegionBits,
@@ -116,7 +53,7 @@ pub struct DataPlane {
     worker: Worker,
     settings: Arc<Settings>,
     status: Arc<WorkerStatus>,
-    memory: Rc<Arc<MemoryMap>>,
+    memory: LocalMap,
     /// By the queue's number in the device.
     queues: Vec<Option<Box<Queue>>>,
     /// Numbers of the started queues.
@@ -229,14 +166,12 @@ impl DataPlane {
         let now = self.worker.clock.now();
         self.hear_healer(now);
         self.take_all(now);
-        loop {
-            self.deliver();
-            if !self.settle(now) {
-                break;
-            }
-        }
+        self.deliver();
+        // Whoever waits for a stop may be the caller itself: no sleep after one.
+        let settled = self.settle(now);
+        self.deliver();
         self.status.set(self.slots.len(), self.slots.oldest_start());
-        let wait = if self.arm() || !may_wait { Wait::No } else { self.patience(now) };
+        let wait = if self.arm() || settled || !may_wait { Wait::No } else { self.patience(now) };
         let mut events = std::mem::take(&mut self.events);
         self.worker.reactor.poll(now, wait, &mut events);
         let now = self.worker.clock.now();
@@ -403,10 +338,9 @@ impl DataPlane {
         }
     }
 
-    /// Finish stops and memory changes that nothing holds up any more. Returns whether the shard was given
-    /// something to do.
+    /// Finish stops and memory changes that nothing holds up any more. Returns whether there were stops.
     fn settle(&mut self, now: Time) -> bool {
-        let mut resubmitted = false;
+        let mut settled = false;
         let mut at = 0;
         while at < self.started.len() {
             let index = self.started[at];
@@ -418,9 +352,9 @@ impl DataPlane {
                 continue;
             }
             let mut queue = self.queues[slot].take().expect("just seen");
+            settled = true;
             if self.dispose_of_withdrawn(&mut queue, now) {
                 self.queues[slot] = Some(queue);
-                resubmitted = true;
                 at += 1;
             } else {
                 self.started.remove(at);
@@ -436,7 +370,7 @@ impl DataPlane {
             }
             busy
         });
-        resubmitted
+        settled
     }
 
     /// See to the withdrawn requests of a queue none of whose requests is under way. Returns whether some had
@@ -584,10 +518,13 @@ impl DataPlane {
 impl Drop for DataPlane {
     /// The device holds addresses of requests: nothing is freed before it has returned them (O4).
     fn drop(&mut self) {
-        if std::thread::panicking() && self.worker.reactor.in_flight() > 0 {
-            // Unwinding would free memory under the kernel's hands.
-            log::error!("a worker failed with requests under way");
-            std::process::abort();
+        if std::thread::panicking() {
+            if self.worker.reactor.in_flight() > 0 {
+                // Unwinding would free memory under the kernel's hands.
+                log::error!("a worker failed with requests under way");
+                std::process::abort();
+            }
+            return;
         }
         let (reply, _) = std::sync::mpsc::channel();
         for index in self.started.clone() {
@@ -604,6 +541,18 @@ fn reject(status: &WorkerStatus, queue: u16, head: u16, error: Option<ChainError
     match error {
         Some(error) => log::debug!("queue {queue}: chain {head} is given back unread: {error}"),
         None => log::debug!("queue {queue}: chain {head} is no request that can be served"),
+    }
+}
+
+/// A worker that panics takes the process with it: its queues would never be served again, nor their drains
+/// answered, while the supervisor's restart finds every request in the in-flight region.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
     }
 }
 
@@ -638,6 +587,7 @@ pub fn spawn(
     let (commands, inbox) = mailbox()?;
     let (opened, is_open) = std::sync::mpsc::channel();
     let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+        let _guard = AbortOnPanic;
         let worker = match port.open() {
             Ok(worker) => worker,
             Err(error) => {
@@ -654,3 +604,6 @@ pub fn spawn(
     is_open.recv().unwrap_or_else(|_| Err(io::Error::other("the worker thread ended before it began")))?;
     Ok(worker)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,71 @@
+//! What the protocol thread asks of a worker.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use super::memory::{MemoryMap, RegionBits};
+use super::queue::{Kick, StartQueue, StopHow};
+use super::ring::RingAddresses;
+
+/// An order to a worker. None waits for the disk; stops and memory changes are answered when they are done.
+#[derive(Debug)]
+pub enum Command {
+    /// Serve a queue.
+    Start(Box<StartQueue>),
+    /// Serve a queue no more; answered with its next avail entry when the device has returned its requests.
+    Stop {
+        /// The queue.
+        queue: u16,
+        /// What becomes of requests that no device works on.
+        how: StopHow,
+        /// The answer.
+        reply: Sender<u16>,
+    },
+    /// Take requests of a queue, or not.
+    Enable {
+        /// The queue.
+        queue: u16,
+        /// Whether to.
+        enabled: bool,
+    },
+    /// Another kick for a live queue.
+    Kick {
+        /// The queue.
+        queue: u16,
+        /// Its kick.
+        kick: Kick,
+    },
+    /// Another call eventfd for a live queue.
+    Call {
+        /// The queue.
+        queue: u16,
+        /// The eventfd.
+        call: Option<OwnedFd>,
+    },
+    /// Another error eventfd for a live queue.
+    Err {
+        /// The queue.
+        queue: u16,
+        /// The eventfd.
+        err: Option<OwnedFd>,
+    },
+    /// The ring of a live queue moved.
+    Addresses {
+        /// The queue.
+        queue: u16,
+        /// Its place.
+        addresses: RingAddresses,
+    },
+    /// The guest's memory changed; answered when nothing uses `removed` any more.
+    Memory {
+        /// The new memory.
+        map: Arc<MemoryMap>,
+        /// Regions that are gone.
+        removed: RegionBits,
+        /// The answer.
+        done: Sender<()>,
+    },
+    /// End the thread when the device has returned everything.
+    Exit,
+}

@@ -1,0 +1,209 @@
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+
+use super::*;
+use crate::engine::message::FenceId;
+use crate::engine::view::{Mode, PrimaryState, View};
+use crate::units::{Block, BlockRange};
+use crate::vhost::inflight::InflightRegion;
+use crate::vhost::memory::RegionAddress;
+use crate::vhost::testing::{Bench, CAPACITY, DATA, chain_from, readable, writable};
+use crate::volume::map::Map;
+
+const FENCED_SECTOR: u64 = 80;
+const FREE_SECTOR: u64 = 0;
+
+/// Offer a read of a sector, as chain `number` with buffers of its own.
+fn offer_read(bench: &Bench, number: u16, sector: u64, data: u64) {
+    let at = DATA + u64::from(number) * 0x1000;
+    bench.guest.write(at, &0_u32.to_le_bytes());
+    bench.guest.write(at + 8, &sector.to_le_bytes());
+    bench.guest.write(at + 16, &[0xee]);
+    let buffers = [readable(at, 16), writable(data, 512), writable(at + 16, 1)];
+    bench.guest.offer(chain_from(&bench.guest, number * 3, &buffers));
+}
+
+fn offer(bench: &Bench, number: u16, sector: u64) {
+    offer_read(bench, number, sector, DATA + 0x8_0000 + u64::from(number) * 0x1000);
+}
+
+fn status(bench: &Bench, number: u16) -> u8 {
+    bench.guest.read::<1>(DATA + u64::from(number) * 0x1000 + 16)[0]
+}
+
+fn fence(bench: &mut Bench) {
+    let range = BlockRange::one(Block(FENCED_SECTOR / 8));
+    bench.to_shard.send(ToShard::Fence { fence: FenceId(1), range });
+    bench.step();
+}
+
+fn lift(bench: &mut Bench) {
+    let mode = Mode { poisoned: false, primary: PrimaryState::Up, spare_up: true, read_only: false };
+    let view = Arc::new(View { map: Map::new(CAPACITY / 8), mode, dense: Arc::default() });
+    bench.to_shard.send(ToShard::Publish { view, lift: vec![FenceId(1)], ack: None });
+    bench.step();
+}
+
+fn used(bench: &Bench) -> Vec<u32> {
+    std::iter::from_fn(|| bench.guest.take_used()).map(|(head, _)| head / 3).collect()
+}
+
+fn tracked() -> Arc<InflightRegion> {
+    let (file, len) = InflightRegion::create(1, 64).unwrap();
+    Arc::new(InflightRegion::map(&file, 0, len, 1, 64).unwrap())
+}
+
+fn waits<T: std::fmt::Debug + PartialEq>(receiver: &Receiver<T>) {
+    assert_eq!(receiver.try_recv(), Err(TryRecvError::Empty));
+}
+
+#[test]
+fn a_stop_waits_for_the_device_and_shows_the_answers() {
+    let mut bench = Bench::new(64);
+    bench.start();
+    bench.disks.manual(true);
+    offer(&bench, 0, FREE_SECTOR);
+    bench.step();
+    let stopped = bench.begin_stop(StopHow::Drain);
+    offer(&bench, 1, FREE_SECTOR);
+    bench.step();
+    waits(&stopped);
+    assert_eq!(used(&bench), [0_u32; 0]);
+    bench.disks.complete_all();
+    bench.step();
+    assert_eq!((stopped.try_recv(), used(&bench)), (Ok(1), vec![0]));
+    assert_eq!((status(&bench, 0), status(&bench, 1)), (0, 0xee));
+}
+
+#[test]
+fn a_stop_rewinds_the_ring_over_parked_requests() {
+    let mut bench = Bench::new(64);
+    bench.start();
+    fence(&mut bench);
+    bench.disks.manual(true);
+    offer(&bench, 0, FREE_SECTOR);
+    offer(&bench, 1, FENCED_SECTOR);
+    offer(&bench, 2, FENCED_SECTOR);
+    bench.step();
+    assert_eq!((bench.plane.in_flight(), bench.disks.pending_len()), (3, 1));
+    let stopped = bench.begin_stop(StopHow::Drain);
+    waits(&stopped);
+    bench.disks.complete_all();
+    bench.disks.manual(false);
+    bench.step();
+    assert_eq!((stopped.try_recv(), used(&bench)), (Ok(1), vec![0]));
+    lift(&mut bench);
+    assert_eq!(used(&bench), [0_u32; 0], "what was given up never lands");
+    bench.set_next_avail(1);
+    bench.start();
+    bench.step();
+    assert_eq!(used(&bench), [1, 2]);
+}
+
+#[test]
+fn without_a_region_a_stop_waits_for_requests_it_cannot_rewind() {
+    let mut bench = Bench::new(64);
+    bench.start();
+    fence(&mut bench);
+    offer(&bench, 0, FENCED_SECTOR);
+    offer(&bench, 1, FREE_SECTOR);
+    bench.step();
+    assert_eq!(used(&bench), [1]);
+    let stopped = bench.begin_stop(StopHow::Drain);
+    waits(&stopped);
+    lift(&mut bench);
+    assert_eq!((stopped.try_recv(), used(&bench)), (Ok(2), vec![0]));
+}
+
+#[test]
+fn with_a_region_they_stay_there_and_are_resubmitted_once() {
+    for how in [StopHow::Drain, StopHow::Leave] {
+        let region = tracked();
+        let mut bench = Bench::new(64);
+        bench.start_with(Some(region.clone()));
+        fence(&mut bench);
+        offer(&bench, 0, FENCED_SECTOR);
+        offer(&bench, 1, FREE_SECTOR);
+        offer(&bench, 2, FENCED_SECTOR);
+        bench.step();
+        // Request 2 is the newest: a drain rewinds over it.
+        let base = if how == StopHow::Drain { 2 } else { 3 };
+        assert_eq!(bench.stop(how), Some(base), "{how:?}");
+        lift(&mut bench);
+        assert_eq!(used(&bench), [1], "{how:?}");
+        bench.set_next_avail(0x1234);
+        bench.start_with(Some(region.clone()));
+        bench.step();
+        assert_eq!(used(&bench), [0, 2], "{how:?}");
+        offer(&bench, 3, FREE_SECTOR);
+        bench.step();
+        assert_eq!(used(&bench), [3], "{how:?}");
+        assert_eq!(bench.stop(StopHow::Drain), Some(4), "{how:?}");
+    }
+}
+
+#[test]
+fn a_reset_forgets_what_was_parked() {
+    let region = tracked();
+    let mut bench = Bench::new(64);
+    bench.start_with(Some(region.clone()));
+    fence(&mut bench);
+    offer(&bench, 0, FENCED_SECTOR);
+    bench.step();
+    assert_eq!(bench.stop(StopHow::Discard), Some(1));
+    lift(&mut bench);
+    bench.guest.restart_at(0);
+    bench.start_with(Some(region));
+    bench.step();
+    assert_eq!((used(&bench), status(&bench, 0)), (Vec::new(), 0xee));
+}
+
+#[test]
+fn memory_goes_when_the_requests_into_it_have_ended() {
+    const SECOND: u64 = 0x20_0000;
+    let mut bench = Bench::new(64);
+    bench.start();
+    bench.disks.manual(true);
+    offer_read(&bench, 0, FREE_SECTOR, SECOND + 0x1000);
+    bench.step();
+    let second = RegionAddress { guest: SECOND, user: SECOND, len: SECOND, offset: 0 };
+    let (map, gone) = bench.guest.map().without_region(second).unwrap();
+    let (done, ended) = channel();
+    bench.plane.set_memory(&map, gone, done);
+    // Requests elsewhere hold nobody up.
+    offer(&bench, 1, FREE_SECTOR);
+    bench.step();
+    waits(&ended);
+    bench.disks.complete(0);
+    bench.step();
+    assert_eq!((ended.try_recv(), used(&bench), bench.plane.in_flight()), (Ok(()), vec![0], 1));
+    bench.disks.manual(false);
+    offer_read(&bench, 2, FREE_SECTOR, SECOND + 0x1000);
+    bench.step();
+    assert_eq!((status(&bench, 0), status(&bench, 2)), (0, 1));
+}
+
+#[test]
+fn a_ring_without_memory_waits_for_it() {
+    let mut bench = Bench::new(64);
+    bench.start();
+    let (done, ended) = channel();
+    bench.plane.set_memory(&MemoryMap::new(), RegionBits(u64::MAX), done.clone());
+    offer(&bench, 0, FREE_SECTOR);
+    bench.step();
+    assert_eq!((ended.try_recv(), used(&bench)), (Ok(()), Vec::new()));
+    bench.plane.set_memory(&bench.guest.map(), RegionBits::default(), done);
+    bench.step();
+    assert_eq!((used(&bench), status(&bench, 0)), (vec![0], 0));
+}
+
+#[test]
+fn write_through_follows_the_driver() {
+    let bench = Bench::new(4);
+    let settings = bench.device.settings();
+    assert!(!settings.write_through());
+    bench.device.write_config(32, &[0]).unwrap();
+    assert!(settings.write_through());
+    bench.device.write_config(32, &[1]).unwrap();
+    bench.device.negotiated(0);
+    assert!(settings.write_through(), "a driver that cannot flush");
+}
