@@ -381,7 +381,7 @@ impl Core {
         let piece = handed.cursor.piece;
         let failed = match handed.why {
             Why::Failed(device, errno) => match self.diagnose(device, errno, reads(&handed.request), piece).await {
-                Ok(()) => Some((device, errno)),
+                Ok(()) => Some(write::Failed { device, errno, request: piece }),
                 Err(failure) => return self.fail_or_hold(handed, failure),
             },
             _ => None,
@@ -392,7 +392,9 @@ impl Core {
             let chunk = SectorRange { start, count: (piece.end().0 - start.0).min(limit) };
             let from = usize::try_from(chunk.start.0 - piece.start.0).expect("within a request in memory") * 512;
             let done = match &handed.request.op {
-                RequestOp::Read { data, .. } => self.read_chunk(chunk, data, from, failed.is_some()).await,
+                RequestOp::Read { data, .. } => {
+                    self.read_chunk(chunk, data, from, failed.is_some() && chunk == piece).await
+                }
                 RequestOp::Write { data, .. } => self.write_chunk(chunk, Some((data, from)), failed).await,
                 RequestOp::WriteZeroes { .. } => self.write_chunk(chunk, None, failed).await,
                 // Advice that failed on the medium was heard; the event below says so.

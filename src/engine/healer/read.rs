@@ -55,7 +55,7 @@ pub(super) struct Ladder {
     pub(super) data: AlignedBuf,
     /// What could not be read.
     pub(super) bad: Vec<BadPart>,
-    /// Parts that were read only after a failure.
+    /// The smallest parts that failed and were read in the end.
     pub(super) recovered: Vec<(usize, usize)>,
     /// The last error.
     pub(super) errno: Option<Errno>,
@@ -76,32 +76,29 @@ impl Core {
     ) -> Result<Ladder, Failure> {
         let unit = usize::try_from(self.geometry.logical_block).expect("512 or 4096");
         let mut ladder = Ladder { data: AlignedBuf::zeroed(len), bad: Vec::new(), recovered: Vec::new(), errno: None };
-        let mut parts = vec![(0, len, failed_before)];
-        while let Some((from, len, suspect)) = parts.pop() {
+        let mut failing: Vec<(usize, usize)> = failed_before.then_some((0, len)).into_iter().collect();
+        let mut parts = vec![(0, len)];
+        while let Some((from, len)) = parts.pop() {
             if budget.is_spent() || ladder.bad.len() >= BAD_MAX {
                 ladder.bad.push(BadPart { from, len, proven: false });
                 continue;
             }
             let mut tries = if len <= unit { 1 + RETRIES } else { 1 };
-            if suspect && len <= unit && failed_before && from == 0 && len == ladder.data.len() {
+            if failed_before && len == ladder.data.len() && len <= unit {
                 // Its first try was the shard's.
                 tries -= 1;
             }
-            let mut failed = suspect;
             loop {
                 let (result, took) = self.io.read(device, offset + from as u64, len).await;
                 budget.spend(took);
                 let errno = match result {
                     Ok(buf) => {
                         ladder.data[from..from + len].copy_from_slice(&buf);
-                        if failed {
-                            ladder.recovered.push((from, len));
-                        }
                         break;
                     }
                     Err(errno) => errno,
                 };
-                failed = true;
+                failing.push((from, len));
                 ladder.errno = Some(errno);
                 self.diagnose(device, errno, true, SectorRange::default()).await?;
                 tries -= 1;
@@ -112,13 +109,18 @@ impl Core {
                     ladder.bad.push(BadPart { from, len, proven: tries == 0 });
                 } else {
                     let half = (len / 2).next_multiple_of(unit);
-                    parts.push((from + half, len - half, false));
-                    parts.push((from, half, false));
+                    parts.push((from + half, len - half));
+                    parts.push((from, half));
                 }
                 break;
             }
         }
         ladder.bad.sort_by_key(|part| part.from);
+        let unreadable = |(from, len): &(usize, usize)| {
+            ladder.bad.iter().any(|bad| bad.from < from + len && *from < bad.from + bad.len)
+        };
+        ladder.recovered = innermost(&failing, |part| (part.0 as u64, (part.0 + part.1) as u64));
+        ladder.recovered.retain(|part| !unreadable(part));
         Ok(ladder)
     }
 
@@ -231,7 +233,7 @@ impl Core {
         let cause = ladder.errno.map_or_else(String::new, |errno| errno.to_string());
         for (from, len) in &ladder.recovered {
             let range = sectors(*from, *len);
-            if bad.is_empty() && !range.is_empty() {
+            if !range.is_empty() {
                 self.tally.borrow_mut().recovered_reads += range.blocks().len();
                 self.event(Severity::Warn, "recovered-read", Some(run.device), range, &*cause, "read after retries");
             }
@@ -300,6 +302,24 @@ struct ReadRun {
 
 fn bytes(range: SectorRange) -> usize {
     usize::try_from(range.bytes()).expect("a chunk fits")
+}
+
+/// Of the extents that failed, those with no other failed one inside: where the trouble was, as far as it
+/// was narrowed down. `bounds` gives first and end.
+pub(super) fn innermost<T: Copy>(failing: &[T], bounds: impl Fn(&T) -> (u64, u64)) -> Vec<T> {
+    let mut inner: Vec<T> = Vec::new();
+    for (i, extent) in failing.iter().enumerate() {
+        let (start, end) = bounds(extent);
+        let inside = |(j, other): (usize, &T)| {
+            let (first, last) = bounds(other);
+            // Of the same extent, failed several times, the last stands for all.
+            start <= first && last <= end && ((first, last) != (start, end) || j > i)
+        };
+        if !failing.iter().enumerate().any(inside) {
+            inner.push(*extent);
+        }
+    }
+    inner
 }
 
 /// The sectors of `block` whose bits are set.

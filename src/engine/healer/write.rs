@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::commit::Commit;
 use super::failure::Failure;
-use super::read::{Budget, sectors_of_mask};
+use super::read::{Budget, innermost, sectors_of_mask};
 use super::{Core, Severity};
 use crate::device::buffer::{AlignedBuf, Iovecs};
 use crate::device::{DeviceIndex, Errno};
@@ -43,6 +43,16 @@ impl Copied {
     }
 }
 
+/// The failure that brought a request here.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failed {
+    /// Whose.
+    pub(super) device: DeviceIndex,
+    pub(super) errno: Errno,
+    /// What the failed operations covered: where a chunk is all of it, the chunk itself is known to fail.
+    pub(super) request: SectorRange,
+}
+
 /// A block's whole content on its way to a slot.
 pub(super) struct Placement {
     pub(super) block: Block,
@@ -60,7 +70,7 @@ impl Core {
         self: &Rc<Self>,
         range: SectorRange,
         guest: Option<(&Iovecs, usize)>,
-        failed: Option<(DeviceIndex, Errno)>,
+        failed: Option<Failed>,
     ) -> Result<(), Failure> {
         let fence = self.fence(range.blocks()).await?;
         let result = self.write_fenced(range, guest, failed).await;
@@ -72,7 +82,7 @@ impl Core {
         self: &Rc<Self>,
         range: SectorRange,
         guest: Option<(&Iovecs, usize)>,
-        failed: Option<(DeviceIndex, Errno)>,
+        failed: Option<Failed>,
     ) -> Result<(), Failure> {
         self.refuse_doubted(range, true)?;
         if self.mode.get().poisoned {
@@ -120,7 +130,7 @@ impl Core {
         self: &Rc<Self>,
         range: SectorRange,
         copied: &Copied,
-        failed: Option<(DeviceIndex, Errno)>,
+        failed: Option<Failed>,
         skip: &[Placement],
     ) -> Result<Vec<Block>, Failure> {
         let map = self.map.borrow().clone();
@@ -134,7 +144,7 @@ impl Core {
                 (None, _) => on_primary.push(part),
             }
         }
-        let failed_on = |device| failed.filter(|(failed, _)| *failed == device);
+        let failed_on = |device| failed.filter(|failed| failed.device == device);
         let mut moving = Vec::new();
         for part in on_primary {
             self.refuse_gone(DeviceIndex::PRIMARY)?;
@@ -153,14 +163,17 @@ impl Core {
         self: &Rc<Self>,
         range: SectorRange,
         copied: &Copied,
-        failed: Option<(DeviceIndex, Errno)>,
+        failed: Option<Failed>,
     ) -> Result<BTreeSet<Block>, Failure> {
         let budget = Budget::new(IN_PLACE_BUDGET_NS);
         let pending: Vec<Block> = range.blocks().iter().filter(|block| self.is_pending(*block)).collect();
         let mut moving = BTreeSet::new();
-        let mut cause = failed.map(|(_, errno)| errno);
+        let mut cause = failed.map(|failed| failed.errno);
         // Extents seen failing, largest first; and those that were written in the end.
-        let mut failing: Vec<SectorRange> = failed.map(|_| range).into_iter().collect();
+        let mut failing: Vec<SectorRange> = Vec::new();
+        if failed.is_some_and(|failed| failed.request == range) {
+            failing.push(range);
+        }
         let mut written: Vec<SectorRange> = Vec::new();
         let mut parts = Vec::new();
         if failed.is_some() {
@@ -194,7 +207,7 @@ impl Core {
                 }
             }
         }
-        if failing.is_empty() && pending.is_empty() {
+        if failed.is_none() && failing.is_empty() && pending.is_empty() {
             return Ok(moving);
         }
         self.flush(DeviceIndex::PRIMARY).await?;
@@ -265,10 +278,7 @@ impl Core {
         moving: &BTreeSet<Block>,
         cause: Option<Errno>,
     ) {
-        let smallest = failing.iter().filter(|extent| {
-            let inside = |other: &SectorRange| extent.start <= other.start && other.end() <= extent.end();
-            !failing.iter().any(|other| other != *extent && inside(other))
-        });
+        let smallest = innermost(failing, |extent| (extent.start.0, extent.end().0));
         let mut rewritten: BTreeSet<Block> = pending.iter().copied().collect();
         let mut known: BTreeSet<Block> = rewritten.clone();
         for extent in smallest {
