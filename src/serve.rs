@@ -60,7 +60,7 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     let workers = workers(options);
     let mut volume = open_volume(options, workers)?;
     let handle = volume.handle();
-    let device = Arc::new(BlkDevice::new(volume.disk()));
+    let device = Arc::new(BlkDevice::new(volume.disk(), options.num_queues));
     let (listener, connected) = match front_end {
         FrontEnd::Listener(listener) => (Some(listener), None),
         FrontEnd::Connected(stream) => (None, Some(stream)),
@@ -70,6 +70,7 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     handle.set_front_end(move || FrontEndState {
         connected: status.connected(),
         oldest_in_flight_ms: status.oldest_in_flight_ms(clock.now()),
+        malformed_requests: status.malformed(),
     });
     let (control, _control_file) = start_control(control, options, &handle)?;
     announce(options, &handle);

@@ -205,6 +205,7 @@ pub(crate) mod scripted {
             workers: 2,
             connected: true,
             oldest_in_flight_ms: 0,
+            malformed_requests: 0,
             events_dropped: 0,
         }
     }

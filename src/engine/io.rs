@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::errors::{Class, class_of};
 use super::task::{Permits, Promise, Spawner, promise};
 use crate::device::buffer::{AlignedBuf, IoSlice, Iovecs};
 use crate::device::{Completion, DeviceIndex, Errno, Op, OpKind, Tag};
@@ -12,6 +13,8 @@ use crate::units::Time;
 /// Operations the healer has under way on one device, at most: repairs on the primary never keep the
 /// spare waiting, since each device counts for itself.
 const OPS_PER_DEVICE: usize = 32;
+/// Times an operation is tried that failed for want of something of ours (memory, alignment, a busy host).
+const OUR_TRIES: u32 = 4;
 
 /// Memory of an operation under way: the table owns it, so that nothing a task does can free it early.
 enum Memory {
@@ -23,8 +26,6 @@ enum Memory {
 struct Pending {
     promise: Promise<(Result<(), Errno>, Memory)>,
     memory: Memory,
-    device: DeviceIndex,
-    kind: OpKind,
 }
 
 /// How long an operation took, as its submitter saw it.
@@ -116,10 +117,6 @@ impl Io {
         let index = usize::try_from(completion.tag.0).expect("tags are indices");
         let pending = self.ops.borrow_mut()[index].take().expect("a completion for an operation under way");
         self.free.borrow_mut().push(index);
-        if completion.result.is_err() {
-            self.count_error(pending.device, pending.kind);
-        }
-        self.permits[usize::from(pending.device.0)].release();
         pending.promise.keep((completion.result, pending.memory));
     }
 
@@ -129,17 +126,42 @@ impl Io {
         kind: OpKind,
         offset: u64,
         len: usize,
-        memory: Memory,
+        mut memory: Memory,
     ) -> (Result<(), Errno>, Memory, Took) {
         self.permits[usize::from(device.0)].acquire().await;
         let started = self.now();
+        let mut tries = OUR_TRIES;
+        let result = loop {
+            let result;
+            (result, memory) = self.submit(device, kind, offset, len, memory).await;
+            tries -= 1;
+            match result {
+                Err(errno) if tries > 0 && class_of(errno) == Class::Ours && kind != OpKind::Flush => {}
+                result => break result,
+            }
+        };
+        if result.is_err() {
+            self.count_error(device, kind);
+        }
+        self.permits[usize::from(device.0)].release();
+        (result, memory, Took(self.now().since_ns(started)))
+    }
+
+    async fn submit(
+        &self,
+        device: DeviceIndex,
+        kind: OpKind,
+        offset: u64,
+        len: usize,
+        memory: Memory,
+    ) -> (Result<(), Errno>, Memory) {
         let (promise, awaited) = promise();
         let data = match &memory {
             Memory::None => IoSlice::EMPTY,
             Memory::Read(buf) => buf.as_io(),
             Memory::Write(iovecs) => iovecs.as_io(),
         };
-        let pending = Pending { promise, memory, device, kind };
+        let pending = Pending { promise, memory };
         let index = {
             let mut ops = self.ops.borrow_mut();
             if let Some(index) = self.free.borrow_mut().pop() {
@@ -151,8 +173,7 @@ impl Io {
             }
         };
         self.out.borrow_mut().push(Op { tag: Tag(index as u64), device, kind, offset, len: len as u64, data });
-        let (result, memory) = awaited.await;
-        (result, memory, Took(self.now().since_ns(started)))
+        awaited.await
     }
 
     /// Read `len` bytes at `offset`.

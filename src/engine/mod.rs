@@ -1,5 +1,6 @@
 //! The remap engine: state machines that turn guest requests into device operations.
 
+mod errors;
 pub mod event;
 pub mod healer;
 mod io;

@@ -33,6 +33,8 @@ pub struct FrontEndState {
     pub connected: bool,
     /// Age of the oldest request not answered.
     pub oldest_in_flight_ms: u64,
+    /// Requests so malformed that they were given back before the engine saw them.
+    pub malformed_requests: u64,
 }
 
 /// What does not change while the volume is served.
@@ -110,6 +112,7 @@ impl VolumeHandle {
             workers: served.workers,
             connected: front_end.connected,
             oldest_in_flight_ms: front_end.oldest_in_flight_ms,
+            malformed_requests: front_end.malformed_requests,
             events_dropped: served.log.dropped(),
         }
     }

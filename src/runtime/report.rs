@@ -44,6 +44,9 @@ pub struct StatusReport {
     pub connected: bool,
     /// Oldest request not yet answered, in milliseconds; 0 where there is none.
     pub oldest_in_flight_ms: u64,
+    /// What the guest sent that was no valid request and was given back with an error: the guest's
+    /// driver is broken or hostile. They have no event each.
+    pub malformed_requests: u64,
     /// Events dropped because the log was full.
     pub events_dropped: u64,
 }

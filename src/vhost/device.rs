@@ -57,6 +57,7 @@ impl Settings {
 /// One virtio-blk device.
 pub struct BlkDevice {
     disk: Arc<DiskInfo>,
+    queues: u16,
     settings: Arc<Settings>,
     /// Workers for the threads of rust-vmm's daemon, by thread.
     ports: Mutex<Vec<Option<WorkerPort>>>,
@@ -69,17 +70,23 @@ thread_local! {
 }
 
 impl BlkDevice {
-    /// The device that shows `disk`.
-    pub fn new(disk: Arc<DiskInfo>) -> BlkDevice {
-        let settings = Arc::new(Settings { config: Config::new(&disk, QUEUES_MAX), flush: AtomicBool::new(false) });
-        BlkDevice { disk, settings, ports: Mutex::new(Vec::new()), memory: Mutex::new(None) }
+    /// The device that shows `disk` and offers `queues` queues, 1 to [`QUEUES_MAX`].
+    pub fn new(disk: Arc<DiskInfo>, queues: u16) -> BlkDevice {
+        let queues = queues.clamp(1, QUEUES_MAX);
+        let settings = Arc::new(Settings { config: Config::new(&disk, queues), flush: AtomicBool::new(false) });
+        BlkDevice { disk, queues, settings, ports: Mutex::new(Vec::new()), memory: Mutex::new(None) }
     }
 
     /// The device, to be run by `VhostUserDaemon` with one of `ports` for each of its threads.
     pub fn for_daemon(disk: Arc<DiskInfo>, ports: Vec<WorkerPort>) -> BlkDevice {
-        let device = BlkDevice::new(disk);
+        let device = BlkDevice::new(disk, QUEUES_MAX);
         *device.ports.lock().unwrap_or_else(PoisonError::into_inner) = ports.into_iter().map(Some).collect();
         device
+    }
+
+    /// Queues on offer.
+    pub fn queues(&self) -> u16 {
+        self.queues
     }
 
     /// What the disk is.
@@ -197,7 +204,7 @@ impl VhostUserBackend for BlkDevice {
     type Vring = VringRwLock;
 
     fn num_queues(&self) -> usize {
-        usize::from(QUEUES_MAX)
+        usize::from(self.queues)
     }
 
     fn max_queue_size(&self) -> usize {
@@ -309,8 +316,9 @@ mod tests {
     #[test]
     fn a_read_only_disk_offers_no_writes() {
         let mut disk = Bench::ports(1).0.disk().clone();
-        let has =
-            |disk: &DiskInfo, number| BlkDevice::new(Arc::new(disk.clone())).offered_features() & bit(number) != 0;
+        let has = |disk: &DiskInfo, number| {
+            BlkDevice::new(Arc::new(disk.clone()), QUEUES_MAX).offered_features() & bit(number) != 0
+        };
         assert!(!has(&disk, VIRTIO_BLK_F_RO) && has(&disk, VIRTIO_BLK_F_DISCARD));
         disk.read_only = true;
         assert!(has(&disk, VIRTIO_BLK_F_RO) && has(&disk, VIRTIO_BLK_F_FLUSH));

@@ -9,7 +9,6 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, poll};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
-use super::QUEUES_MAX;
 use super::device::BlkDevice;
 use super::protocol::{Session, is_refusal};
 use super::status::{ServerStatus, WorkerStatus};
@@ -53,7 +52,7 @@ impl Server {
 
     /// Queues on offer.
     pub fn num_queues(&self) -> u16 {
-        QUEUES_MAX
+        self.device.queues()
     }
 
     /// What the server is doing, for others to read.
@@ -93,7 +92,7 @@ impl Server {
         stream.set_read_timeout(Some(MESSAGE_TIMEOUT))?;
         stream.set_write_timeout(Some(MESSAGE_TIMEOUT))?;
         let orders = self.workers.iter().map(|worker| worker.commands.clone()).collect();
-        let session = Arc::new(Mutex::new(Session::new(self.device.clone(), orders, QUEUES_MAX)));
+        let session = Arc::new(Mutex::new(Session::new(self.device.clone(), orders, self.num_queues())));
         let socket = stream.try_clone()?;
         let mut handler = BackendReqHandler::from_stream(stream, session.clone());
         self.status.set_connected(true);

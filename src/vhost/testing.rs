@@ -182,7 +182,7 @@ pub(crate) const CAPACITY: u64 = 4096;
 
 fn device() -> BlkDevice {
     let serial = *b"bench\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
-    BlkDevice::new(Arc::new(DiskInfo { capacity: CAPACITY, logical_block_size: 512, read_only: false, serial }))
+    BlkDevice::new(Arc::new(DiskInfo { capacity: CAPACITY, logical_block_size: 512, read_only: false, serial }), 64)
 }
 
 /// A worker's place on a disk in memory, and the healer's ends of its mailboxes.

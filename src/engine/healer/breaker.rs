@@ -10,6 +10,7 @@ use std::rc::Rc;
 use super::failure::{Failure, Hold};
 use super::{Core, Severity};
 use crate::device::{DeviceIndex, Errno};
+use crate::engine::errors::{Class, class_of};
 use crate::engine::message::Refusal;
 use crate::engine::task::{Promise, join_all, promise};
 use crate::engine::view::PrimaryState;
@@ -26,40 +27,6 @@ const STORM_WRITES: usize = 32;
 const STORM_REGIONS: usize = 3;
 /// How far apart those are, in sectors (1 GiB), or a quarter of a smaller volume.
 const STORM_APART: u64 = 2 << 20;
-
-/// What an error number means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Class {
-    /// The medium failed.
-    Medium,
-    /// The medium or the device: the probe decides.
-    Ambiguous,
-    /// The device is gone.
-    Gone,
-    /// No space left; only this write fails.
-    Space,
-    /// The target does not do this; a probe decides for writes.
-    Target,
-    /// Our doing, or a shortage of the host's: try again.
-    Ours,
-    /// Anything else: the request fails, nothing is remapped.
-    Unlisted,
-}
-
-/// The class of an error number.
-pub(super) fn class_of(errno: Errno) -> Class {
-    match errno.0 {
-        libc::ENODATA | libc::EILSEQ => Class::Medium,
-        libc::EIO => Class::Ambiguous,
-        libc::ENODEV | libc::ENXIO | libc::ENOTCONN | libc::ESTALE | libc::ENOLINK | libc::EROFS | libc::ETIMEDOUT => {
-            Class::Gone
-        }
-        libc::ENOSPC | libc::EDQUOT | libc::EFBIG => Class::Space,
-        libc::EREMOTEIO | libc::EOPNOTSUPP => Class::Target,
-        libc::EINVAL | libc::EFAULT | libc::EAGAIN | libc::ENOMEM | libc::ECANCELED => Class::Ours,
-        _ => Class::Unlisted,
-    }
-}
 
 #[derive(Default)]
 struct Probe {
@@ -95,8 +62,9 @@ impl Core {
         }
         let class = class_of(errno);
         match class {
-            Class::Medium | Class::Ours => {}
-            Class::Space | Class::Unlisted => return Err(Failure::errno(device, errno).at(range)),
+            Class::Medium => {}
+            // Tried again below already; the disk is not to blame and nothing is remapped for it.
+            Class::Ours | Class::Space | Class::Unlisted => return Err(Failure::errno(device, errno).at(range)),
             Class::Gone => return Err(self.device_gone(device, errno).at(range)),
             Class::Ambiguous | Class::Target => {
                 if let Err(probed) = self.probe(device).await {
@@ -104,7 +72,7 @@ impl Core {
                 }
             }
         }
-        if !read && class != Class::Ours && device == DeviceIndex::PRIMARY && self.is_storm(range) {
+        if !read && device == DeviceIndex::PRIMARY && self.is_storm(range) {
             self.breaker.tripped.set(true);
             return Err(self.device_gone(device, errno).at(range));
         }

@@ -18,6 +18,8 @@ use crate::volume::map::BlockState;
 
 /// After so long without an answer a fence is given up and the device asked whether it is there.
 const FENCE_SECONDS: u64 = 5;
+/// Times a fence is raised before its job fails: well below the 30 s after which guests lose patience.
+const FENCE_TRIES: usize = 4;
 
 struct Waiting {
     id: FenceId,
@@ -88,7 +90,26 @@ impl Adoptions {
 
 impl Core {
     /// Fence `range`: when this returns, no shard works on it, until [`Core::lift`].
+    ///
+    /// A fence that a hung operation leaves unanswered is lifted after a while, so that what is parked at
+    /// it moves on, and raised again a few times before the job gives up.
     pub(super) async fn fence(self: &Rc<Self>, range: BlockRange) -> Result<FenceId, Failure> {
+        let start = range.start.start();
+        let sectors = SectorRange { start, count: range.end.start().0 - start.0 };
+        let cause = format!("a device operation has not returned for {FENCE_SECONDS} s");
+        for _ in 0..FENCE_TRIES {
+            if let Some(id) = self.try_fence(range).await {
+                return Ok(id);
+            }
+            let core = self.clone();
+            self.spawn(async move { core.suspect(DeviceIndex::PRIMARY).await });
+            self.event(Severity::Warn, "fence-given-up", None, sectors, &*cause, "repair put off; asking the primary");
+            self.refuse_gone(DeviceIndex::PRIMARY)?;
+        }
+        Err(Failure::new(None, cause).at(sectors))
+    }
+
+    async fn try_fence(self: &Rc<Self>, range: BlockRange) -> Option<FenceId> {
         let id = FenceId(self.fences.next.get());
         self.fences.next.set(id.0 + 1);
         let in_the_way = {
@@ -108,22 +129,16 @@ impl Core {
             let mut standing = self.fences.standing.borrow_mut();
             let fence = standing.iter_mut().find(|fence| fence.id == id).expect("raised above or by `lift`");
             if fence.unanswered == 0 {
-                return Ok(id);
+                return Some(id);
             }
             fence.all_clear = Some(all_clear);
         }
         let deadline = self.io.now().plus_secs(FENCE_SECONDS);
         if first_of(awaited, self.io.sleep_until(deadline)).await.is_ok() {
-            return Ok(id);
+            return Some(id);
         }
-        let start = range.start.start();
-        let sectors = SectorRange { start, count: range.end.start().0 - start.0 };
         self.lift(id);
-        let core = self.clone();
-        self.spawn(async move { core.suspect(DeviceIndex::PRIMARY).await });
-        let cause = format!("a device operation has not returned for {FENCE_SECONDS} s");
-        self.event(Severity::Warn, "fence-given-up", None, sectors, &*cause, "repair put off; asking the primary");
-        Err(Failure::new(None, cause).at(sectors))
+        None
     }
 
     fn raise(&self, id: FenceId, range: BlockRange) {

@@ -24,6 +24,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::errors::{Class, class_of};
 use super::event::{Event, Severity};
 use super::io::Io;
 use super::message::{Cursor, FenceId, Handed, Outcome, ToHealer, ToShard, Why};
@@ -343,7 +344,9 @@ impl Core {
 
     /// A request came from a shard.
     fn take(self: &Rc<Self>, handed: Handed) {
-        if let Why::Failed(device, _) = handed.why {
+        if let Why::Failed(device, errno) = handed.why
+            && class_of(errno) != Class::Ours
+        {
             self.io.count_error(device, if reads(&handed.request) { OpKind::Read } else { OpKind::Write });
         }
         match handed.why {
