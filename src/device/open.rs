@@ -211,11 +211,6 @@ pub fn create_file(path: &Path, size: u64) -> Result<(), OpenError> {
     })
 }
 
-/// Whether both are the same file or block device, by whatever path.
-pub fn same_file(a: &OpenDevice, b: &OpenDevice) -> bool {
-    a.geometry.kind == b.geometry.kind && a.identity.device == b.identity.device && a.identity.inode == b.identity.inode
-}
-
 fn io_failure(path: &Path, action: &'static str, source: io::Error) -> OpenError {
     OpenError::Io { path: path.to_owned(), action, source }
 }

@@ -17,7 +17,7 @@ use super::options::{AdoptOptions, Cache, CreateOptions, FailOrHold, ServeOption
 use super::worker::{Clock, DiskInfo, WorkerPort};
 use crate::device::DeviceIndex;
 use crate::device::fault::FaultTable;
-use crate::device::open::{self, DeviceSet, OpenOptions, create_file, same_file};
+use crate::device::open::{self, DeviceSet, OpenOptions, create_file};
 use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
 use crate::engine::open::{CreateParams, Creation, OpenError, OpenParams, Opening};
 use crate::engine::shard::Shard;
@@ -91,6 +91,7 @@ pub fn create(options: &CreateOptions) -> Result<String, MakeError> {
     let needed = size.checked_next_multiple_of(4096).and_then(|size| size.checked_add(label));
     let Some(needed) = needed else { return refused(format!("{}: {size} bytes is too large", primary.display())) };
     let mut made = Made::default();
+    refuse_same(primary, spare)?;
     check_spare_path(spare)?;
     match fs::metadata(primary) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => made.file(primary, needed)?,
@@ -120,12 +121,25 @@ pub fn create(options: &CreateOptions) -> Result<String, MakeError> {
 /// When a device is not fit, or the spare cannot be written.
 pub fn adopt(options: &AdoptOptions) -> Result<String, MakeError> {
     let AdoptOptions { primary, spare, shape, force } = options;
+    refuse_same(primary, spare)?;
     check_spare_path(spare)?;
     refuse_image_formats(primary)?;
     let mut made = Made::default();
     let line = make(primary, spare, None, shape, *force, &mut made)?;
     made.0.clear();
     Ok(line)
+}
+
+/// By whatever names: opening one would wait for the lock of the other.
+fn refuse_same(primary: &Path, spare: &Path) -> Result<(), MakeError> {
+    use std::os::unix::fs::MetadataExt;
+    let id = |path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino(), meta.rdev()));
+    match (id(primary), id(spare)) {
+        (Ok(a), Ok(b)) if a == b || (a.2 != 0 && a.2 == b.2) => {
+            refused(format!("{}: is the primary itself; name another spare", spare.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_spare_path(spare: &Path) -> Result<(), MakeError> {
@@ -154,9 +168,6 @@ fn make(
         _ => check_old_spare(spare, spare_bytes, force)?,
     }
     let spare_device = open::open(spare, &OpenOptions::default())?;
-    if same_file(&primary_device, &spare_device) {
-        return refused(format!("{}: is the primary itself; name another spare", spare.display()));
-    }
     let set = Uuid::new_v4();
     let params = CreateParams {
         primary: facts(&primary_device),
@@ -314,14 +325,14 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
         direct: options.cache == Cache::None,
         lock_wait: options.lock_wait,
     };
+    if let Some(spare) = &options.spare {
+        refuse_same(&options.primary, spare)?;
+    }
     let primary = Arc::new(open::open(&options.primary, &open_options)?);
     let mut devices = vec![primary.clone()];
     if let Some(spare) = options.spare.as_ref().filter(|_| !options.passthrough) {
         // Metadata is always written with O_DIRECT, whatever the guest's data is.
         let device = Arc::new(open::open(spare, &OpenOptions { direct: true, ..open_options.clone() })?);
-        if same_file(&primary, &device) {
-            return refused(format!("{}: is the primary itself; name another spare", spare.display()));
-        }
         devices.push(device);
     }
     let faults = options.fault_injection.then(|| Arc::new(FaultTable::new()));
