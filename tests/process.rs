@@ -1,0 +1,15 @@
+//! The program as a process: a guest on its vhost-user socket, an operator on its control socket, devices
+//! that fail by rule. Numbers of scenarios are those of the predecessor's operators' list.
+
+#[path = "process/clean.rs"]
+mod clean;
+#[path = "process/exhaustion.rs"]
+mod exhaustion;
+#[path = "process/faults.rs"]
+mod faults;
+#[path = "process/guest.rs"]
+mod guest;
+#[path = "process/model.rs"]
+mod model;
+#[path = "process/server.rs"]
+mod server;

@@ -1,0 +1,127 @@
+//! A primary that is not there.
+
+use std::time::Duration;
+
+use crate::guest::{Failed, Io};
+use crate::model::{Model, pattern};
+use crate::server::{Server, Volume};
+
+fn take_away(server: &Server) {
+    server.fault(&["--ops", "read,write,flush,discard,identify", "--errno", "ENODEV"]);
+}
+
+/// E1: nothing is remapped, and the volume is back when the device is.
+#[test]
+fn a_lost_primary_fails_requests_and_comes_back_by_itself() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    let mut model = Model::written(&mut guest, 960, 256, 1);
+    server.order(&["remap", "960-967"]);
+    take_away(&server);
+    for io in [
+        Io::Write { sector: 1000, data: pattern(1000, 8, 2) },
+        Io::Read { sector: 1000, count: 8 },
+        Io::Read { sector: 960, count: 64 },
+        Io::Flush,
+    ] {
+        assert_eq!(guest.queue().one(io.clone()), Err(Failed::IoErr), "{io:?}");
+    }
+    let status = server.status();
+    assert_eq!((&status.state[..], &status.devices[0].state[..]), (&["primary-gone".to_owned()][..], "gone"));
+    assert!(status.messages[0].contains("disk.img"), "{:?}", status.messages);
+    assert_eq!((status.blocks.remapped, status.blocks.pending, status.blocks.lost_sectors), (1, 0, 0));
+    let why = server.refused(&["clear"]);
+    assert!(why.contains("primary does not answer"), "{why}");
+    // What lives on the spare is still there.
+    model.check(guest.queue(), 960, 8);
+    assert_eq!(server.events().iter().filter(|event| event.kind == "device-gone").count(), 1);
+    server.no_faults();
+    server.await_event("device-back");
+    model.check_all(guest.queue());
+    let write = model.write(1000, pattern(1000, 8, 3));
+    guest.queue().one(write).unwrap();
+    guest.flush().unwrap();
+    model.check_all(guest.queue());
+    assert_eq!(server.status().state, ["ok"]);
+    assert_eq!(server.blocks("remapped"), [960]);
+}
+
+/// E1 with `--on-device-loss hold`: the guest sees no error.
+#[test]
+fn held_requests_go_on_when_the_primary_is_back() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&["--on-device-loss", "hold"]);
+    let mut guest = server.guest(1);
+    let mut model = Model::written(&mut guest, 960, 256, 1);
+    take_away(&server);
+    let queue = guest.queue();
+    let ios = [
+        Io::Read { sector: 960, count: 8 },
+        model.write(1000, pattern(1000, 16, 2)),
+        Io::WriteZeroes(vec![(1100, 8, 0)]),
+    ];
+    model.zero(1100, 8);
+    let mut tokens: Vec<u64> = ios.iter().map(|io| queue.submit(io)).collect();
+    server.await_event("device-gone");
+    // Only now: a flush that the device itself had failed would poison the volume (F2).
+    tokens.push(queue.submit(&Io::Flush));
+    assert_eq!(queue.wait_for(Duration::from_millis(300)), []);
+    assert_eq!(server.status().state[0], "primary-gone");
+    server.no_faults();
+    let mut ended = Vec::new();
+    while ended.len() < tokens.len() {
+        ended.extend(queue.wait());
+    }
+    assert!(ended.iter().all(|(_, reply)| reply.is_ok()), "{ended:?}");
+    model.check_all(queue);
+    let status = server.status();
+    assert_eq!((status.counters.guest_errors, status.blocks.remapped), (0, 0));
+}
+
+#[test]
+fn held_requests_fail_when_their_time_is_over() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&["--on-device-loss", "hold=1"]);
+    let mut guest = server.guest(1);
+    let model = Model::written(&mut guest, 960, 256, 1);
+    take_away(&server);
+    let started = std::time::Instant::now();
+    assert_eq!(guest.read(960, 8), Err(Failed::IoErr));
+    assert!(started.elapsed() >= Duration::from_secs(1), "{:?}", started.elapsed());
+    server.no_faults();
+    server.await_event("device-back");
+    model.check_all(guest.queue());
+}
+
+/// E1: EIO everywhere with a failing probe is a lost device too, and never a disk full of bad blocks.
+#[test]
+fn a_primary_that_answers_eio_to_everything_is_gone() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    let model = Model::written(&mut guest, 960, 256, 1);
+    server.fault(&["--ops", "read,write,flush"]);
+    assert_eq!(guest.write(1000, pattern(1000, 8, 2)), Err(Failed::IoErr));
+    let status = server.status();
+    assert_eq!((&status.state[0][..], status.blocks.remapped), ("primary-gone", 0));
+    server.no_faults();
+    server.await_event("device-back");
+    model.check(guest.queue(), 960, 40);
+    model.check(guest.queue(), 1008, 208);
+}
+
+/// E1, Space: the disk is full, which is nobody's bad sector.
+#[test]
+fn no_space_fails_only_that_write() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    let model = Model::written(&mut guest, 960, 256, 1);
+    server.fault(&["--ops", "write", "--errno", "ENOSPC", "--count", "1"]);
+    assert_eq!(guest.write(1000, pattern(1000, 8, 2)), Err(Failed::IoErr));
+    assert!(server.list().is_empty());
+    assert_eq!(server.status().state, ["ok"]);
+    model.check_all(guest.queue());
+    guest.write(1000, pattern(1000, 8, 3)).unwrap();
+}

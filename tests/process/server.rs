@@ -1,0 +1,288 @@
+//! The host's side: a volume in a directory of its own, the program that serves it, and its operator.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde::de::DeserializeOwned;
+use tempfile::TempDir;
+use vhost_remap::control::client::Client;
+use vhost_remap::runtime::report::{EventPage, EventRecord, ListEntry, StatusReport};
+
+use crate::guest::Guest;
+
+/// Longest any command, start or stop of these tests takes on a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Primary and spare in a directory that goes away with this.
+pub(crate) struct Volume {
+    pub(crate) dir: TempDir,
+    pub(crate) primary: PathBuf,
+    pub(crate) spare: PathBuf,
+}
+
+impl Volume {
+    /// Paths only.
+    pub(crate) fn absent() -> Volume {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (primary, spare) = (dir.path().join("disk.img"), dir.path().join("disk.img.spare"));
+        Volume { dir, primary, spare }
+    }
+
+    /// A new volume of so many MiB.
+    pub(crate) fn create(mib: u64, max_remaps: u32) -> Volume {
+        let volume = Volume::absent();
+        let primary = volume.primary.to_str().expect("UTF-8");
+        let (size, remaps) = (format!("{mib}M"), max_remaps.to_string());
+        done(&vhost_remap(&["create", "--primary", primary, "--size", &size, "--max-remaps", &remaps]));
+        volume
+    }
+
+    /// Serve it with faults to be injected, and more options.
+    pub(crate) fn serve(&self, options: &[&str]) -> Server {
+        let fixed = ["--fault-injection", "--spare", self.spare.to_str().expect("UTF-8")];
+        self.serve_with(&[&fixed[..], options].concat())
+    }
+
+    /// Serve it with nothing but these options.
+    pub(crate) fn serve_with(&self, options: &[&str]) -> Server {
+        Server::start(self.command(options), self.dir.path()).unwrap_or_else(|output| panic!("{output:?}"))
+    }
+
+    /// Try to serve it; the one line on stderr that says why it does not start.
+    pub(crate) fn serve_refused(&self, options: &[&str]) -> String {
+        let fixed = ["--spare", self.spare.to_str().expect("UTF-8"), "--log-level", "0"];
+        match Server::start(self.command(&[&fixed[..], options].concat()), self.dir.path()) {
+            Ok(_) => panic!("served although it should be refused"),
+            Err(output) => refusal(&output),
+        }
+    }
+
+    /// The command line of `serve`.
+    pub(crate) fn command(&self, options: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
+        command.arg("serve").arg("--primary").arg(&self.primary).arg("--socket-path").arg(self.socket()).args(options);
+        command
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.path().join("vm.sock")
+    }
+}
+
+/// Run the program with these words.
+pub(crate) fn vhost_remap(words: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
+    command.args(words);
+    output_of(&mut command)
+}
+
+/// Run a command to its end, within [`LIMIT`].
+pub(crate) fn output_of(command: &mut Command) -> Output {
+    let what = format!("{command:?}");
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let child = child.unwrap_or_else(|error| panic!("{what}: {error}"));
+    let pid = Pid::from_child(&child);
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || sender.send(child.wait_with_output()));
+    match receiver.recv_timeout(LIMIT) {
+        Ok(output) => output.expect("the output of a child"),
+        Err(_) => {
+            // Not waited for yet, so the number is still its own.
+            let _ = kill_process(pid, Signal::KILL);
+            panic!("{what}: not done within {LIMIT:?}");
+        }
+    }
+}
+
+/// The standard output of a command that succeeded.
+#[track_caller]
+pub(crate) fn done(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).expect("text")
+}
+
+/// The one line of a command that was refused: exit status 1, and the reason on stderr.
+#[track_caller]
+pub(crate) fn refusal(output: &Output) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("vhost-remap: ") && stderr.lines().count() == 1, "{stderr:?}");
+    stderr
+}
+
+/// A running server. Killed when dropped.
+pub(crate) struct Server {
+    child: Child,
+    ended: bool,
+    pub(crate) socket: PathBuf,
+    pub(crate) ctl: PathBuf,
+    /// The line it prints once it serves.
+    pub(crate) announcement: String,
+    log: PathBuf,
+}
+
+impl Server {
+    /// Start the program and wait for the line that says that it serves; else its output when it ended.
+    pub(crate) fn start(mut command: Command, dir: &Path) -> Result<Server, Output> {
+        let log = dir.join("server.log");
+        let stderr = File::options().create(true).append(true).open(&log).expect("a log file");
+        let before = stderr.metadata().expect("a file").len();
+        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).spawn().expect("just built");
+        let socket = dir.join("vm.sock");
+        let ctl = dir.join("vm.sock.ctl");
+        let mut server = Server { child, ended: false, socket, ctl, announcement: String::new(), log };
+        let mut stdout = BufReader::new(server.child.stdout.take().expect("piped"));
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            let read = stdout.read_line(&mut line);
+            let _ = sender.send(read.map(|_| line));
+            // Nothing more comes, but the pipe must not break.
+            let _ = stdout.read_to_end(&mut Vec::new());
+        });
+        match receiver.recv_timeout(LIMIT) {
+            Ok(Ok(line)) if !line.is_empty() => {
+                server.announcement = line;
+                Ok(server)
+            }
+            Ok(_) => {
+                let status = server.wait();
+                let log = fs::read(&server.log).expect("a log file");
+                let stderr = log[usize::try_from(before).expect("small")..].to_vec();
+                Err(Output { status, stdout: Vec::new(), stderr })
+            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => panic!("no start within {LIMIT:?}"),
+        }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Connect a front-end.
+    pub(crate) fn guest(&self, queues: usize) -> Guest {
+        Guest::connect(&self.socket, queues)
+    }
+
+    /// End it as an operator does; it must close cleanly.
+    #[track_caller]
+    pub(crate) fn stop(mut self) {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("our child");
+        let status = self.wait();
+        assert!(status.success(), "{status:?}: {}", self.log_text());
+    }
+
+    /// End it as a crash does.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().expect("our child");
+        let status = self.wait();
+        assert_eq!(status.signal(), Some(9));
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + LIMIT;
+        let pidfd = rustix::process::pidfd_open(Pid::from_child(&self.child), rustix::process::PidfdFlags::empty());
+        let pidfd = pidfd.expect("a pidfd of our child");
+        let left = rustix::event::Timespec::try_from(deadline - Instant::now()).expect("seconds");
+        let mut fds = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
+        let ready = rustix::event::poll(&mut fds, Some(&left)).expect("poll");
+        assert_eq!(ready, 1, "the server does not end within {LIMIT:?}: {}", self.log_text());
+        self.ended = true;
+        self.child.wait().expect("our child")
+    }
+
+    pub(crate) fn log_text(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Ask it with the program's own command line.
+    pub(crate) fn ask(&self, words: &[&str]) -> Output {
+        let at = if words[0] == "fault" { 2 } else { 1 };
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
+        command.args(&words[..at]).arg("--control-path").arg::<&OsStr>(self.ctl.as_ref()).args(&words[at..]);
+        output_of(&mut command)
+    }
+
+    /// An order that must be carried out; its answer.
+    #[track_caller]
+    pub(crate) fn order(&self, words: &[&str]) -> String {
+        done(&self.ask(words))
+    }
+
+    /// An order that must be refused; the reason.
+    #[track_caller]
+    pub(crate) fn refused(&self, words: &[&str]) -> String {
+        refusal(&self.ask(words))
+    }
+
+    /// Add a fault rule (`fault add` with these words).
+    #[track_caller]
+    pub(crate) fn fault(&self, words: &[&str]) {
+        self.order(&[&["fault", "add"], words].concat());
+    }
+
+    /// Remove all fault rules.
+    #[track_caller]
+    pub(crate) fn no_faults(&self) {
+        self.order(&["fault", "clear"]);
+    }
+
+    pub(crate) fn status(&self) -> StatusReport {
+        let text = self.order(&["status", "--json"]);
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+
+    pub(crate) fn list(&self) -> Vec<ListEntry> {
+        lines(&self.order(&["list", "--json"]))
+    }
+
+    pub(crate) fn events(&self) -> Vec<EventRecord> {
+        lines(&self.order(&["events", "--json"]))
+    }
+
+    /// Wait for an event of a kind.
+    pub(crate) fn await_event(&self, kind: &str) -> EventRecord {
+        let client = Client::new(&self.ctl).expect("an event loop");
+        let deadline = Instant::now() + LIMIT;
+        let mut after = 0;
+        while Instant::now() < deadline {
+            let page: EventPage =
+                client.get(&format!("/v1/events?after={after}&wait=5"), LIMIT).expect("a page of events");
+            after = page.last_seq.max(after);
+            if let Some(found) = page.events.into_iter().find(|event| event.kind == kind) {
+                return found;
+            }
+        }
+        panic!("no event {kind:?} within {LIMIT:?}: {}", self.log_text());
+    }
+
+    /// Blocks in a state of `list`, by their first sector.
+    pub(crate) fn blocks(&self, state: &str) -> Vec<u64> {
+        let list = self.list();
+        list.iter().filter(|entry| entry.state.iter().any(|s| s == state)).map(|entry| entry.sector).collect()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if !self.ended {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("--- log of the server\n{}---", self.log_text());
+        }
+    }
+}
+
+/// JSON documents, one a line.
+fn lines<T: DeserializeOwned>(text: &str) -> Vec<T> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
+}
