@@ -1,4 +1,48 @@
-all:
-	cargo build --release
-demo:
-	ci/demo
+# Thin: what there is to do is done by cargo and the scripts in ci/. Only bash, git and make are assumed;
+# `ci/setup` brings the rest, and `ci/setup env` says where it put it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := all
+.PHONY: all clean test load unload status install help demo bench torture
+
+PREFIX ?= /usr/local
+with_tools = eval "$$(ci/setup env)" &&
+# Where `ci/setup env` finds no cargo, it has to be brought first.
+with_cargo = $(with_tools) { command -v cargo >/dev/null || { ci/setup build && $(with_tools) :; }; } &&
+
+all: ## build the program: target/release/vhost-remap
+	@$(with_cargo) cargo build --release --locked
+
+clean: ## remove everything that was built
+	rm -rf target tests/fuzz/target
+
+test: ## run every test (REQUIRE_ALL=1: a skip that ci/allowed-skips does not list fails)
+	@ci/test
+
+load: ## start a server: PRIMARY=disk.img [SPARE=…] [SOCKET=…] [OPTIONS='--create --size 10G']
+	@ci/server load
+
+unload: ## stop the server of SOCKET=…, which flushes and closes its volume
+	@ci/server unload
+
+status: ## show the state of the server of SOCKET=…
+	@ci/server status
+
+install: all ## copy the program to $(DESTDIR)$(PREFIX)/bin
+	install -D -m 0755 "$${CARGO_TARGET_DIR:-target}/release/vhost-remap" "$(DESTDIR)$(PREFIX)/bin/vhost-remap"
+
+help: ## list these
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | \
+	    while IFS='|' read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
+	@echo; ci/server help
+
+demo: all ## boot a guest on a failing disk and watch it heal
+	@$(with_tools) ci/demo
+
+bench: ## (not part of this version)
+	@echo "make bench: benchmarks are not part of this version" >&2; exit 1
+
+torture: ## (not part of this version)
+	@echo "make torture: long random runs are not part of this version" >&2; exit 1
+
+# Variables given on make's command line reach ci/server through the environment.
+export PRIMARY SPARE SOCKET OPTIONS

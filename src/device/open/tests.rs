@@ -52,7 +52,7 @@ fn a_writer_excludes_everyone_and_readers_share() {
         assert!(message.contains(&format!("(pid {})", std::process::id())), "{message}");
     }
     drop(writer);
-    let reader = open(&path, &quick(true)).unwrap();
+    let _reader = open(&path, &quick(true)).unwrap();
     let _other = open(&path, &quick(true)).unwrap();
     assert!(matches!(open(&path, &quick(false)), Err(OpenError::InUse { .. })));
 }
