@@ -1,0 +1,145 @@
+//! What a seed chooses: the shape of the volume, and which faults the run knows (swarm testing: few kinds
+//! a run, so that each gets its turn to be frequent).
+
+use vhost_remap::engine::healer::{OnLoss, Policy};
+use vhost_remap::volume::layout::{label_size, spare_size};
+
+use crate::rng::Rng;
+
+/// Kinds of faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Reads of a guest sector fail a few times.
+    PrimaryReadOnce,
+    /// ... until it is written.
+    PrimaryReadUntilWritten,
+    /// ... for ever.
+    PrimaryReadForEver,
+    /// Writes of a guest sector fail a few times.
+    PrimaryWriteTimes,
+    /// ... for ever.
+    PrimaryWriteForEver,
+    /// As above for sectors of slots.
+    SlotRead,
+    SlotWrite,
+    /// Writes to a sector of metadata fail.
+    MetadataWrite,
+    /// Reads of a sector of metadata fail, in one place.
+    MetadataRead,
+    /// A few operations fail with an error that is our own fault.
+    Ours,
+    /// A few operations of any kind fail on the medium.
+    Burst,
+    /// No space.
+    Full,
+    /// A device is gone for a while.
+    PrimaryGone,
+    SpareGone,
+    /// A flush fails.
+    PrimaryFlush,
+    SpareFlush,
+    /// An operation takes seconds.
+    Latency,
+}
+
+const FAULTS: [Fault; 17] = [
+    Fault::PrimaryReadOnce,
+    Fault::PrimaryReadUntilWritten,
+    Fault::PrimaryReadForEver,
+    Fault::PrimaryWriteTimes,
+    Fault::PrimaryWriteForEver,
+    Fault::SlotRead,
+    Fault::SlotWrite,
+    Fault::MetadataWrite,
+    Fault::MetadataRead,
+    Fault::Ours,
+    Fault::Burst,
+    Fault::Full,
+    Fault::PrimaryGone,
+    Fault::SpareGone,
+    Fault::PrimaryFlush,
+    Fault::SpareFlush,
+    Fault::Latency,
+];
+
+/// One run's choices.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) shards: usize,
+    /// Sectors of the volume.
+    pub(crate) capacity: u64,
+    pub(crate) logical: [u64; 2],
+    pub(crate) max_remaps: u32,
+    pub(crate) labelled: bool,
+    pub(crate) policy: Policy,
+    /// Requests go mostly to so many blocks.
+    pub(crate) hot: u64,
+    /// Requests at a time.
+    pub(crate) depth: usize,
+    pub(crate) faults: Vec<Fault>,
+    /// Faults in a thousand steps.
+    pub(crate) fault_rate: u64,
+    /// Orders in a thousand steps.
+    pub(crate) order_rate: u64,
+    /// Queue resets in a thousand steps.
+    pub(crate) withdraw_rate: u64,
+    pub(crate) write_through: bool,
+    pub(crate) discards: bool,
+    pub(crate) no_zeroes: bool,
+    pub(crate) no_discard: bool,
+    pub(crate) sessions: u64,
+    pub(crate) requests: u64,
+    /// Percent of sessions that end in a crash.
+    pub(crate) crashes: u64,
+}
+
+impl Config {
+    pub(crate) fn of(rng: &mut Rng) -> Config {
+        let logical = if rng.percent(15) { [rng.pick(&[512, 4096]), rng.pick(&[512, 4096])] } else { [512, 512] };
+        let blocks = if rng.percent(10) { 600 + rng.below(300) } else { 16 + rng.below(100) };
+        let short = if logical == [512, 512] && rng.percent(30) { rng.below(8) } else { 0 };
+        let max_remaps = match rng.below(10) {
+            0 => 512 + 8,
+            1..5 => 16,
+            _ => 24 + u32::try_from(rng.below(40)).expect("small"),
+        };
+        let on_loss = |rng: &mut Rng| if rng.percent(60) { OnLoss::Fail } else { OnLoss::Hold(1 + rng.below(6)) };
+        let policy = Policy { primary_gone: on_loss(rng), spare_full: on_loss(rng), passthrough: false };
+        let share = rng.pick(&[0, 8, 15, 30, 50]);
+        let faults = FAULTS.into_iter().filter(|_| rng.percent(share)).collect();
+        Config {
+            shards: 1 + rng.index(3),
+            capacity: blocks * 8 - short,
+            logical,
+            max_remaps,
+            labelled: rng.percent(60),
+            policy,
+            hot: 2 + rng.below(blocks - 2),
+            depth: 1 + rng.index(12),
+            faults,
+            fault_rate: rng.pick(&[2, 8, 30]),
+            order_rate: rng.pick(&[0, 5, 30]),
+            withdraw_rate: rng.pick(&[0, 0, 5]),
+            write_through: rng.percent(30),
+            discards: rng.percent(40),
+            no_zeroes: rng.percent(20),
+            no_discard: rng.percent(20),
+            sessions: 1 + rng.below(4),
+            requests: 10 + rng.below(60),
+            crashes: rng.pick(&[0, 50, 100]),
+        }
+    }
+
+    pub(crate) fn primary_bytes(&self) -> u64 {
+        let data = (self.capacity * 512).next_multiple_of(4096);
+        data + if self.labelled { label_size(self.max_remaps) } else { 0 }
+    }
+
+    pub(crate) fn spare_bytes(&self) -> u64 {
+        spare_size(self.max_remaps)
+    }
+
+    pub(crate) fn has(&self, faults: &[Fault]) -> bool {
+        self.faults.iter().any(|fault| faults.contains(fault))
+    }
+}

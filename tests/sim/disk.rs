@@ -1,0 +1,367 @@
+//! A disk in memory with a volatile and a durable half, and with every way to fail that the contract
+//! claims to survive.
+//!
+//! A write that completed is visible at once and durable after a flush that was submitted later. Until
+//! then a power cut may leave any of its sectors at any of the values it had since the last flush. A
+//! failed flush may drop what it did not write: such a sector still reads as written, and no later flush
+//! makes it durable.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use vhost_remap::device::{Errno, Op, OpKind};
+
+use crate::guest::SECTOR;
+use crate::rng::Rng;
+
+/// A sector's bytes; `None` is zeros.
+type Content = Option<Rc<[u8; SECTOR]>>;
+
+/// No flush makes a version with this number durable.
+const NEVER: u64 = u64::MAX;
+
+/// How long a bad sector stays bad.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Until {
+    /// It has failed so many times.
+    Times(u32),
+    /// It is written.
+    Written,
+    /// For ever.
+    Healed,
+}
+
+/// A sector that fails.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bad {
+    pub(crate) errno: i32,
+    pub(crate) until: Until,
+}
+
+/// Versions of a sector that a power cut may leave.
+#[derive(Clone, Debug)]
+struct Volatile {
+    durable: Content,
+    /// Later versions with the number of their write's completion, oldest first.
+    later: Vec<(u64, Content)>,
+}
+
+/// One device.
+#[derive(Clone, Debug)]
+pub(crate) struct Disk {
+    pub(crate) name: &'static str,
+    pub(crate) logical: u64,
+    current: Vec<Content>,
+    volatile: BTreeMap<usize, Volatile>,
+    /// Writes completed so far.
+    completed: u64,
+    pub(crate) bad_reads: BTreeMap<usize, Bad>,
+    pub(crate) bad_writes: BTreeMap<usize, Bad>,
+    /// Everything fails.
+    pub(crate) gone: bool,
+    /// So many operations fail with that error, wherever they go.
+    pub(crate) burst: (u32, i32),
+    /// So many writes find no space.
+    pub(crate) full: u32,
+    /// So many flushes fail.
+    pub(crate) bad_flushes: u32,
+    pub(crate) no_zeroes: bool,
+    pub(crate) no_discard: bool,
+    /// Sectors that failed a read, ever.
+    pub(crate) failed_reads: BTreeSet<usize>,
+    /// Sectors whose reads failed more often than a ladder has rungs, or can.
+    pub(crate) hard: BTreeSet<usize>,
+    /// Changed by every write: what stat says.
+    pub(crate) mtime: u64,
+    /// A flush failed and dropped something since the last power cut.
+    pub(crate) dropped: bool,
+}
+
+impl Disk {
+    pub(crate) fn new(name: &'static str, bytes: u64, logical: u64) -> Disk {
+        let sectors = usize::try_from(bytes).expect("small disks") / SECTOR;
+        Disk {
+            name,
+            logical,
+            current: vec![None; sectors],
+            volatile: BTreeMap::new(),
+            completed: 0,
+            bad_reads: BTreeMap::new(),
+            bad_writes: BTreeMap::new(),
+            gone: false,
+            burst: (0, 0),
+            full: 0,
+            bad_flushes: 0,
+            no_zeroes: false,
+            no_discard: false,
+            failed_reads: BTreeSet::new(),
+            hard: BTreeSet::new(),
+            mtime: 1,
+            dropped: false,
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        (self.current.len() * SECTOR) as u64
+    }
+
+    /// What a flush submitted now will make durable.
+    pub(crate) fn completed(&self) -> u64 {
+        self.completed
+    }
+
+    /// Everything works again; what was unreadable has its last content.
+    pub(crate) fn heal(&mut self) {
+        self.bad_reads.clear();
+        self.bad_writes.clear();
+        (self.gone, self.burst, self.full, self.bad_flushes) = (false, (0, 0), 0, 0);
+    }
+
+    /// Whether any fault waits to strike.
+    pub(crate) fn is_healthy(&self) -> bool {
+        self.bad_reads.is_empty()
+            && self.bad_writes.is_empty()
+            && !self.gone
+            && (self.burst.0, self.full, self.bad_flushes) == (0, 0, 0)
+    }
+
+    /// Do an operation; `durable_to` is [`Disk::completed`] as of its submission.
+    pub(crate) fn perform(&mut self, op: &Op, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
+        if self.gone {
+            return Err(Errno(libc::ENODEV));
+        }
+        if matches!(op.kind, OpKind::Identify) {
+            return Ok(());
+        }
+        if self.burst.0 > 0 {
+            self.burst.0 -= 1;
+            if matches!(op.kind, OpKind::Flush) {
+                self.fail_flush(rng);
+            } else {
+                self.apply_some(op, rng);
+            }
+            return Err(Errno(self.burst.1));
+        }
+        if matches!(op.kind, OpKind::Flush) {
+            return self.flush(durable_to, rng);
+        }
+        assert!(
+            op.offset.is_multiple_of(self.logical) && op.len.is_multiple_of(self.logical) && op.len > 0,
+            "a misaligned operation on the {}: {op:?}",
+            self.name
+        );
+        if op.offset + op.len > self.bytes() {
+            return Err(Errno(libc::EIO));
+        }
+        match op.kind {
+            OpKind::Read => self.read(op),
+            OpKind::Discard if self.no_discard => Err(Errno(libc::EOPNOTSUPP)),
+            OpKind::WriteZeroes { .. } if self.no_zeroes => Err(Errno(libc::EOPNOTSUPP)),
+            OpKind::Discard => {
+                // Advice: each sector may keep its content.
+                self.apply_some(op, rng);
+                Ok(())
+            }
+            OpKind::Write | OpKind::WriteZeroes { .. } => self.write(op, rng),
+            OpKind::Flush | OpKind::Identify => unreachable!("done above"),
+        }
+    }
+
+    fn read(&mut self, op: &Op) -> Result<(), Errno> {
+        let (first, last) = sectors(op);
+        if let Some(errno) = strike(&mut self.bad_reads, first, last, &mut self.failed_reads, &mut self.hard) {
+            return Err(errno);
+        }
+        let mut bytes = Vec::with_capacity((last - first) * SECTOR);
+        for content in &self.current[first..last] {
+            match content {
+                Some(content) => bytes.extend_from_slice(&content[..]),
+                None => bytes.resize(bytes.len() + SECTOR, 0),
+            }
+        }
+        copy(op, &mut bytes, false);
+        Ok(())
+    }
+
+    fn write(&mut self, op: &Op, rng: &mut Rng) -> Result<(), Errno> {
+        let (first, last) = sectors(op);
+        if self.full > 0 {
+            self.full -= 1;
+            self.apply_some(op, rng);
+            return Err(Errno(libc::ENOSPC));
+        }
+        let (mut ever, mut hard) = (BTreeSet::new(), BTreeSet::new());
+        if let Some(errno) = strike(&mut self.bad_writes, first, last, &mut ever, &mut hard) {
+            self.apply_some(op, rng);
+            return Err(errno);
+        }
+        self.completed += 1;
+        let bytes = data(op);
+        for (sector, content) in (first..last).zip(bytes) {
+            self.put(sector, content, self.completed);
+        }
+        let mended: Vec<usize> = self.bad_reads.range(first..last).map(|(sector, _)| *sector).collect();
+        for sector in mended {
+            if self.bad_reads[&sector].until == Until::Written {
+                self.bad_reads.remove(&sector);
+            }
+        }
+        Ok(())
+    }
+
+    /// Some of the sectors get what the operation wanted, before or instead of its completion.
+    pub(crate) fn apply_some(&mut self, op: &Op, rng: &mut Rng) {
+        if !matches!(op.kind, OpKind::Write | OpKind::WriteZeroes { .. } | OpKind::Discard) {
+            return;
+        }
+        let (first, last) = sectors(op);
+        if last > self.current.len() {
+            return;
+        }
+        let share = rng.pick(&[0, 0, 50, 100]);
+        if share == 0 {
+            return;
+        }
+        self.completed += 1;
+        let number = self.completed;
+        for (sector, content) in (first..last).zip(data(op)) {
+            let unwritable = matches!(op.kind, OpKind::Write) && self.bad_writes.contains_key(&sector);
+            if rng.percent(share) && !unwritable {
+                self.put(sector, content, number);
+            }
+        }
+    }
+
+    fn put(&mut self, sector: usize, content: Content, number: u64) {
+        self.mtime += 1;
+        let now = &mut self.current[sector];
+        if content.is_none() && now.is_none() && !self.volatile.contains_key(&sector) {
+            return;
+        }
+        let volatile = self
+            .volatile
+            .entry(sector)
+            .or_insert_with(|| Volatile { durable: now.clone(), later: Vec::new() });
+        volatile.later.push((number, content.clone()));
+        *now = content;
+    }
+
+    fn flush(&mut self, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
+        if self.bad_flushes > 0 {
+            self.bad_flushes -= 1;
+            self.fail_flush(rng);
+            return Err(Errno(libc::EIO));
+        }
+        self.volatile.retain(|_, volatile| {
+            if let Some(newest) = volatile.later.iter().rposition(|(number, _)| *number <= durable_to) {
+                volatile.durable = volatile.later[newest].1.clone();
+                volatile.later.drain(..=newest);
+            }
+            !volatile.later.is_empty()
+        });
+        Ok(())
+    }
+
+    fn fail_flush(&mut self, rng: &mut Rng) {
+        let share = rng.pick(&[0, 30, 100]);
+        for (number, _) in self.volatile.values_mut().flat_map(|volatile| &mut volatile.later) {
+            if rng.percent(share) {
+                *number = NEVER;
+                self.dropped = true;
+            }
+        }
+    }
+
+    /// The power goes: every sector is at one of the values it had since it was last durable.
+    pub(crate) fn power_cut(&mut self, rng: &mut Rng) {
+        let lose = rng.pick(&[0, 20, 50, 80, 100]);
+        for (sector, volatile) in std::mem::take(&mut self.volatile) {
+            let kept = if rng.percent(lose) { rng.index(volatile.later.len()) } else { volatile.later.len() };
+            self.current[sector] = match kept {
+                0 => volatile.durable,
+                n if volatile.later[n - 1].0 == NEVER => volatile.durable,
+                n => volatile.later[n - 1].1.clone(),
+            };
+        }
+        self.dropped = false;
+    }
+
+    /// Flip a bit of a sector, behind everybody's back.
+    pub(crate) fn damage(&mut self, sector: usize, rng: &mut Rng) {
+        let mut bytes = self.current[sector].as_ref().map_or([0; SECTOR], |content| **content);
+        match rng.below(3) {
+            0 => bytes[rng.index(SECTOR)] ^= 1 << rng.below(8),
+            1 => bytes = [0; SECTOR],
+            _ => bytes = [0xff; SECTOR],
+        }
+        self.current[sector] = Some(Rc::new(bytes));
+        self.volatile.remove(&sector);
+    }
+}
+
+/// A bad sector in the range fails the operation; each of them counts it.
+fn strike(
+    bad: &mut BTreeMap<usize, Bad>,
+    first: usize,
+    last: usize,
+    ever: &mut BTreeSet<usize>,
+    hard: &mut BTreeSet<usize>,
+) -> Option<Errno> {
+    let mut errno = None;
+    let mut over = Vec::new();
+    for (sector, bad) in bad.range_mut(first..last) {
+        ever.insert(*sector);
+        errno = Some(Errno(bad.errno));
+        match &mut bad.until {
+            Until::Times(1) => over.push(*sector),
+            Until::Times(times) => *times -= 1,
+            Until::Written | Until::Healed => _ = hard.insert(*sector),
+        }
+    }
+    over.iter().for_each(|sector| _ = bad.remove(sector));
+    errno
+}
+
+fn sectors(op: &Op) -> (usize, usize) {
+    let first = usize::try_from(op.offset).expect("small disks") / SECTOR;
+    (first, first + usize::try_from(op.len).expect("small disks") / SECTOR)
+}
+
+/// What the operation writes, sector by sector.
+fn data(op: &Op) -> Vec<Content> {
+    let len = usize::try_from(op.len).expect("small disks");
+    if !matches!(op.kind, OpKind::Write) {
+        return vec![None; len / SECTOR];
+    }
+    let mut bytes = vec![0; len];
+    copy(op, &mut bytes, true);
+    bytes
+        .chunks_exact(SECTOR)
+        .map(|sector| {
+            let sector: [u8; SECTOR] = sector.try_into().expect("exact chunks");
+            (sector != [0; SECTOR]).then(|| Rc::new(sector))
+        })
+        .collect()
+}
+
+/// Copy between an operation's memory and `bytes`: the only place that follows its pointers.
+fn copy(op: &Op, bytes: &mut [u8], from_memory: bool) {
+    let mut done = 0;
+    // SAFETY: the world performs an operation only between its submission and its completion, while
+    // whoever submitted it keeps list and memory alive and unmoved (the contract of `Device::submit`).
+    let iovecs = unsafe { op.data.iovecs() };
+    for iovec in iovecs {
+        let part = &mut bytes[done..done + iovec.iov_len];
+        let memory = iovec.iov_base.cast::<u8>();
+        // SAFETY: as above; `part` is a local slice that cannot overlap foreign memory.
+        unsafe {
+            if from_memory {
+                std::ptr::copy_nonoverlapping(memory, part.as_mut_ptr(), part.len());
+            } else {
+                std::ptr::copy_nonoverlapping(part.as_ptr(), memory, part.len());
+            }
+        }
+        done += part.len();
+    }
+    assert_eq!(done, bytes.len(), "the data of an operation has its length: {op:?}");
+}

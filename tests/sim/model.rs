@@ -1,0 +1,286 @@
+//! What the guest may see: for each sector, the values that are admissible now and after a crash.
+//!
+//! A write that was answered OK replaces what ended before it began. One that failed, was withdrawn or
+//! was under way at a crash may or may not have happened (W7), as may a discard. A read fixes such a
+//! sector until the next crash. A flush answered OK fixes what was answered before it was submitted.
+
+use std::collections::BTreeMap;
+
+use crate::guest::{SECTOR, Value, value_of};
+
+/// The model's clock: it ticks with every call.
+pub(crate) type Tick = u64;
+
+/// A value a sector may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Element {
+    value: Value,
+    start: Tick,
+    end: Tick,
+    /// Whether the write was answered OK (and so replaced what was before it).
+    ok: bool,
+}
+
+#[derive(Clone, Debug)]
+struct SectorState {
+    /// Admissible for reads now.
+    now: Vec<Element>,
+    /// As `now`, without what reads have shown since the last crash.
+    unread: Vec<Element>,
+    /// Admissible after a power cut.
+    durable: Vec<Element>,
+    /// Writes under way.
+    flying: Vec<Element>,
+    /// What left `now`, and when, for reads that were under way.
+    replaced: Vec<(Value, Tick)>,
+    /// When a write last began or ended.
+    changed: Tick,
+    /// The last power cut, if no write has ended since.
+    settling: bool,
+    /// Writes that began before cannot be made durable by a flush: a flush has failed since.
+    distrusted_until: Tick,
+}
+
+impl SectorState {
+    fn new(initial: Value) -> SectorState {
+        let first = vec![Element { value: initial, start: 0, end: 0, ok: true }];
+        SectorState {
+            now: first.clone(),
+            unread: first.clone(),
+            durable: first,
+            flying: Vec::new(),
+            replaced: Vec::new(),
+            changed: 0,
+            settling: false,
+            distrusted_until: 0,
+        }
+    }
+}
+
+/// The whole volume.
+#[derive(Debug)]
+pub(crate) struct Model {
+    tick: Tick,
+    initial: Value,
+    sectors: BTreeMap<u64, SectorState>,
+    distrusted_until: Tick,
+}
+
+/// Whether a crash takes what no flush has covered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Crash {
+    /// The process ends; the devices go on.
+    Kill,
+    /// Volatile caches are lost.
+    PowerCut,
+}
+
+impl Model {
+    pub(crate) fn new(initial: Value) -> Model {
+        Model { tick: 0, initial, sectors: BTreeMap::new(), distrusted_until: 0 }
+    }
+
+    fn state(&mut self, sector: u64) -> &mut SectorState {
+        let (initial, distrusted) = (self.initial, self.distrusted_until);
+        self.sectors.entry(sector).or_insert_with(|| SectorState { distrusted_until: distrusted, ..SectorState::new(initial) })
+    }
+
+    /// A moment that nothing else shares.
+    pub(crate) fn tick(&mut self) -> Tick {
+        self.tick += 1;
+        self.tick
+    }
+
+    /// A write (zeroing, discard) of `value` is submitted.
+    pub(crate) fn begin(&mut self, sectors: impl Iterator<Item = u64>, value: Value) -> Tick {
+        let start = self.tick();
+        for sector in sectors {
+            let state = self.state(sector);
+            state.flying.push(Element { value, start, end: Tick::MAX, ok: false });
+            state.changed = start;
+        }
+        start
+    }
+
+    /// It has ended: for good with `ok`; otherwise each sector is old or new.
+    pub(crate) fn end(&mut self, sectors: impl Iterator<Item = u64>, start: Tick, ok: bool) {
+        let end = self.tick();
+        for sector in sectors {
+            let state = self.state(sector);
+            let Some(at) = state.flying.iter().position(|element| element.start == start) else { continue };
+            let element = Element { end, ok, ..state.flying.remove(at) };
+            state.changed = end;
+            state.settling = false;
+            if ok {
+                let gone = state.now.iter().filter(|old| old.end < start).map(|old| (old.value, end));
+                state.replaced.extend(gone);
+                state.now.retain(|old| old.end > start);
+                state.unread.retain(|old| old.end > start);
+            }
+            state.now.push(element);
+            state.unread.push(element);
+            state.durable.push(element);
+        }
+    }
+
+    /// A read submitted at `start` brought `bytes` of a sector.
+    pub(crate) fn read(&mut self, sector: u64, start: Tick, bytes: &[u8]) -> Result<(), String> {
+        debug_assert_eq!(bytes.len(), SECTOR);
+        let value = value_of(sector, bytes).map_err(|what| format!("sector {sector} reads as {what}"))?;
+        let state = self.state(sector);
+        let matches = |element: &&Element| element.value == value;
+        if let Some(element) = state.now.iter().find(matches).copied() {
+            if state.flying.is_empty() && state.changed < start && state.now.len() > 1 {
+                // A read that began earlier may have been served before the last write ended.
+                let others = state.now.iter().filter(|other| **other != element);
+                state.replaced.extend(others.map(|other| (other.value, start)));
+                state.now = vec![element];
+                if state.settling {
+                    state.unread = vec![element];
+                    state.durable = vec![element];
+                }
+            }
+            return Ok(());
+        }
+        let under_way = state.flying.iter().any(|element| element.value == value);
+        let was = state.replaced.iter().any(|(old, when)| *old == value && *when > start);
+        if under_way || was {
+            return Ok(());
+        }
+        let admissible: Vec<Value> = state.now.iter().chain(&state.flying).map(|element| element.value).collect();
+        Err(format!("sector {sector} reads as write {value}; admissible: {admissible:?} ({state:?})"))
+    }
+
+    /// A flush submitted at `submitted` succeeded.
+    pub(crate) fn flushed(&mut self, submitted: Tick) {
+        for state in self.sectors.values_mut().filter(|state| state.durable.len() > 1) {
+            pin(state, submitted);
+        }
+    }
+
+    /// The write-through write that was submitted at `start` succeeded.
+    pub(crate) fn pinned(&mut self, sectors: impl Iterator<Item = u64>, start: Tick) {
+        for sector in sectors {
+            let state = self.state(sector);
+            if start >= state.distrusted_until {
+                state.durable.retain(|old| old.end >= start);
+            }
+        }
+    }
+
+    /// No read is under way: what was replaced does not matter any more.
+    pub(crate) fn quiet(&mut self, sectors: impl Iterator<Item = u64>) {
+        for sector in sectors {
+            if let Some(state) = self.sectors.get_mut(&sector) {
+                state.replaced.clear();
+            }
+        }
+    }
+
+    /// A failed flush was cleared; it concerned these sectors, or all.
+    pub(crate) fn distrust(&mut self, ranges: Option<&[(u64, u64)]>) {
+        let now = self.tick();
+        let Some(ranges) = ranges else {
+            self.distrusted_until = now;
+            return self.sectors.values_mut().for_each(|state| state.distrusted_until = now);
+        };
+        for (start, count) in ranges {
+            for state in self.sectors.range_mut(*start..start + count).map(|(_, state)| state) {
+                state.distrusted_until = now;
+            }
+        }
+    }
+
+    /// The process or the power is gone, with everything that was under way.
+    pub(crate) fn crash(&mut self, crash: Crash) {
+        let now = self.tick();
+        for state in self.sectors.values_mut() {
+            let flying = std::mem::take(&mut state.flying);
+            let flying: Vec<Element> = flying.into_iter().map(|element| Element { end: now, ..element }).collect();
+            state.settling &= flying.is_empty();
+            state.unread.extend(flying.clone());
+            state.durable.extend(flying);
+            state.replaced.clear();
+            state.changed = now;
+            if crash == Crash::PowerCut {
+                let all = state.durable.iter().chain(&state.unread).map(|element| element.value);
+                let all: std::collections::BTreeSet<Value> = all.collect();
+                state.durable =
+                    all.into_iter().map(|value| Element { value, start: now, end: now, ok: false }).collect();
+                state.unread = state.durable.clone();
+                state.settling = true;
+            }
+            state.now = state.unread.clone();
+        }
+    }
+
+    /// How many values a sector may have, for the trace.
+    pub(crate) fn describe(&self, sector: u64) -> String {
+        self.sectors.get(&sector).map_or_else(|| "untouched".to_owned(), |state| format!("{state:?}"))
+    }
+}
+
+fn pin(state: &mut SectorState, submitted: Tick) {
+    let newest = state
+        .durable
+        .iter()
+        .filter(|element| element.ok && element.end <= submitted && element.start >= state.distrusted_until)
+        .map(|element| element.start)
+        .max();
+    if let Some(start) = newest {
+        state.durable.retain(|old| old.end >= start);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::content;
+
+    fn write(model: &mut Model, value: Value, ok: bool) {
+        let start = model.begin(0..1, value);
+        model.end(0..1, start, ok);
+    }
+
+    fn may_read(model: &Model, value: Value) -> bool {
+        let mut copy = Model { sectors: model.sectors.clone(), ..Model::new(0) };
+        copy.tick = model.tick;
+        let start = copy.tick();
+        copy.read(0, start, &content(0, value)).is_ok()
+    }
+
+    #[test]
+    fn a_failed_write_is_old_or_new_until_it_is_read() {
+        let mut model = Model::new(0);
+        write(&mut model, 1, true);
+        write(&mut model, 2, false);
+        assert!(!may_read(&model, 0) && may_read(&model, 1) && may_read(&model, 2));
+        let start = model.tick();
+        model.read(0, start, &content(0, 1)).unwrap();
+        assert!(may_read(&model, 1) && !may_read(&model, 2));
+        model.crash(Crash::Kill);
+        assert!(may_read(&model, 1) && may_read(&model, 2) && !may_read(&model, 0));
+    }
+
+    #[test]
+    fn a_power_cut_takes_what_no_flush_has_covered() {
+        let mut model = Model::new(0);
+        write(&mut model, 1, true);
+        let submitted = model.tick();
+        write(&mut model, 2, true);
+        model.flushed(submitted);
+        model.crash(Crash::PowerCut);
+        assert!(!may_read(&model, 0) && may_read(&model, 1) && may_read(&model, 2));
+    }
+
+    #[test]
+    fn after_a_failed_flush_an_old_write_is_never_certain() {
+        let mut model = Model::new(0);
+        write(&mut model, 1, true);
+        model.distrust(None);
+        let submitted = model.tick();
+        model.flushed(submitted);
+        model.crash(Crash::PowerCut);
+        assert!(may_read(&model, 0) && may_read(&model, 1));
+    }
+}

@@ -1,0 +1,373 @@
+//! One run: create, then open, serve and close or crash a few times, then heal everything and look.
+
+use uuid::Uuid;
+use vhost_remap::device::{Completion, DeviceIndex, Op};
+use vhost_remap::engine::healer::{HealerParams, Order};
+use vhost_remap::engine::open::{CreateParams, Creation, DeviceFacts, OpenError, OpenParams, Opening};
+use vhost_remap::units::{Sector, SectorRange};
+use vhost_remap::volume::superblock::CloseStamp;
+
+use crate::faults;
+use crate::model::Crash;
+use crate::world::{Owner, World, trace};
+
+/// Steps after which a session that still has requests hangs.
+const STEPS_MAX: u64 = 200_000;
+/// The same in simulated time: 20 minutes, far beyond every deadline of the engine.
+const PATIENCE_NS: u64 = 1_200_000_000_000;
+
+/// How a script ended.
+enum Scripted {
+    Done,
+    Crashed,
+}
+
+impl World {
+    fn facts(&self, device: usize) -> DeviceFacts {
+        let disk = &self.disks[device];
+        DeviceFacts {
+            size: disk.bytes(),
+            logical_block: u32::try_from(disk.logical).expect("small"),
+            inode: 7,
+            wwn: String::new(),
+            mtime_ns: disk.mtime,
+        }
+    }
+
+    /// Drive a script to its end, or into a crash after so many operations.
+    fn script(
+        &mut self,
+        crash_after: Option<u64>,
+        mut step: impl FnMut(&World, &[Completion], &mut Vec<Op>) -> bool,
+    ) -> Scripted {
+        let mut completions = Vec::new();
+        let mut performed = 0;
+        loop {
+            let mut ops = Vec::new();
+            let done = step(self, &completions, &mut ops);
+            completions.clear();
+            self.submit(Owner::Script, ops, false);
+            if done {
+                assert!(self.flights.is_empty(), "a script leaves nothing under way");
+                return Scripted::Done;
+            }
+            if crash_after.is_some_and(|after| performed >= after) {
+                return Scripted::Crashed;
+            }
+            self.step += 1;
+            if let Some(next) = self.next_ready() {
+                self.now = self.now.max(next);
+            }
+            let flight = self.ready_flight().expect("a script that is not done has operations under way");
+            completions.push(self.perform(flight).1);
+            performed += 1;
+        }
+    }
+
+    pub(crate) fn create(&mut self) {
+        loop {
+            let params = CreateParams {
+                primary: self.facts(0),
+                spare: self.facts(1),
+                capacity: self.config.capacity,
+                labelled: self.config.labelled,
+                max_remaps: self.config.max_remaps,
+                set: Uuid::from_u128(0x5e7),
+                devices: [Uuid::from_u128(1), Uuid::from_u128(2)],
+                serial: *b"simulated-disk-00000",
+                now: 1_000_000,
+            };
+            let mut creation = Creation::new(params);
+            let crash_after = self.rng.percent(5).then(|| self.rng.below(20));
+            let mut result = None;
+            let ended = self.script(crash_after, |world, completions, ops| {
+                creation.step(world.now, completions, ops);
+                result = creation.result();
+                result.is_some()
+            });
+            match ended {
+                Scripted::Done => {
+                    result.expect("done").expect("healthy disks take a new volume");
+                    return;
+                }
+                Scripted::Crashed => {
+                    trace!(self, "crash during creation");
+                    self.abandon_flights();
+                    drop(creation);
+                    self.power_or_kill();
+                    // What a broken creation left either opens or is refused; it never harms.
+                    let _ = self.open_once(false, None);
+                    if self.engine.is_some() {
+                        self.abandon_flights();
+                        self.stop();
+                    }
+                }
+            }
+        }
+    }
+
+    fn power_or_kill(&mut self) -> Crash {
+        if self.rng.percent(70) {
+            for disk in &mut self.disks {
+                disk.power_cut(&mut self.rng);
+            }
+            Crash::PowerCut
+        } else {
+            Crash::Kill
+        }
+    }
+
+    /// Crash now: everything under way may have landed or not.
+    pub(crate) fn crash(&mut self) {
+        self.abandon_flights();
+        let crash = self.power_or_kill();
+        trace!(self, "crash: {crash:?}");
+        self.model.crash(crash);
+        if self.engine.is_some() {
+            self.stop();
+        }
+    }
+
+    /// Open once; `None` where the opening itself was cut by a crash.
+    fn open_once(&mut self, read_only: bool, crash_after: Option<u64>) -> Option<Result<(), OpenError>> {
+        let params =
+            OpenParams { primary: self.facts(0), spare: self.facts(1), read_only, accept_external: false };
+        trace!(self, "open, read-only {read_only}, crash after {crash_after:?}");
+        self.read_only = read_only;
+        let mut opening = Opening::new(params);
+        let ended = self.script(crash_after, |world, completions, ops| {
+            opening.step(world.now, completions, ops);
+            opening.is_done()
+        });
+        if matches!(ended, Scripted::Crashed) {
+            self.abandon_flights();
+            let crash = self.power_or_kill();
+            trace!(self, "crash during opening: {crash:?}");
+            self.model.crash(crash);
+            return None;
+        }
+        let params = HealerParams { shards: self.config.shards, policy: self.config.policy, epoch: 1_000_000 };
+        Some(opening.finish(&params).map(|(healer, _)| {
+            let poisoned = healer.view().mode.poisoned;
+            trace!(self, "open: {:?}", healer.view().mode);
+            if !poisoned && self.disks.iter().any(|disk| disk.dropped) {
+                self.model.distrust(None);
+            }
+            self.start(healer, poisoned);
+        }))
+    }
+
+    /// Open, through crashes and refusals that the faults of the moment explain.
+    pub(crate) fn open(&mut self) {
+        loop {
+            let crash_after = self.rng.percent(10).then(|| self.rng.below(30));
+            let read_only = self.rng.percent(3);
+            match self.open_once(read_only, crash_after) {
+                None => {}
+                Some(Ok(())) => return,
+                Some(Err(error)) => {
+                    trace!(self, "refused: {error}");
+                    assert!(self.may_refuse(&error), "healthy devices are refused: {error}");
+                    self.disks.iter_mut().for_each(|disk| disk.heal());
+                }
+            }
+        }
+    }
+
+    fn may_refuse(&self, _error: &OpenError) -> bool {
+        !self.disks[1].is_healthy() || !self.disks[0].is_healthy()
+    }
+
+    /// Serve `requests` of the guest, and finish them unless a crash comes first.
+    fn serve(&mut self, mut requests: u64, crash_at: Option<u64>) -> bool {
+        let began = self.step;
+        let mut last_request = self.now;
+        loop {
+            if crash_at.is_some_and(|at| self.step - began >= at) {
+                return false;
+            }
+            if requests > 0 && self.unanswered() < self.config.depth && self.rng.percent(20) {
+                requests -= 1;
+                last_request = self.now;
+                self.ask();
+            }
+            if requests > 0 {
+                self.disturb();
+            }
+            if !self.advance() {
+                self.resume_queues();
+                if requests == 0 && self.is_quiet() {
+                    self.check_quiet();
+                    return true;
+                }
+                if requests == 0 || self.rng.percent(30) {
+                    let waits = self.wait();
+                    assert!(waits || requests > 0, "hang: nothing will ever happen: {}", self.describe_waiting());
+                }
+            }
+            let waited = self.now.since_ns(last_request);
+            assert!(
+                requests > 0 || (waited < PATIENCE_NS && self.step - began < STEPS_MAX),
+                "hang: {}",
+                self.describe_waiting()
+            );
+        }
+    }
+
+    /// Faults, orders and resets of queues, now and then.
+    fn disturb(&mut self) {
+        if self.rng.below(1000) < self.config.fault_rate {
+            faults::inject(self);
+        }
+        if self.rng.below(1000) < self.config.order_rate {
+            self.some_order();
+        }
+        if self.rng.below(1000) < self.config.withdraw_rate {
+            self.reset_queue();
+        }
+        self.resume_queues();
+    }
+
+    /// Run until nothing is under way.
+    fn settle_down(&mut self) {
+        assert!(self.serve(0, None));
+    }
+
+    /// Close cleanly; what does not close is killed.
+    fn close(&mut self) {
+        self.settle_down();
+        if self.read_only {
+            self.crash();
+            return;
+        }
+        let submitted = self.model.tick();
+        self.order(Order::Settle);
+        self.settle_down();
+        let Some(Ok(sample_crc)) = self.settled.take() else {
+            return self.crash();
+        };
+        self.model.flushed(submitted);
+        let stamp = CloseStamp { size: self.disks[0].bytes(), mtime_ns: self.disks[0].mtime, sample_crc };
+        self.done = None;
+        self.order(Order::Seal(stamp));
+        self.settle_down();
+        if self.done.as_ref().is_some_and(Result::is_ok) {
+            trace!(self, "closed");
+            self.stop();
+        } else {
+            self.crash();
+        }
+    }
+
+    /// The whole run.
+    pub(crate) fn run(&mut self) {
+        self.create();
+        for _ in 0..self.config.sessions {
+            self.open();
+            let crash_at = self.rng.percent(self.config.crashes).then(|| self.rng.below(400));
+            if !self.serve(self.config.requests, crash_at) {
+                self.crash();
+            } else if self.rng.percent(50) {
+                self.close();
+            } else {
+                self.crash();
+            }
+            faults::between_sessions(self);
+        }
+        self.finish();
+    }
+
+    /// Heal every fault, open, and see that every sector has an admissible value; then that the volume
+    /// takes new data and keeps it.
+    pub(crate) fn finish(&mut self) {
+        trace!(self, "finish");
+        self.config.faults.clear();
+        self.disks.iter_mut().for_each(|disk| disk.heal());
+        while self.open_once(false, None).expect("no crash was asked for").map_err(|e| panic!("healed: {e}")).is_err() {}
+        self.settle_down();
+        if self.status().mode.poisoned {
+            self.order(Order::Clear);
+            self.settle_down();
+        }
+        let status = self.status();
+        assert!(!status.mode.poisoned && status.mode.spare_up, "healed devices are used again: {status:?}");
+        self.check_quiet();
+        self.check_all_readable();
+        self.rewrite_all();
+        self.crash_and_check();
+    }
+
+    fn pieces(&self) -> Vec<SectorRange> {
+        let capacity = self.config.capacity;
+        (0..capacity)
+            .step_by(64)
+            .map(|start| SectorRange { start: Sector(start), count: 64.min(capacity - start) })
+            .collect()
+    }
+
+    /// Read every sector; only lost ones may fail, and only where a device once failed to read them.
+    fn check_all_readable(&mut self) {
+        for piece in self.pieces() {
+            let errors = self.events.iter().filter(|event| event.kind == "guest-error").count();
+            self.ask_read(piece);
+            self.settle_down();
+            if self.events.iter().filter(|event| event.kind == "guest-error").count() == errors {
+                continue;
+            }
+            let lost: Vec<u64> = self
+                .list()
+                .iter()
+                .flat_map(|(block, state, _)| {
+                    let start = block.start().0;
+                    assert!(!state.in_doubt, "nothing is in doubt after a restart: {block} {state:?}");
+                    (0..8).filter(|bit| state.lost >> bit & 1 == 1).map(move |bit| start + bit).collect::<Vec<_>>()
+                })
+                .collect();
+            for sector in piece.start.0..piece.end().0 {
+                if lost.contains(&sector) {
+                    continue;
+                }
+                let errors = self.events.len();
+                self.ask_read(SectorRange { start: Sector(sector), count: 1 });
+                self.settle_down();
+                let failed = self.events[errors..].iter().any(|event| event.kind == "guest-error");
+                assert!(!failed, "sector {sector} is not lost and does not read from healthy devices");
+            }
+        }
+    }
+
+    /// Write everything anew: on healthy devices that never fails.
+    fn rewrite_all(&mut self) {
+        let errors = self.events.iter().filter(|event| event.kind == "guest-error").count();
+        for piece in self.pieces() {
+            let value = self.next_value;
+            self.ask_write(piece, value);
+        }
+        self.settle_down();
+        self.ask_flush();
+        self.settle_down();
+        let after = self.events.iter().filter(|event| event.kind == "guest-error").count();
+        assert_eq!(errors, after, "healthy devices take every write");
+    }
+
+    fn crash_and_check(&mut self) {
+        self.abandon_flights();
+        for disk in &mut self.disks {
+            disk.power_cut(&mut self.rng);
+        }
+        self.model.crash(Crash::PowerCut);
+        self.stop();
+        self.open_once(false, None).expect("no crash was asked for").unwrap_or_else(|e| panic!("healed: {e}"));
+        let errors = self.events.iter().filter(|event| event.kind == "guest-error").count();
+        for piece in self.pieces() {
+            self.ask_read(piece);
+        }
+        self.settle_down();
+        let after = self.events.iter().filter(|event| event.kind == "guest-error").count();
+        assert_eq!(errors, after, "what was rewritten and flushed reads");
+        self.check_quiet();
+        self.abandon_flights();
+        self.stop();
+        let _ = self.disk(DeviceIndex::PRIMARY);
+    }
+}

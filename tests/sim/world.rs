@@ -1,0 +1,674 @@
+//! The world: shards, healer, disks, guest and operator in one thread, one small step at a time.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use vhost_remap::device::{Completion, DeviceIndex, Op, OpKind};
+use vhost_remap::engine::event::Event;
+use vhost_remap::engine::healer::{Healer, HealerOut, HealerStatus, Order, OrderId, PoisonReport, Reply};
+use vhost_remap::engine::message::{ToHealer, ToShard};
+use vhost_remap::engine::request::{Answer, Request, RequestOp, Status, Token};
+use vhost_remap::engine::shard::{Shard, ShardOut};
+use vhost_remap::units::{Sector, SectorRange, Time};
+
+use crate::config::Config;
+use crate::disk::Disk;
+use crate::guest::{self, SECTOR, Value};
+use crate::model::{Model, Tick};
+use crate::rng::Rng;
+
+/// Queues of a shard.
+pub(crate) const QUEUES: u16 = 2;
+
+/// Who waits for an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    Shard(usize),
+    Healer,
+    /// Opening or creation.
+    Script,
+}
+
+/// An operation under way.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    pub(crate) owner: Owner,
+    pub(crate) op: Op,
+    ready: Time,
+    durable_to: u64,
+}
+
+/// A request the guest waits for.
+#[derive(Debug)]
+struct Asked {
+    queue: u16,
+    what: &'static str,
+    ranges: Vec<SectorRange>,
+    start: Tick,
+    /// Numbered like steps: whether a poison came before it.
+    step: u64,
+}
+
+/// An order the operator waits for.
+#[derive(Debug)]
+enum Ordered {
+    /// With the poison of that moment.
+    Clear(Option<PoisonReport>),
+    Other,
+}
+
+/// The volume while it is open.
+pub(crate) struct Engine {
+    pub(crate) healer: Healer,
+    pub(crate) shards: Vec<Shard>,
+}
+
+pub(crate) struct World {
+    pub(crate) config: Config,
+    pub(crate) rng: Rng,
+    pub(crate) now: Time,
+    pub(crate) disks: [Disk; 2],
+    pub(crate) engine: Option<Engine>,
+    pub(crate) flights: Vec<Flight>,
+    to_healer: Vec<VecDeque<ToHealer>>,
+    to_shard: Vec<VecDeque<ToShard>>,
+    asked: BTreeMap<u32, Asked>,
+    reads_under_way: usize,
+    stopping: Vec<(u16, usize)>,
+    next_token: u32,
+    pub(crate) next_value: Value,
+    orders: BTreeMap<OrderId, Ordered>,
+    next_order: u64,
+    pub(crate) model: Model,
+    pub(crate) step: u64,
+    errors_answered: u64,
+    errors_reported: u64,
+    /// The step of a poisoning not yet cleared.
+    poisoned_at: Option<u64>,
+    pub(crate) read_only: bool,
+    pub(crate) events: Vec<Event>,
+    pub(crate) settled: Option<Result<u32, String>>,
+    pub(crate) done: Option<Result<String, String>>,
+    pub(crate) verbose: bool,
+    /// Operations performed, for faults that strike the n-th.
+    pub(crate) performed: u64,
+}
+
+macro_rules! trace {
+    ($world:expr, $($arg:tt)*) => {
+        if $world.verbose {
+            eprintln!("{:6} {:>12} {}", $world.step, $world.now.0, format_args!($($arg)*));
+        }
+    };
+}
+pub(crate) use trace;
+
+impl World {
+    pub(crate) fn new(seed: u64, verbose: bool) -> World {
+        let mut rng = Rng::new(seed);
+        let config = Config::of(&mut rng);
+        World::with(config, rng, verbose)
+    }
+
+    pub(crate) fn with(config: Config, rng: Rng, verbose: bool) -> World {
+        let mut primary = Disk::new("primary", config.primary_bytes(), config.logical[0]);
+        let mut spare = Disk::new("spare", config.spare_bytes(), config.logical[1]);
+        for disk in [&mut primary, &mut spare] {
+            disk.no_zeroes = config.no_zeroes && disk.name == "primary";
+            disk.no_discard = config.no_discard;
+        }
+        if verbose {
+            eprintln!("{config:?}");
+        }
+        World {
+            rng,
+            now: Time(0),
+            disks: [primary, spare],
+            engine: None,
+            flights: Vec::new(),
+            to_healer: Vec::new(),
+            to_shard: Vec::new(),
+            asked: BTreeMap::new(),
+            reads_under_way: 0,
+            stopping: Vec::new(),
+            next_token: 0,
+            next_value: 1,
+            orders: BTreeMap::new(),
+            next_order: 0,
+            model: Model::new(0),
+            step: 0,
+            errors_answered: 0,
+            errors_reported: 0,
+            poisoned_at: None,
+            read_only: false,
+            events: Vec::new(),
+            settled: None,
+            done: None,
+            verbose,
+            performed: 0,
+            config,
+        }
+    }
+
+    /// The volume has been opened.
+    pub(crate) fn start(&mut self, healer: Healer, poisoned: bool) {
+        let shards = (0..self.config.shards)
+            .map(|index| Shard::new(index, healer.geometry(), healer.view(), healer.progress()))
+            .collect();
+        self.to_healer = (0..self.config.shards).map(|_| VecDeque::new()).collect();
+        self.to_shard = (0..self.config.shards).map(|_| VecDeque::new()).collect();
+        self.engine = Some(Engine { healer, shards });
+        self.poisoned_at = poisoned.then_some(0);
+        self.stopping.clear();
+        self.wake_healer();
+    }
+
+    /// The engine is gone, with all it had under way; the caller has seen to the flights.
+    pub(crate) fn stop(&mut self) {
+        assert!(self.flights.is_empty());
+        self.engine = None;
+        self.asked.clear();
+        self.reads_under_way = 0;
+        self.orders.clear();
+        self.errors_answered = 0;
+        self.errors_reported = 0;
+        self.settled = None;
+        self.done = None;
+    }
+
+    pub(crate) fn healer(&mut self) -> &mut Healer {
+        &mut self.engine.as_mut().expect("the volume is open").healer
+    }
+
+    // ---- devices
+
+    pub(crate) fn submit(&mut self, owner: Owner, ops: Vec<Op>, slow: bool) {
+        for op in ops {
+            let disk = &self.disks[usize::from(op.device.0)];
+            assert!(
+                !self.read_only || matches!(op.kind, OpKind::Read | OpKind::Identify | OpKind::Flush),
+                "a read-only volume is written: {op:?}"
+            );
+            let mut latency = 1 + self.rng.below(20_000);
+            if slow && self.rng.percent(3) {
+                latency += self.rng.below(12_000_000_000);
+                trace!(self, "slow: {:?} takes {latency} ns", op);
+            }
+            let durable_to = disk.completed();
+            self.flights.push(Flight { owner, op, ready: self.now.plus_ns(latency), durable_to });
+        }
+    }
+
+    /// Perform flight `index` and say how it ended.
+    pub(crate) fn perform(&mut self, index: usize) -> (Owner, Completion) {
+        let Flight { owner, op, durable_to, .. } = self.flights.swap_remove(index);
+        let disk = &mut self.disks[usize::from(op.device.0)];
+        self.performed += 1;
+        let result = disk.perform(&op, durable_to, &mut self.rng);
+        trace!(
+            self,
+            "{owner:?} {} {:?} {}+{} -> {result:?}",
+            self.disks[usize::from(op.device.0)].name,
+            op.kind,
+            op.offset / SECTOR as u64,
+            op.len / SECTOR as u64
+        );
+        (owner, Completion { tag: op.tag, result })
+    }
+
+    /// A random operation that is ready.
+    pub(crate) fn ready_flight(&mut self) -> Option<usize> {
+        let ready: Vec<usize> = (0..self.flights.len()).filter(|i| self.flights[*i].ready <= self.now).collect();
+        (!ready.is_empty()).then(|| ready[self.rng.index(ready.len())])
+    }
+
+    /// When the next operation is ready.
+    pub(crate) fn next_ready(&self) -> Option<Time> {
+        self.flights.iter().map(|flight| flight.ready).min()
+    }
+
+    /// Everything under way ends here: a write lands in part, in whole or not at all.
+    pub(crate) fn abandon_flights(&mut self) {
+        for Flight { op, .. } in std::mem::take(&mut self.flights) {
+            let disk = &mut self.disks[usize::from(op.device.0)];
+            if !disk.gone && op.offset + op.len <= disk.bytes() {
+                disk.apply_some(&op, &mut self.rng);
+            }
+        }
+    }
+
+    // ---- steps
+
+    fn take_shard(&mut self, shard: usize, out: ShardOut) {
+        let slow = self.config.has(&[crate::config::Fault::Latency]);
+        self.submit(Owner::Shard(shard), out.ops, slow);
+        self.to_healer[shard].extend(out.to_healer);
+        for Answer { request, status } in out.answers {
+            self.answered(request, status);
+        }
+        for request in out.withdrawn {
+            self.withdrawn(&request);
+        }
+    }
+
+    fn take_healer(&mut self, out: HealerOut) {
+        let slow = self.config.has(&[crate::config::Fault::Latency]);
+        self.submit(Owner::Healer, out.ops, slow);
+        for event in out.events {
+            trace!(self, "event {} {:?}+{}: {}; {}", event.kind, event.range.start, event.range.count, event.cause, event.action);
+            match event.kind {
+                "guest-error" => self.errors_reported += 1,
+                "poisoned" => _ = self.poisoned_at.get_or_insert(self.step),
+                _ => {}
+            }
+            self.events.push(event);
+        }
+        for (shard, message) in out.to_shards {
+            self.to_shard[shard].push_back(message);
+        }
+        for (id, reply) in out.replies {
+            self.replied(id, reply);
+        }
+    }
+
+    fn wake_healer(&mut self) {
+        let now = self.now;
+        let mut out = HealerOut::default();
+        self.healer().tick(now, &mut out);
+        self.take_healer(out);
+    }
+
+    /// One step of whatever can happen; `false` where only the passing of time helps.
+    pub(crate) fn advance(&mut self) -> bool {
+        self.step += 1;
+        self.now = self.now.plus_ns(self.rng.below(2_000));
+        let shards = self.config.shards;
+        let busy: Vec<usize> = (0..2 * shards)
+            .filter(|i| if *i < shards { !self.to_healer[*i].is_empty() } else { !self.to_shard[*i - shards].is_empty() })
+            .collect();
+        let flight = self.ready_flight();
+        if flight.is_some() && self.rng.percent(3) {
+            let Flight { op, .. } = &self.flights[self.rng.index(self.flights.len())];
+            let disk = &mut self.disks[usize::from(op.device.0)];
+            if !disk.gone && op.offset + op.len <= disk.bytes() {
+                disk.apply_some(op, &mut self.rng);
+            }
+        }
+        if self.healer().wake_at().is_some_and(|when| when <= self.now) {
+            self.wake_healer();
+            return true;
+        }
+        match (busy.is_empty(), flight) {
+            (true, None) => false,
+            (false, None) => {
+                self.deliver(&busy);
+                true
+            }
+            (true, Some(flight)) => {
+                self.complete(flight);
+                true
+            }
+            (false, Some(flight)) => {
+                if self.rng.percent(50) { self.deliver(&busy) } else { self.complete(flight) }
+                true
+            }
+        }
+    }
+
+    /// Nothing can happen now: let time pass until something can. `false` where nothing ever will.
+    pub(crate) fn wait(&mut self) -> bool {
+        let timer = self.healer().wake_at();
+        let Some(next) = timer.into_iter().chain(self.next_ready()).min() else { return false };
+        self.now = self.now.max(next);
+        true
+    }
+
+    fn deliver(&mut self, busy: &[usize]) {
+        let (shards, now) = (self.config.shards, self.now);
+        let channel = busy[self.rng.index(busy.len())];
+        let engine = self.engine.as_mut().expect("the volume is open");
+        if channel < shards {
+            let message = self.to_healer[channel].pop_front().expect("busy");
+            trace!(self, "shard {channel} -> healer: {}", brief(&message));
+            let mut out = HealerOut::default();
+            engine.healer.message(now, message, &mut out);
+            self.take_healer(out);
+        } else {
+            let shard = channel - shards;
+            let message = self.to_shard[shard].pop_front().expect("busy");
+            trace!(self, "healer -> shard {shard}: {}", brief_back(&message));
+            let mut out = ShardOut::default();
+            engine.shards[shard].message(now, message, &mut out);
+            self.take_shard(shard, out);
+        }
+    }
+
+    fn complete(&mut self, flight: usize) {
+        let (owner, completion) = self.perform(flight);
+        let now = self.now;
+        let engine = self.engine.as_mut().expect("the volume is open");
+        match owner {
+            Owner::Shard(shard) => {
+                let mut out = ShardOut::default();
+                engine.shards[shard].completed(now, completion, &mut out);
+                self.take_shard(shard, out);
+            }
+            Owner::Healer => {
+                let mut out = HealerOut::default();
+                engine.healer.completed(now, completion, &mut out);
+                self.take_healer(out);
+            }
+            Owner::Script => unreachable!("scripts have a driver of their own"),
+        }
+    }
+
+    /// Whether nothing is under way but timers.
+    pub(crate) fn is_quiet(&mut self) -> bool {
+        self.asked.is_empty()
+            && self.orders.is_empty()
+            && self.flights.is_empty()
+            && self.to_healer.iter().all(VecDeque::is_empty)
+            && self.to_shard.iter().all(VecDeque::is_empty)
+            && self.healer().is_idle()
+    }
+
+    pub(crate) fn unanswered(&self) -> usize {
+        self.asked.len()
+    }
+
+    pub(crate) fn describe_waiting(&self) -> String {
+        format!("requests {:?}, orders {:?}, {} flights", self.asked, self.orders, self.flights.len())
+    }
+
+    // ---- the guest
+
+    fn some_range(&mut self) -> SectorRange {
+        let unit = if self.rng.percent(85) { self.config.logical.into_iter().max().unwrap_or(512) / 512 } else { 1 };
+        let capacity = self.config.capacity;
+        let limit = if self.rng.percent(80) { (self.config.hot * 8).min(capacity) } else { capacity };
+        let unit = if self.rng.percent(40) { 8 } else { unit };
+        let start = self.rng.below(limit) / unit * unit;
+        let longest = if self.rng.percent(10) { 200 } else { 24 };
+        let count = ((1 + self.rng.below(longest)).next_multiple_of(unit)).min(capacity - start);
+        SectorRange { start: Sector(start), count }
+    }
+
+    /// The guest asks for something.
+    pub(crate) fn ask(&mut self) {
+        let range = self.some_range();
+        let kind = self.rng.below(100);
+        let value = self.next_value;
+        match kind {
+            0..45 => self.ask_write(range, value),
+            45..80 => self.ask_read(range),
+            80..90 => self.ask_flush(),
+            90..96 => self.ask_zeroes(range),
+            _ if self.config.discards => self.ask_discard(range),
+            _ => self.ask_read(range),
+        }
+    }
+
+    pub(crate) fn ask_read(&mut self, range: SectorRange) {
+        let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
+        self.reads_under_way += 1;
+        let start = self.model.tick();
+        self.ask_for(RequestOp::Read { range, data }, "read", vec![range], start, false);
+    }
+
+    pub(crate) fn ask_write(&mut self, range: SectorRange, value: Value) {
+        self.next_value += 1;
+        let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
+        for (at, sector) in sectors(&[range]).enumerate() {
+            data.copy_from(at * SECTOR, &guest::content(sector, value));
+        }
+        let start = self.model.begin(sectors(&[range]), value);
+        let through = self.config.write_through && self.rng.percent(20);
+        self.ask_for(RequestOp::Write { range, data }, "write", vec![range], start, through);
+    }
+
+    pub(crate) fn ask_flush(&mut self) {
+        let start = self.model.tick();
+        self.ask_for(RequestOp::Flush, "flush", Vec::new(), start, false);
+    }
+
+    fn ask_zeroes(&mut self, range: SectorRange) {
+        let start = self.model.begin(sectors(&[range]), 0);
+        let through = self.config.write_through && self.rng.percent(20);
+        let ranges = vec![(range, self.rng.percent(50))];
+        self.ask_for(RequestOp::WriteZeroes { ranges }, "zeroes", vec![range], start, through);
+    }
+
+    fn ask_discard(&mut self, range: SectorRange) {
+        let mut ranges = vec![range];
+        let more = self.some_range();
+        if self.rng.percent(30) && (more.end() <= range.start || range.end() <= more.start) {
+            ranges.push(more);
+        }
+        let start = self.model.begin(sectors(&ranges), 0);
+        self.ask_for(RequestOp::Discard { ranges: ranges.clone() }, "discard", ranges, start, false);
+    }
+
+    fn ask_for(&mut self, op: RequestOp, what: &'static str, ranges: Vec<SectorRange>, start: Tick, write_through: bool) {
+        let mut shard = self.rng.index(self.config.shards);
+        let mut queue = 0;
+        // A queue that is being reset takes nothing; where all are, the first one opens again in time.
+        for _ in 0..16 {
+            shard = self.rng.index(self.config.shards);
+            queue = u16::try_from(shard).expect("few") * QUEUES + u16::try_from(self.rng.below(2)).expect("few");
+            if self.stopping.iter().all(|(stopping, _)| *stopping != queue) {
+                break;
+            }
+        }
+        let token = self.next_token;
+        self.next_token += 1;
+        trace!(self, "guest {token}: {what} {ranges:?} value {} through {write_through} shard {shard}", self.next_value - 1);
+        self.asked.insert(token, Asked { queue, what, ranges, start, step: self.step });
+        let request = Request { token: Token(token), queue, write_through, op };
+        let now = self.now;
+        let mut out = ShardOut::default();
+        self.engine.as_mut().expect("open").shards[shard].submit(now, request, &mut out);
+        self.take_shard(shard, out);
+    }
+
+    fn answered(&mut self, request: Request, status: Status) {
+        let token = request.token.0;
+        let asked = self.asked.remove(&token).unwrap_or_else(|| panic!("request {token} is answered twice"));
+        trace!(self, "answer {token}: {} {status:?}", asked.what);
+        let ok = status == Status::Ok;
+        if !ok {
+            self.errors_answered += 1;
+            assert!(self.errors_answered <= self.errors_reported, "P1: an error without an event: {asked:?}");
+        }
+        if let Some(step) = self.poisoned_at
+            && asked.what != "read"
+            && asked.step > step
+        {
+            assert!(!ok, "F2: a poisoned volume serves {asked:?}");
+        }
+        match &request.op {
+            RequestOp::Read { data, .. } => {
+                self.reads_under_way -= 1;
+                if ok {
+                    let mut bytes = vec![0; data.len()];
+                    data.copy_to(0, &mut bytes);
+                    for (sector, bytes) in sectors(&asked.ranges).zip(bytes.chunks_exact(SECTOR)) {
+                        if let Err(lie) = self.model.read(sector, asked.start, bytes) {
+                            panic!("R1: {lie}");
+                        }
+                    }
+                }
+            }
+            // A volume that writes nothing has nothing of its own to make durable.
+            RequestOp::Flush if ok && !self.read_only => self.model.flushed(asked.start),
+            RequestOp::Flush => {}
+            RequestOp::Discard { .. } => self.model.end(sectors(&asked.ranges), asked.start, false),
+            RequestOp::Write { .. } | RequestOp::WriteZeroes { .. } => {
+                self.model.end(sectors(&asked.ranges), asked.start, ok);
+                if ok && request.write_through {
+                    self.model.pinned(sectors(&asked.ranges), asked.start);
+                }
+            }
+        }
+        if self.reads_under_way == 0 {
+            self.model.quiet(sectors(&asked.ranges));
+        }
+    }
+
+    fn withdrawn(&mut self, request: &Request) {
+        let token = request.token.0;
+        let asked = self.asked.remove(&token).unwrap_or_else(|| panic!("request {token} ends twice"));
+        trace!(self, "withdrawn {token}: {asked:?}");
+        match asked.what {
+            "read" => self.reads_under_way -= 1,
+            "flush" => {}
+            _ => self.model.end(sectors(&asked.ranges), asked.start, false),
+        }
+    }
+
+    /// Reset a queue, or go on with those whose reset is complete.
+    pub(crate) fn reset_queue(&mut self) {
+        let shard = self.rng.index(self.config.shards);
+        let queue = u16::try_from(shard).expect("few") * QUEUES;
+        if self.stopping.iter().any(|(stopping, _)| *stopping == queue) {
+            return;
+        }
+        trace!(self, "withdraw queue {queue} of shard {shard}");
+        self.stopping.push((queue, shard));
+        let mut out = ShardOut::default();
+        self.engine.as_mut().expect("open").shards[shard].withdraw(queue, &mut out);
+        self.take_shard(shard, out);
+    }
+
+    pub(crate) fn resume_queues(&mut self) {
+        let engine = self.engine.as_mut().expect("open");
+        let asked = &self.asked;
+        self.stopping.retain(|(queue, shard)| {
+            let left = engine.shards[*shard].unanswered(*queue);
+            assert_eq!(left, asked.values().filter(|asked| asked.queue == *queue).count(), "unanswered of {queue}");
+            if left == 0 {
+                engine.shards[*shard].resume(*queue);
+            }
+            left > 0
+        });
+    }
+
+    // ---- the operator
+
+    pub(crate) fn order(&mut self, order: Order) {
+        let id = OrderId(self.next_order);
+        self.next_order += 1;
+        trace!(self, "order {order:?}");
+        let ordered = match &order {
+            Order::Clear => Ordered::Clear(self.status().poison),
+            _ => Ordered::Other,
+        };
+        self.orders.insert(id, ordered);
+        let now = self.now;
+        let mut out = HealerOut::default();
+        self.healer().order(now, id, order, &mut out);
+        self.take_healer(out);
+    }
+
+    /// The healer's state, which it gives at once.
+    pub(crate) fn status(&mut self) -> HealerStatus {
+        let now = self.now;
+        let mut out = HealerOut::default();
+        self.healer().order(now, OrderId(u64::MAX), Order::Status, &mut out);
+        let at = out.replies.iter().position(|(id, _)| *id == OrderId(u64::MAX)).expect("status is given at once");
+        let (_, reply) = out.replies.remove(at);
+        self.take_healer(out);
+        let Reply::Status(status) = reply else { panic!("a status was asked for") };
+        *status
+    }
+
+    /// All special blocks.
+    pub(crate) fn list(
+        &mut self,
+    ) -> Vec<(vhost_remap::units::Block, vhost_remap::volume::map::BlockState, u8)> {
+        let now = self.now;
+        let mut out = HealerOut::default();
+        let order = Order::List { from: Sector(0), limit: usize::MAX };
+        self.healer().order(now, OrderId(u64::MAX), order, &mut out);
+        let at = out.replies.iter().position(|(id, _)| *id == OrderId(u64::MAX)).expect("the list is given at once");
+        let (_, reply) = out.replies.remove(at);
+        self.take_healer(out);
+        let Reply::List(list) = reply else { panic!("a list was asked for") };
+        list
+    }
+
+    fn replied(&mut self, id: OrderId, reply: Reply) {
+        let ordered = self.orders.remove(&id).expect("an order is answered once");
+        trace!(self, "reply {id:?} {reply:?}");
+        match (ordered, reply) {
+            (Ordered::Clear(report), Reply::Done(Ok(_))) => {
+                if self.poisoned_at.take().is_some() {
+                    let known = report.filter(|report| !report.ranges.is_empty());
+                    self.model.distrust(known.as_ref().map(|report| &report.ranges[..]));
+                }
+            }
+            (_, Reply::Settled(settled)) => self.settled = Some(settled),
+            (_, Reply::Done(done)) => self.done = Some(done),
+            _ => {}
+        }
+    }
+
+    pub(crate) fn some_order(&mut self) {
+        let range = self.some_range();
+        let few = SectorRange { count: range.count.min(24), ..range };
+        let order = match self.rng.below(8) {
+            0..3 => Order::Remap(few),
+            3..6 => Order::Release(few),
+            6 => Order::Save,
+            _ => Order::Clear,
+        };
+        self.order(order);
+    }
+
+    /// What must be true whenever nothing is under way.
+    pub(crate) fn check_quiet(&mut self) {
+        let status = self.status();
+        assert_eq!(status.fences, 0, "a fence stands with nobody behind it");
+        assert_eq!((status.repairs, status.held), (0, 0), "repairs without requests");
+        assert_eq!(self.errors_answered, self.errors_reported, "P1: one event for each error");
+        let list = self.list();
+        let mapped = list.iter().filter(|(_, state, _)| state.slot.is_some()).count();
+        let lost: u64 = list.iter().map(|(_, state, _)| u64::from(state.lost.count_ones())).sum();
+        assert!(status.live >= mapped, "{} live slots for {mapped} remapped blocks", status.live);
+        assert_eq!(status.lost_sectors, lost);
+        assert_eq!(
+            status.live + status.free + status.retired,
+            usize::try_from(self.config.max_remaps).expect("small"),
+            "every slot is live, free or retired: {status:?}"
+        );
+    }
+
+    pub(crate) fn disk(&mut self, device: DeviceIndex) -> &mut Disk {
+        &mut self.disks[usize::from(device.0)]
+    }
+}
+
+/// Every sector of the ranges.
+pub(crate) fn sectors(ranges: &[SectorRange]) -> impl Iterator<Item = u64> + '_ {
+    ranges.iter().flat_map(|range| range.start.0..range.end().0)
+}
+
+fn brief(message: &ToHealer) -> String {
+    match message {
+        ToHealer::Handed(handed) => {
+            format!("handed {} {:?} {:?}", handed.request.token.0, handed.cursor.piece, handed.why)
+        }
+        other => format!("{other:?}"),
+    }
+}
+
+fn brief_back(message: &ToShard) -> String {
+    match message {
+        ToShard::Publish { view, lift, ack } => {
+            format!("publish {:?} lift {lift:?} ack {ack:?} special {}", view.mode, view.map.len())
+        }
+        ToShard::Handled { request, cursor, outcome } => {
+            format!("handled {} {:?} {outcome:?}", request.token.0, cursor.piece)
+        }
+        ToShard::Withdrawn { request } => format!("withdrawn {}", request.token.0),
+        other => format!("{other:?}"),
+    }
+}
