@@ -71,6 +71,8 @@ pub(crate) struct Disk {
     pub(crate) failed_reads: BTreeSet<usize>,
     /// Sectors whose reads failed more often than a ladder has rungs, or can.
     pub(crate) hard: BTreeSet<usize>,
+    /// Operations that failed.
+    pub(crate) strikes: u64,
     /// Changed by every write: what stat says.
     pub(crate) mtime: u64,
     /// A flush failed and dropped something since the last power cut.
@@ -96,6 +98,7 @@ impl Disk {
             no_discard: false,
             failed_reads: BTreeSet::new(),
             hard: BTreeSet::new(),
+            strikes: 0,
             mtime: 1,
             dropped: false,
         }
@@ -117,16 +120,14 @@ impl Disk {
         (self.gone, self.burst, self.full, self.bad_flushes) = (false, (0, 0), 0, 0);
     }
 
-    /// Whether any fault waits to strike.
-    pub(crate) fn is_healthy(&self) -> bool {
-        self.bad_reads.is_empty()
-            && self.bad_writes.is_empty()
-            && !self.gone
-            && (self.burst.0, self.full, self.bad_flushes) == (0, 0, 0)
-    }
-
     /// Do an operation; `durable_to` is [`Disk::completed`] as of its submission.
     pub(crate) fn perform(&mut self, op: &Op, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
+        let result = self.try_to(op, durable_to, rng);
+        self.strikes += u64::from(result.is_err());
+        result
+    }
+
+    fn try_to(&mut self, op: &Op, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
         if self.gone {
             return Err(Errno(libc::ENODEV));
         }
