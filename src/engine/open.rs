@@ -307,21 +307,25 @@ impl Creation {
     }
 }
 
-/// A checksum over 16 blocks spread over the primary; those that do not read count as zeros.
-pub(super) async fn sample(io: &Io, capacity: u64, logical_block: u32) -> u32 {
+/// Every sample there can be; see [`sample`].
+pub(super) const ALL_SAMPLES: u16 = u16::MAX;
+
+/// A checksum over 16 blocks spread over the primary, or over those of them that `wanted` names (a bit
+/// each), and which of them could be read: a bad sector is no sign of somebody else's writing.
+pub(super) async fn sample(io: &Io, capacity: u64, logical_block: u32, wanted: u16) -> (u32, u16) {
     const SAMPLES: u64 = 16;
     let unit = u64::from(logical_block) / SECTOR_SIZE;
     let blocks = capacity / SECTORS_PER_BLOCK;
-    let mut crc = 0;
-    for i in 0..SAMPLES.min(blocks) {
+    let (mut crc, mut readable) = (0, 0);
+    for i in (0..SAMPLES.min(blocks)).filter(|i| wanted >> i & 1 == 1) {
         let sector = blocks * i / SAMPLES * SECTORS_PER_BLOCK / unit * unit;
         let (read, _) = io.read(DeviceIndex::PRIMARY, sector * SECTOR_SIZE, PAGE).await;
-        crc = match read {
-            Ok(data) => crc32c::crc32c_append(crc, &data),
-            Err(_) => crc32c::crc32c_append(crc, &[0; PAGE]),
-        };
+        if let Ok(data) = read {
+            crc = crc32c::crc32c_append(crc, &data);
+            readable |= 1 << i;
+        }
     }
-    crc
+    (crc, readable)
 }
 
 fn event(
@@ -444,7 +448,7 @@ async fn check_primary(
 ) -> Result<bool, OpenError> {
     let facts = &params.primary;
     let same_device = (superblock.primary_inode, superblock.primary_wwn.as_str()) == (facts.inode, facts.wwn.as_str());
-    let mut sample_crc = None;
+    let mut sampled = None;
     let mut label_lost = false;
     if let Some(label) = label {
         let mut newest: Option<Superblock> = None;
@@ -468,9 +472,9 @@ async fn check_primary(
             None => return Err(OpenError::NoLabel(superblock.set)),
         }
     } else if !same_device && !params.accept_external {
-        let crc = sample(io, superblock.capacity, superblock.logical_block).await;
-        sample_crc = Some(crc);
-        if superblock.stamp.is_none_or(|stamp| stamp.sample_crc != crc) {
+        let found = sample(io, superblock.capacity, superblock.logical_block, superblock.sampled).await;
+        sampled = Some(found);
+        if superblock.stamp.is_none_or(|stamp| (stamp.sample_crc, superblock.sampled) != found) {
             return Err(OpenError::NotAdopted(superblock.set));
         }
     }
@@ -481,11 +485,12 @@ async fn check_primary(
         if stamp.mtime_ns != 0 && same_device && stamp.mtime_ns != facts.mtime_ns {
             return Err(OpenError::External("its modification time differs", live));
         }
-        let crc = match sample_crc {
-            Some(crc) => crc,
-            None => sample(io, superblock.capacity, superblock.logical_block).await,
+        let (crc, readable) = match sampled {
+            Some(found) => found,
+            None => sample(io, superblock.capacity, superblock.logical_block, superblock.sampled).await,
         };
-        if stamp.sample_crc != crc {
+        // Where a sample has become unreadable since, nothing can be said.
+        if readable == superblock.sampled && stamp.sample_crc != crc {
             return Err(OpenError::External("sampled blocks differ", live));
         }
     }
@@ -713,7 +718,7 @@ async fn take_over(
         }
     }
     next.clean = false;
-    next.stamp = None;
+    (next.stamp, next.sampled) = (None, 0);
     let copy = Superblock::copy_for(next.generation);
     let failed = io_error(spare, "writing the superblock");
     for place in Place::ALL.into_iter().filter(|place| !next.is_retired(*place)) {
@@ -859,6 +864,7 @@ fn new_superblock(params: &CreateParams, layout: &Layout, label: Option<LabelLay
         created: params.now,
         serial: params.serial,
         stamp: None::<CloseStamp>,
+        sampled: 0,
         primary_inode: params.primary.inode,
         primary_wwn: params.primary.wwn.clone(),
         history: Default::default(),

@@ -23,7 +23,7 @@
 //! | 120 | 8 | creation, seconds since the epoch |
 //! | 128 | 20+4 | serial, padding |
 //! | 152 | 8+8 | stamp: primary's size in bytes, mtime in ns since the epoch |
-//! | 168 | 4+4 | stamp: CRC32C of the sampled blocks, padding |
+//! | 168 | 4+2+2 | stamp: CRC32C of the sampled blocks, a bit for each that could be read, padding |
 //! | 176 | 8 | primary's inode (0: a block device) |
 //! | 184 | 64 | primary's WWN or serial, zero padded |
 //! | 248 | 8 × 16 | history, newest first: generation, CRC32C of its superblock, padding |
@@ -87,7 +87,7 @@ pub struct CloseStamp {
     pub size: u64,
     /// Nanoseconds since the epoch; 0 for block devices.
     pub mtime_ns: u64,
-    /// CRC32C over the sampled blocks.
+    /// CRC32C over those sampled blocks that could be read.
     pub sample_crc: u32,
 }
 
@@ -124,6 +124,8 @@ pub struct Superblock {
     pub serial: [u8; 20],
     /// The primary at the last clean close.
     pub stamp: Option<CloseStamp>,
+    /// The samples that [`CloseStamp::sample_crc`] covers, a bit each: those that could be read.
+    pub sampled: u16,
     /// The primary's inode; 0 for a block device.
     pub primary_inode: u64,
     /// The primary's WWN or serial; empty for a file.
@@ -226,6 +228,7 @@ impl Superblock {
             f.u64(152, stamp.size);
             f.u64(160, stamp.mtime_ns);
             f.u32(168, stamp.sample_crc);
+            f.bytes(172, &self.sampled.to_le_bytes());
         }
         f.u64(176, self.primary_inode);
         let wwn = self.primary_wwn.as_bytes();
@@ -296,6 +299,7 @@ impl Superblock {
                 mtime_ns: f.u64(160),
                 sample_crc: f.u32(168),
             }),
+            sampled: if flags & 4 == 0 { 0 } else { u16::from_le_bytes(f.array(172)) },
             primary_inode: f.u64(176),
             primary_wwn: String::from_utf8_lossy(&wwn[..wwn_len]).into_owned(),
             history: std::array::from_fn(|i| (f.u64(248 + 16 * i), f.u32(256 + 16 * i))),
@@ -354,6 +358,7 @@ mod tests {
             created: 5,
             serial: *b"serial\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
             stamp: Some(CloseStamp { size: 9, mtime_ns: 10, sample_crc: 11 }),
+            sampled: 0xfffe,
             primary_inode: 12,
             primary_wwn: "naa.5000".into(),
             history: [(40, 1), (39, 2), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0)],

@@ -7,7 +7,9 @@ use std::rc::Rc;
 use super::failure::{Failure, Hold};
 use super::{Core, Severity, Tally};
 use crate::device::{DeviceIndex, Errno};
+use crate::engine::open;
 use crate::engine::task::join_all;
+use crate::engine::view::Geometry;
 use crate::units::SectorRange;
 use crate::volume::layout::{Home, PAGE, Place};
 use crate::volume::sidecar::SavedCounters;
@@ -31,6 +33,8 @@ pub(super) struct Places {
     returning: Cell<bool>,
     /// Why the spare is down.
     down_cause: RefCell<String>,
+    /// Samples of the primary that could be read at the last [`Core::sample_primary`].
+    sampled: Cell<u16>,
 }
 
 impl Places {
@@ -42,6 +46,7 @@ impl Places {
             label_failures: Cell::new(0),
             returning: Cell::new(false),
             down_cause: RefCell::default(),
+            sampled: Cell::new(0),
         }
     }
 }
@@ -265,16 +270,19 @@ impl Core {
         Ok(self.sample_primary().await)
     }
 
-    /// A checksum over blocks spread over the primary; unreadable ones count as zeros.
+    /// A checksum over blocks spread over the primary; those that can be read are noted for the seal.
     pub(super) async fn sample_primary(&self) -> u32 {
-        crate::engine::open::sample(&self.io, self.geometry.capacity, self.geometry.logical_block).await
+        let Geometry { capacity, logical_block, .. } = self.geometry;
+        let (crc, readable) = open::sample(&self.io, capacity, logical_block, open::ALL_SAMPLES).await;
+        self.places.sampled.set(readable);
+        crc
     }
 
     /// Write the superblock that says the volume was closed cleanly, and how the primary looked.
     pub(super) async fn seal(self: &Rc<Self>, stamp: CloseStamp) -> Result<(), Errno> {
         let mut last = self.superblock.borrow().next_generation();
         last.clean = true;
-        last.stamp = Some(stamp);
+        (last.stamp, last.sampled) = (Some(stamp), self.places.sampled.get());
         self.write_superblock(&last, &self.live_places()).await?;
         *self.superblock.borrow_mut() = last;
         Ok(())
