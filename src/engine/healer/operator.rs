@@ -170,6 +170,9 @@ impl Core {
             done.push("the primary is used again".to_owned());
         }
         if let Some(report) = self.poison_report() {
+            if mode.read_only {
+                return Err("the volume is read-only: open it for writing to clear a failed flush".into());
+            }
             self.clear_poison().await?;
             done.push(format!(
                 "writes are taken again; {} ranges were written since the last good flush: check them",

@@ -273,6 +273,9 @@ impl Core {
     /// then the mask.
     async fn heal_lost(self: &Rc<Self>, block: Block, start: u64, data: AlignedBuf) -> Result<(), Failure> {
         let Some(slot) = self.map.borrow().get(block).slot else { return Ok(()) };
+        if self.mode.get().read_only {
+            return Ok(());
+        }
         let range = SectorRange { start: Sector(start / SECTOR_SIZE), count: data.len() as u64 / SECTOR_SIZE };
         let offset = self.geometry.slot_offset(slot) + start - block.bytes();
         let len = data.len();
