@@ -32,7 +32,7 @@ use super::request::{Request, RequestOp};
 use super::shard::first_piece;
 use super::task::Executor;
 use super::view::{Geometry, Mode, PrimaryState, Progress, View};
-use crate::device::{Completion, DeviceIndex, Op, OpKind};
+use crate::device::{Completion, DeviceIndex, Errno, Op, OpKind};
 use crate::units::{Block, SectorRange, Time};
 use crate::volume::layout::{LabelLayout, Layout};
 use crate::volume::map::Map;
@@ -382,7 +382,11 @@ impl Core {
     /// Serve a piece of a request by the ladders, a chunk at a time.
     async fn repair(self: &Rc<Self>, handed: Handed) {
         let piece = handed.cursor.piece;
+        let zeroing = matches!(handed.request.op, RequestOp::WriteZeroes { .. });
         let failed = match handed.why {
+            // The disk is not to blame: our own operations try again, and zeros go as ordinary writes.
+            Why::Failed(_, errno) if class_of(errno) == Class::Ours => None,
+            Why::Failed(_, Errno(libc::EOPNOTSUPP)) if zeroing => None,
             Why::Failed(device, errno) => match self.diagnose(device, errno, reads(&handed.request), piece).await {
                 Ok(()) => Some(write::Failed { device, errno, request: piece }),
                 Err(failure) => return self.fail_or_hold(handed, failure),
