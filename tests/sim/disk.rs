@@ -6,7 +6,7 @@
 //! failed flush may drop what it did not write: such a sector still reads as written, and no later flush
 //! makes it durable.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use vhost_remap::device::{Errno, Op, OpKind};
@@ -67,10 +67,14 @@ pub(crate) struct Disk {
     pub(crate) bad_flushes: u32,
     pub(crate) no_zeroes: bool,
     pub(crate) no_discard: bool,
-    /// Sectors that failed a read, ever.
-    pub(crate) failed_reads: BTreeSet<usize>,
-    /// Sectors whose reads failed more often than a ladder has rungs, or can.
-    pub(crate) hard: BTreeSet<usize>,
+    /// The world's step, for the notes below.
+    pub(crate) step: u64,
+    /// Sectors that failed a read for good (more often than a ladder has rungs), and when they last did.
+    pub(crate) hard: BTreeMap<usize, u64>,
+    /// When a bad sector last failed an operation.
+    pub(crate) struck: u64,
+    /// When the device as a whole last failed one.
+    pub(crate) troubled: u64,
     /// Operations that failed.
     pub(crate) strikes: u64,
     /// Changed by every write: what stat says.
@@ -96,8 +100,10 @@ impl Disk {
             bad_flushes: 0,
             no_zeroes: false,
             no_discard: false,
-            failed_reads: BTreeSet::new(),
-            hard: BTreeSet::new(),
+            step: 0,
+            hard: BTreeMap::new(),
+            struck: 0,
+            troubled: 0,
             strikes: 0,
             mtime: 1,
             dropped: false,
@@ -129,6 +135,7 @@ impl Disk {
 
     fn try_to(&mut self, op: &Op, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
         if self.gone {
+            self.troubled = self.step;
             return Err(Errno(libc::ENODEV));
         }
         if matches!(op.kind, OpKind::Identify) {
@@ -136,7 +143,15 @@ impl Disk {
         }
         if self.burst.0 > 0 {
             self.burst.0 -= 1;
+            let ours = matches!(self.burst.1, libc::EAGAIN | libc::ENOMEM);
+            if !ours {
+                self.troubled = self.step;
+            }
             if matches!(op.kind, OpKind::Flush) {
+                if ours {
+                    // Shortages of the host do not happen to flushes: io_uring has everything by then.
+                    return self.flush(durable_to, rng);
+                }
                 self.fail_flush(rng);
             } else {
                 self.apply_some(op, rng);
@@ -170,7 +185,10 @@ impl Disk {
 
     fn read(&mut self, op: &Op) -> Result<(), Errno> {
         let (first, last) = sectors(op);
-        if let Some(errno) = strike(&mut self.bad_reads, first, last, &mut self.failed_reads, &mut self.hard) {
+        let mut hard = Vec::new();
+        if let Some(errno) = strike(&mut self.bad_reads, first, last, &mut hard) {
+            self.struck = self.step;
+            self.hard.extend(hard.into_iter().map(|sector| (sector, self.step)));
             return Err(errno);
         }
         let mut bytes = Vec::with_capacity((last - first) * SECTOR);
@@ -188,11 +206,12 @@ impl Disk {
         let (first, last) = sectors(op);
         if self.full > 0 {
             self.full -= 1;
+            self.troubled = self.step;
             self.apply_some(op, rng);
             return Err(Errno(libc::ENOSPC));
         }
-        let (mut ever, mut hard) = (BTreeSet::new(), BTreeSet::new());
-        if let Some(errno) = strike(&mut self.bad_writes, first, last, &mut ever, &mut hard) {
+        if let Some(errno) = strike(&mut self.bad_writes, first, last, &mut Vec::new()) {
+            self.struck = self.step;
             self.apply_some(op, rng);
             return Err(errno);
         }
@@ -250,6 +269,7 @@ impl Disk {
     fn flush(&mut self, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
         if self.bad_flushes > 0 {
             self.bad_flushes -= 1;
+            self.troubled = self.step;
             self.fail_flush(rng);
             return Err(Errno(libc::EIO));
         }
@@ -300,23 +320,22 @@ impl Disk {
     }
 }
 
-/// A bad sector in the range fails the operation; each of them counts it.
-fn strike(
-    bad: &mut BTreeMap<usize, Bad>,
-    first: usize,
-    last: usize,
-    ever: &mut BTreeSet<usize>,
-    hard: &mut BTreeSet<usize>,
-) -> Option<Errno> {
+/// A bad sector in the range fails the operation; each of them counts it. Those that do not stop
+/// failing by themselves are added to `hard`.
+fn strike(bad: &mut BTreeMap<usize, Bad>, first: usize, last: usize, hard: &mut Vec<usize>) -> Option<Errno> {
     let mut errno = None;
     let mut over = Vec::new();
     for (sector, bad) in bad.range_mut(first..last) {
-        ever.insert(*sector);
         errno = Some(Errno(bad.errno));
         match &mut bad.until {
             Until::Times(1) => over.push(*sector),
-            Until::Times(times) => *times -= 1,
-            Until::Written | Until::Healed => _ = hard.insert(*sector),
+            Until::Times(times) => {
+                if *times > 3 {
+                    hard.push(*sector);
+                }
+                *times -= 1;
+            }
+            Until::Written | Until::Healed => hard.push(*sector),
         }
     }
     over.iter().for_each(|sector| _ = bad.remove(sector));

@@ -16,7 +16,9 @@ mod rng;
 mod session;
 mod world;
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use world::World;
@@ -24,8 +26,16 @@ use world::World;
 /// Runs where the environment does not say.
 const SEEDS_DEFAULT: u64 = 2000;
 
+/// How often each kind of event came, over all runs: a fault that nobody meets tests nothing.
+static SEEN: Mutex<BTreeMap<&str, u64>> = Mutex::new(BTreeMap::new());
+
 fn run(seed: u64, verbose: bool) {
-    World::new(seed, verbose).run();
+    let mut world = World::new(seed, verbose);
+    world.run();
+    let mut seen = SEEN.lock().expect("nothing panics while counting");
+    for event in &world.events {
+        *seen.entry(event.kind).or_default() += 1;
+    }
 }
 
 fn env(name: &str) -> Option<u64> {
@@ -62,6 +72,7 @@ fn every_run_keeps_the_contract() {
     let seconds = started.elapsed().as_secs_f64();
     let ran = next.load(Ordering::Relaxed).min(first + count) - first;
     println!("{ran} runs in {seconds:.1} s ({:.0} a second)", ran as f64 / seconds);
+    println!("events: {:?}", SEEN.lock().expect("nothing panics while counting"));
     assert_eq!(failed.load(Ordering::Relaxed), 0, "runs failed");
 }
 

@@ -84,6 +84,12 @@ pub(crate) struct World {
     errors_reported: u64,
     /// The step of a poisoning not yet cleared.
     poisoned_at: Option<u64>,
+    /// A flush has failed and what that means is not decided.
+    poisoning: bool,
+    /// Whether the healer has said that a device is gone: primary, spare.
+    gone: [bool; 2],
+    /// The last step at which the volume as a whole could not serve everything.
+    troubled: u64,
     pub(crate) read_only: bool,
     pub(crate) events: Vec<Event>,
     pub(crate) settled: Option<Result<u32, String>>,
@@ -139,6 +145,9 @@ impl World {
             errors_answered: 0,
             errors_reported: 0,
             poisoned_at: None,
+            poisoning: false,
+            gone: [false; 2],
+            troubled: 0,
             read_only: false,
             events: Vec::new(),
             settled: None,
@@ -158,6 +167,8 @@ impl World {
         self.to_shard = (0..self.config.shards).map(|_| VecDeque::new()).collect();
         self.engine = Some(Engine { healer, shards });
         self.poisoned_at = poisoned.then_some(0);
+        (self.poisoning, self.gone) = (false, [false; 2]);
+        self.troubled = self.step;
         self.stopping.clear();
         self.wake_healer();
     }
@@ -202,6 +213,7 @@ impl World {
     pub(crate) fn perform(&mut self, index: usize) -> (Owner, Completion) {
         let Flight { owner, op, durable_to, .. } = self.flights.swap_remove(index);
         let disk = &mut self.disks[usize::from(op.device.0)];
+        disk.step = self.step;
         self.performed += 1;
         let result = disk.perform(&op, durable_to, &mut self.rng);
         trace!(
@@ -257,16 +269,33 @@ impl World {
             trace!(self, "event {} {:?}+{}: {}; {}", event.kind, event.range.start, event.range.count, event.cause, event.action);
             match event.kind {
                 "guest-error" => self.errors_reported += 1,
+                "flush-failed" => self.poisoning = true,
                 "poisoned" => _ = self.poisoned_at.get_or_insert(self.step),
+                "device-gone" => self.gone[0] = true,
+                "device-back" => self.gone[0] = false,
+                "spare-down" => (self.gone[1], self.poisoning) = (true, false),
+                "spare-back" => self.gone[1] = false,
                 _ => {}
             }
             self.events.push(event);
         }
+        self.note_trouble();
         for (shard, message) in out.to_shards {
             self.to_shard[shard].push_back(message);
         }
         for (id, reply) in out.replies {
             self.replied(id, reply);
+        }
+    }
+
+    /// Trouble lasts until every shard has heard that it is over.
+    fn note_trouble(&mut self) {
+        if self.poisoned_at.is_some() {
+            self.poisoning = false;
+        }
+        let over = !self.poisoning && self.poisoned_at.is_none() && self.gone == [false; 2];
+        if !over || (self.troubled + 1 >= self.step && self.to_shard.iter().any(|queue| !queue.is_empty())) {
+            self.troubled = self.step;
         }
     }
 
@@ -279,6 +308,7 @@ impl World {
 
     /// One step of whatever can happen; `false` where only the passing of time helps.
     pub(crate) fn advance(&mut self) -> bool {
+        self.note_trouble();
         self.step += 1;
         self.now = self.now.plus_ns(self.rng.below(2_000));
         let shards = self.config.shards;
@@ -477,6 +507,7 @@ impl World {
         if !ok {
             self.errors_answered += 1;
             assert!(self.errors_answered <= self.errors_reported, "P1: an error without an event: {asked:?}");
+            self.check_justified(&asked);
         }
         if let Some(step) = self.poisoned_at
             && asked.what != "read"
@@ -511,6 +542,42 @@ impl World {
         if self.reads_under_way == 0 {
             self.model.quiet(sectors(&asked.ranges));
         }
+    }
+
+    /// An error needs a reason that lies between the request's submission and its answer.
+    fn check_justified(&mut self, asked: &Asked) {
+        let since = asked.step;
+        if self.read_only
+            || self.troubled >= since
+            || self.disks.iter().any(|disk| disk.troubled >= since)
+            || self.config.has(&[crate::config::Fault::Latency])
+        {
+            return;
+        }
+        let special = self.list();
+        let mut blocks = asked.ranges.iter().flat_map(|range| range.blocks().iter());
+        let in_doubt = blocks.any(|block| special.iter().any(|(other, state, _)| *other == block && state.in_doubt));
+        let spare = self.disks[1].struck >= since;
+        let justified = in_doubt
+            || match asked.what {
+                "read" => {
+                    let bad = |sector| {
+                        let at = usize::try_from(sector).expect("small");
+                        let lost = special.iter().any(|(block, state, _)| {
+                            (block.start().0..block.start().0 + 8).contains(&sector)
+                                && state.lost >> (sector % 8) & 1 == 1
+                        });
+                        lost || self.disks[0].hard.get(&at).is_some_and(|when| *when >= since)
+                    };
+                    spare || sectors(&asked.ranges).any(bad)
+                }
+                // What the primary does not take goes to a slot, where there is one.
+                "write" | "zeroes" => spare || self.status().free < self.config.depth * 32,
+                _ => false,
+            };
+        let told = self.events.iter().rev().find(|event| event.kind == "guest-error");
+        let cause = told.map_or("", |event| &event.cause);
+        assert!(justified, "{} fails without a reason ({cause}): {asked:?}", asked.what);
     }
 
     fn withdrawn(&mut self, request: &Request) {
