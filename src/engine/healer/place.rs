@@ -132,7 +132,7 @@ impl Core {
             if self.probe(DeviceIndex::SPARE).await.is_err() || self.check_returned().await.is_err() {
                 continue;
             }
-            if self.rewrite_differing().await.is_ok() {
+            if self.mode.get().read_only || self.rewrite_differing().await.is_ok() {
                 break;
             }
         }
