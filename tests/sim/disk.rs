@@ -75,12 +75,16 @@ pub(crate) struct Disk {
     pub(crate) struck: u64,
     /// When the device as a whole last failed one.
     pub(crate) troubled: u64,
+    /// When operations failed for reasons of ours.
+    pub(crate) shortages: Vec<u64>,
     /// Operations that failed.
     pub(crate) strikes: u64,
     /// Changed by every write: what stat says.
     pub(crate) mtime: u64,
     /// A flush failed and dropped something since the last power cut.
     pub(crate) dropped: bool,
+    /// A power cut has shown that.
+    pub(crate) reverted: bool,
 }
 
 impl Disk {
@@ -104,9 +108,11 @@ impl Disk {
             hard: BTreeMap::new(),
             struck: 0,
             troubled: 0,
+            shortages: Vec::new(),
             strikes: 0,
             mtime: 1,
             dropped: false,
+            reverted: false,
         }
     }
 
@@ -117,6 +123,11 @@ impl Disk {
     /// What a flush submitted now will make durable.
     pub(crate) fn completed(&self) -> u64 {
         self.completed
+    }
+
+    /// Whether so many operations failed for reasons of ours that one of them may have run out of tries.
+    pub(crate) fn short_since(&self, step: u64) -> bool {
+        self.shortages.iter().filter(|when| **when >= step).count() > 3
     }
 
     /// Everything works again; what was unreadable has its last content.
@@ -144,7 +155,9 @@ impl Disk {
         if self.burst.0 > 0 {
             self.burst.0 -= 1;
             let ours = matches!(self.burst.1, libc::EAGAIN | libc::ENOMEM);
-            if !ours {
+            if ours {
+                self.shortages.push(self.step);
+            } else {
                 self.troubled = self.step;
             }
             if matches!(op.kind, OpKind::Flush) {
@@ -304,6 +317,7 @@ impl Disk {
                 n => volatile.later[n - 1].1.clone(),
             };
         }
+        self.reverted |= self.dropped;
         self.dropped = false;
     }
 

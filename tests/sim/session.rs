@@ -130,8 +130,9 @@ impl World {
 
     /// Open once; `None` where the opening itself was cut by a crash.
     fn open_once(&mut self, read_only: bool, crash_after: Option<u64>) -> Option<Result<(), OpenError>> {
-        let params =
-            OpenParams { primary: self.facts(0), spare: self.facts(1), read_only, accept_external: false };
+        // What a failed flush dropped and a power cut took differs from the close stamp.
+        let accept_external = self.disks[0].reverted;
+        let params = OpenParams { primary: self.facts(0), spare: self.facts(1), read_only, accept_external };
         trace!(self, "open, read-only {read_only}, crash after {crash_after:?}");
         self.read_only = read_only;
         let mut opening = Opening::new(params);

@@ -549,7 +549,7 @@ impl World {
         let since = asked.step;
         if self.read_only
             || self.troubled >= since
-            || self.disks.iter().any(|disk| disk.troubled >= since)
+            || self.disks.iter().any(|disk| disk.troubled >= since || disk.short_since(since))
             || self.config.has(&[crate::config::Fault::Latency])
         {
             return;
@@ -569,7 +569,11 @@ impl World {
                         });
                         lost || self.disks[0].hard.get(&at).is_some_and(|when| *when >= since)
                     };
-                    spare || sectors(&asked.ranges).any(bad)
+                    let unit = self.config.logical.into_iter().max().unwrap_or(512) / 512;
+                    let wide = |range: &SectorRange| {
+                        range.start.0 / unit * unit..range.end().0.next_multiple_of(unit)
+                    };
+                    spare || asked.ranges.iter().flat_map(wide).any(bad)
                 }
                 // What the primary does not take goes to a slot, where there is one.
                 "write" | "zeroes" => spare || self.status().free < self.config.depth * 32,
