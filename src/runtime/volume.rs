@@ -136,6 +136,13 @@ fn check_spare_path(spare: &Path) -> Result<(), MakeError> {
     refused(format!("{}: no such directory; make it or name another spare", parent.display()))
 }
 
+fn check_two_devices(primary: &Path, spare: &Path) -> Result<(), MakeError> {
+    if !same_file(primary, spare) {
+        return Ok(());
+    }
+    refused(format!("{}: is the primary itself; name another spare", spare.display()))
+}
+
 /// Make the volume: a capacity means a label at the primary's end, none means the primary is adopted.
 fn make(
     primary: &Path,
@@ -147,6 +154,7 @@ fn make(
 ) -> Result<String, MakeError> {
     let adopting = capacity.is_none();
     let options = OpenOptions { read_only: adopting, ..OpenOptions::default() };
+    check_two_devices(primary, spare)?;
     let primary_device = open::open(primary, &options)?;
     let spare_bytes = spare_size(shape.max_remaps);
     match fs::metadata(spare) {
@@ -154,9 +162,6 @@ fn make(
         _ => check_old_spare(spare, spare_bytes, force)?,
     }
     let spare_device = open::open(spare, &OpenOptions::default())?;
-    if same_file(&primary_device, &spare_device) {
-        return refused(format!("{}: is the primary itself; name another spare", spare.display()));
-    }
     let set = Uuid::new_v4();
     let params = CreateParams {
         primary: facts(&primary_device),
@@ -314,14 +319,15 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
         direct: options.cache == Cache::None,
         lock_wait: options.lock_wait,
     };
+    let spare = options.spare.as_ref().filter(|_| !options.passthrough);
+    if let Some(spare) = spare {
+        check_two_devices(&options.primary, spare)?;
+    }
     let primary = Arc::new(open::open(&options.primary, &open_options)?);
     let mut devices = vec![primary.clone()];
-    if let Some(spare) = options.spare.as_ref().filter(|_| !options.passthrough) {
+    if let Some(spare) = spare {
         // Metadata is always written with O_DIRECT, whatever the guest's data is.
         let device = Arc::new(open::open(spare, &OpenOptions { direct: true, ..open_options.clone() })?);
-        if same_file(&primary, &device) {
-            return refused(format!("{}: is the primary itself; name another spare", spare.display()));
-        }
         devices.push(device);
     }
     let faults = options.fault_injection.then(|| Arc::new(FaultTable::new()));
