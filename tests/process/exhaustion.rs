@@ -49,6 +49,28 @@ fn a_full_spare_fails_only_writes_that_need_a_slot() {
     model.check_all(guest.queue());
 }
 
+/// E2: also where one request takes the slots of several shares at once.
+#[test]
+fn a_filling_spare_is_announced_however_fast_it_fills() {
+    let volume = Volume::create(32, u32::try_from(SLOTS).unwrap());
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    let announced = || {
+        let events = server.events().into_iter().filter(|event| event.kind == "spare-filling");
+        events.map(|event| (event.severity, event.cause)).collect::<Vec<_>>()
+    };
+    let event = |severity: &str, used, percent| {
+        (severity.to_owned(), format!("{used} of {SLOTS} slots are used ({percent} %)"))
+    };
+    server.fault(&["--ops", "write", "--sectors", "1000-1199"]);
+    guest.write(1000, pattern(1000, 12 * 8, 1)).unwrap();
+    assert_eq!(announced(), []);
+    guest.write(1096, pattern(1096, 2 * 8, 1)).unwrap();
+    assert_eq!(announced(), [event("warn", 14, 87)]);
+    guest.write(1112, pattern(1112, 2 * 8, 1)).unwrap();
+    assert_eq!(announced(), [event("warn", 14, 87), event("error", 16, 100)]);
+}
+
 /// Scenario 10, where the operator prefers waiting guests.
 #[test]
 fn a_write_held_by_a_full_spare_goes_on_when_a_slot_is_free() {

@@ -18,6 +18,8 @@ fn blocks_are_moved_and_moved_back_by_hand() {
     assert!(answer.contains('1') && answer.contains('2'), "{answer}");
     assert_eq!(server.blocks("remapped"), [1000, 1016, 1024]);
     model.check_all(guest.queue());
+    let moved = server.events().into_iter().filter(|event| event.kind == "remapped").map(|event| event.cause);
+    assert_eq!(moved.collect::<Vec<_>>(), ["the operator's order"; 3]);
     // Again: nothing to do, no second slot.
     let answer = server.order(&["remap", "1000-1007"]);
     assert!(answer.contains('0'), "{answer}");
