@@ -25,3 +25,7 @@ mod refusals;
 mod restart;
 #[path = "process/server.rs"]
 mod server;
+#[path = "process/sessions.rs"]
+mod sessions;
+#[path = "process/spare.rs"]
+mod spare;

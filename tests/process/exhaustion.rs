@@ -47,6 +47,12 @@ fn a_full_spare_fails_only_writes_that_need_a_slot() {
     let write = model.write(beyond, pattern(beyond, 8, 5));
     guest.queue().one(write).unwrap();
     model.check_all(guest.queue());
+    // Scenario 12: with all slots written, the metadata on both sides of them is whole.
+    drop(guest);
+    server.stop();
+    let server = volume.serve(&[]);
+    assert_eq!((server.list().len() as u64, server.status().counters.metadata_repairs), (SLOTS, 0));
+    model.check_all(server.guest(1).queue());
 }
 
 /// E2: also where one request takes the slots of several shares at once.
