@@ -27,5 +27,7 @@ mod restart;
 mod server;
 #[path = "process/sessions.rs"]
 mod sessions;
+#[path = "process/soak.rs"]
+mod soak;
 #[path = "process/spare.rs"]
 mod spare;
