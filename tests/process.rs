@@ -7,9 +7,27 @@ mod clean;
 mod exhaustion;
 #[path = "process/faults.rs"]
 mod faults;
+#[path = "process/flush.rs"]
+mod flush;
+#[path = "process/gone.rs"]
+mod gone;
 #[path = "process/guest.rs"]
 mod guest;
 #[path = "process/model.rs"]
 mod model;
+#[path = "process/modes.rs"]
+mod modes;
+#[path = "process/operator.rs"]
+mod operator;
+#[path = "process/refusals.rs"]
+mod refusals;
+#[path = "process/restart.rs"]
+mod restart;
 #[path = "process/server.rs"]
 mod server;
+#[path = "process/sessions.rs"]
+mod sessions;
+#[path = "process/soak.rs"]
+mod soak;
+#[path = "process/spare.rs"]
+mod spare;

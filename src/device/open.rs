@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -209,6 +209,17 @@ pub fn create_file(path: &Path, size: u64) -> Result<(), OpenError> {
             _ => io_failure(path, "cannot be extended", error),
         }
     })
+}
+
+/// Whether both paths lead to the same file or block device. To be asked before opening them: opening the
+/// second would wait for the lock of the first.
+pub fn same_file(a: &Path, b: &Path) -> bool {
+    let identity = |path: &Path| {
+        let meta = fs::metadata(path).ok()?;
+        let block = meta.file_type().is_block_device();
+        Some(if block { (block, meta.rdev(), 0) } else { (block, meta.dev(), meta.ino()) })
+    };
+    identity(a).is_some_and(|identity_of_a| identity(b) == Some(identity_of_a))
 }
 
 fn io_failure(path: &Path, action: &'static str, source: io::Error) -> OpenError {

@@ -17,7 +17,7 @@ use super::options::{AdoptOptions, Cache, CreateOptions, FailOrHold, ServeOption
 use super::worker::{Clock, DiskInfo, WorkerPort};
 use crate::device::DeviceIndex;
 use crate::device::fault::FaultTable;
-use crate::device::open::{self, DeviceSet, OpenOptions, create_file};
+use crate::device::open::{self, DeviceSet, OpenOptions, create_file, same_file};
 use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
 use crate::engine::open::{CreateParams, Creation, OpenError, OpenParams, Opening};
 use crate::engine::shard::Shard;
@@ -91,7 +91,6 @@ pub fn create(options: &CreateOptions) -> Result<String, MakeError> {
     let needed = size.checked_next_multiple_of(4096).and_then(|size| size.checked_add(label));
     let Some(needed) = needed else { return refused(format!("{}: {size} bytes is too large", primary.display())) };
     let mut made = Made::default();
-    refuse_same(primary, spare)?;
     check_spare_path(spare)?;
     match fs::metadata(primary) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => made.file(primary, needed)?,
@@ -121,7 +120,6 @@ pub fn create(options: &CreateOptions) -> Result<String, MakeError> {
 /// When a device is not fit, or the spare cannot be written.
 pub fn adopt(options: &AdoptOptions) -> Result<String, MakeError> {
     let AdoptOptions { primary, spare, shape, force } = options;
-    refuse_same(primary, spare)?;
     check_spare_path(spare)?;
     refuse_image_formats(primary)?;
     let mut made = Made::default();
@@ -130,24 +128,19 @@ pub fn adopt(options: &AdoptOptions) -> Result<String, MakeError> {
     Ok(line)
 }
 
-/// By whatever names: opening one would wait for the lock of the other.
-fn refuse_same(primary: &Path, spare: &Path) -> Result<(), MakeError> {
-    use std::os::unix::fs::MetadataExt;
-    let id = |path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino(), meta.rdev()));
-    match (id(primary), id(spare)) {
-        (Ok(a), Ok(b)) if a == b || (a.2 != 0 && a.2 == b.2) => {
-            refused(format!("{}: is the primary itself; name another spare", spare.display()))
-        }
-        _ => Ok(()),
-    }
-}
-
 fn check_spare_path(spare: &Path) -> Result<(), MakeError> {
     let parent = spare.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if parent.is_dir() {
         return Ok(());
     }
     refused(format!("{}: no such directory; make it or name another spare", parent.display()))
+}
+
+fn check_two_devices(primary: &Path, spare: &Path) -> Result<(), MakeError> {
+    if !same_file(primary, spare) {
+        return Ok(());
+    }
+    refused(format!("{}: is the primary itself; name another spare", spare.display()))
 }
 
 /// Make the volume: a capacity means a label at the primary's end, none means the primary is adopted.
@@ -161,6 +154,7 @@ fn make(
 ) -> Result<String, MakeError> {
     let adopting = capacity.is_none();
     let options = OpenOptions { read_only: adopting, ..OpenOptions::default() };
+    check_two_devices(primary, spare)?;
     let primary_device = open::open(primary, &options)?;
     let spare_bytes = spare_size(shape.max_remaps);
     match fs::metadata(spare) {
@@ -325,12 +319,13 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
         direct: options.cache == Cache::None,
         lock_wait: options.lock_wait,
     };
-    if let Some(spare) = &options.spare {
-        refuse_same(&options.primary, spare)?;
+    let spare = options.spare.as_ref().filter(|_| !options.passthrough);
+    if let Some(spare) = spare {
+        check_two_devices(&options.primary, spare)?;
     }
     let primary = Arc::new(open::open(&options.primary, &open_options)?);
     let mut devices = vec![primary.clone()];
-    if let Some(spare) = options.spare.as_ref().filter(|_| !options.passthrough) {
+    if let Some(spare) = spare {
         // Metadata is always written with O_DIRECT, whatever the guest's data is.
         let device = Arc::new(open::open(spare, &OpenOptions { direct: true, ..open_options.clone() })?);
         devices.push(device);

@@ -47,6 +47,34 @@ fn a_full_spare_fails_only_writes_that_need_a_slot() {
     let write = model.write(beyond, pattern(beyond, 8, 5));
     guest.queue().one(write).unwrap();
     model.check_all(guest.queue());
+    // Scenario 12: with all slots written, the metadata on both sides of them is whole.
+    drop(guest);
+    server.stop();
+    let server = volume.serve(&[]);
+    assert_eq!((server.list().len() as u64, server.status().counters.metadata_repairs), (SLOTS, 0));
+    model.check_all(server.guest(1).queue());
+}
+
+/// E2: also where one request takes the slots of several shares at once.
+#[test]
+fn a_filling_spare_is_announced_however_fast_it_fills() {
+    let volume = Volume::create(32, u32::try_from(SLOTS).unwrap());
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    let announced = || {
+        let events = server.events().into_iter().filter(|event| event.kind == "spare-filling");
+        events.map(|event| (event.severity, event.cause)).collect::<Vec<_>>()
+    };
+    let event = |severity: &str, used, percent| {
+        (severity.to_owned(), format!("{used} of {SLOTS} slots are used ({percent} %)"))
+    };
+    server.fault(&["--ops", "write", "--sectors", "1000-1199"]);
+    guest.write(1000, pattern(1000, 12 * 8, 1)).unwrap();
+    assert_eq!(announced(), []);
+    guest.write(1096, pattern(1096, 2 * 8, 1)).unwrap();
+    assert_eq!(announced(), [event("warn", 14, 87)]);
+    guest.write(1112, pattern(1112, 2 * 8, 1)).unwrap();
+    assert_eq!(announced(), [event("warn", 14, 87), event("error", 16, 100)]);
 }
 
 /// Scenario 10, where the operator prefers waiting guests.

@@ -118,10 +118,14 @@ pub(crate) struct Queue {
 impl Guest {
     /// Connect, negotiate everything this driver knows, and set up queues.
     pub(crate) fn connect(socket: &Path, queues: usize) -> Guest {
+        Guest::connect_with(socket, queues, VirtioBlkFeatureFlags::all())
+    }
+
+    /// Connect with these features of virtio-blk only.
+    pub(crate) fn connect_with(socket: &Path, queues: usize, wanted_of_blk: VirtioBlkFeatureFlags) -> Guest {
         let wanted = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
         let path = socket.to_str().expect("a UTF-8 path");
-        let mut transport =
-            Transport::new(path, wanted.bits() | VirtioBlkFeatureFlags::all().bits()).expect("a vhost-user back-end");
+        let mut transport = Transport::new(path, wanted.bits() | wanted_of_blk.bits()).expect("a vhost-user back-end");
         let features = transport.get_features();
         let flags = VirtioFeatureFlags::from_bits_truncate(features);
         let layout = VirtqueueLayout::new::<Shared>(queues, usize::from(QUEUE_SIZE), flags).expect("a legal size");

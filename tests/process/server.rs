@@ -7,6 +7,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -62,6 +63,33 @@ impl Volume {
             Ok(_) => panic!("served although it should be refused"),
             Err(output) => refusal(&output),
         }
+    }
+
+    /// As [`Volume::serve_refused`], on sockets of its own.
+    pub(crate) fn serve_elsewhere_refused(&self, options: &[&str]) -> String {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let fixed = ["--log-level", "0"];
+        match Server::start(self.command_in(dir.path(), &[&fixed[..], options].concat()), dir.path()) {
+            Ok(_) => panic!("served although it should be refused"),
+            Err(output) => refusal(&output),
+        }
+    }
+
+    /// Serve it on sockets of its own; the server and the directory they are in, once it serves.
+    pub(crate) fn serve_elsewhere(&self, options: &[&str]) -> JoinHandle<(Server, TempDir)> {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let command = self.command_in(dir.path(), options);
+        std::thread::spawn(move || {
+            let server = Server::start(command, dir.path()).unwrap_or_else(|output| panic!("{output:?}"));
+            (server, dir)
+        })
+    }
+
+    fn command_in(&self, dir: &Path, options: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
+        command.arg("serve").arg("--primary").arg(&self.primary).arg("--spare").arg(&self.spare);
+        command.arg("--socket-path").arg(dir.join("vm.sock")).args(options);
+        command
     }
 
     /// The command line of `serve`.
@@ -131,9 +159,10 @@ pub(crate) struct Server {
 impl Server {
     /// Start the program and wait for the line that says that it serves; else its output when it ended.
     pub(crate) fn start(mut command: Command, dir: &Path) -> Result<Server, Output> {
-        let log = dir.join("server.log");
-        let stderr = File::options().create(true).append(true).open(&log).expect("a log file");
-        let before = stderr.metadata().expect("a file").len();
+        // One for each start: a second server must not write into the log of the first.
+        let log = (0..).map(|run| dir.join(format!("server.{run}.log"))).find(|path| !path.exists());
+        let log = log.expect("endless");
+        let stderr = File::create(&log).expect("a log file");
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).spawn().expect("just built");
         let socket = dir.join("vm.sock");
         let ctl = dir.join("vm.sock.ctl");
@@ -154,8 +183,7 @@ impl Server {
             }
             Ok(_) => {
                 let status = server.wait();
-                let log = fs::read(&server.log).expect("a log file");
-                let stderr = log[usize::try_from(before).expect("small")..].to_vec();
+                let stderr = fs::read(&server.log).expect("a log file");
                 Err(Output { status, stdout: Vec::new(), stderr })
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => panic!("no start within {LIMIT:?}"),
@@ -177,6 +205,16 @@ impl Server {
         kill_process(Pid::from_child(&self.child), Signal::TERM).expect("our child");
         let status = self.wait();
         assert!(status.success(), "{status:?}: {}", self.log_text());
+    }
+
+    /// End it as an operator does, where that cannot be clean; the reason it gives.
+    #[track_caller]
+    pub(crate) fn stop_unclean(mut self) -> String {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("our child");
+        let status = self.wait();
+        let log = self.log_text();
+        assert_eq!(status.code(), Some(1), "{log}");
+        log.lines().last().unwrap_or_default().to_owned()
     }
 
     /// End it as a crash does.

@@ -271,10 +271,8 @@ impl Disk {
         if content.is_none() && now.is_none() && !self.volatile.contains_key(&sector) {
             return;
         }
-        let volatile = self
-            .volatile
-            .entry(sector)
-            .or_insert_with(|| Volatile { durable: now.clone(), later: Vec::new() });
+        let volatile =
+            self.volatile.entry(sector).or_insert_with(|| Volatile { durable: now.clone(), later: Vec::new() });
         volatile.later.push((number, content.clone()));
         *now = content;
     }

@@ -82,7 +82,9 @@ impl Model {
 
     fn state(&mut self, sector: u64) -> &mut SectorState {
         let (initial, distrusted) = (self.initial, self.distrusted_until);
-        self.sectors.entry(sector).or_insert_with(|| SectorState { distrusted_until: distrusted, ..SectorState::new(initial) })
+        self.sectors
+            .entry(sector)
+            .or_insert_with(|| SectorState { distrusted_until: distrusted, ..SectorState::new(initial) })
     }
 
     /// A moment that nothing else shares.

@@ -285,7 +285,8 @@ impl World {
         trace!(self, "finish");
         self.config.faults.clear();
         self.disks.iter_mut().for_each(|disk| disk.heal());
-        while self.open_once(false, None).expect("no crash was asked for").map_err(|e| panic!("healed: {e}")).is_err() {}
+        while self.open_once(false, None).expect("no crash was asked for").map_err(|e| panic!("healed: {e}")).is_err() {
+        }
         self.settle_down();
         if self.status().mode.poisoned {
             self.order(Order::Clear);

@@ -266,7 +266,10 @@ impl World {
         let slow = self.config.has(&[crate::config::Fault::Latency]);
         self.submit(Owner::Healer, out.ops, slow);
         for event in out.events {
-            trace!(self, "event {} {:?}+{}: {}; {}", event.kind, event.range.start, event.range.count, event.cause, event.action);
+            trace!(
+                self,
+                "event {} {:?}+{}: {}; {}", event.kind, event.range.start, event.range.count, event.cause, event.action
+            );
             match event.kind {
                 "guest-error" => self.errors_reported += 1,
                 "flush-failed" => self.poisoning = true,
@@ -313,7 +316,9 @@ impl World {
         self.now = self.now.plus_ns(self.rng.below(2_000));
         let shards = self.config.shards;
         let busy: Vec<usize> = (0..2 * shards)
-            .filter(|i| if *i < shards { !self.to_healer[*i].is_empty() } else { !self.to_shard[*i - shards].is_empty() })
+            .filter(
+                |i| if *i < shards { !self.to_healer[*i].is_empty() } else { !self.to_shard[*i - shards].is_empty() },
+            )
             .collect();
         let flight = self.ready_flight();
         if flight.is_some() && self.rng.percent(3) {
@@ -338,7 +343,11 @@ impl World {
                 true
             }
             (false, Some(flight)) => {
-                if self.rng.percent(50) { self.deliver(&busy) } else { self.complete(flight) }
+                if self.rng.percent(50) {
+                    self.deliver(&busy)
+                } else {
+                    self.complete(flight)
+                }
                 true
             }
         }
@@ -477,7 +486,14 @@ impl World {
         self.ask_for(RequestOp::Discard { ranges: ranges.clone() }, "discard", ranges, start, false);
     }
 
-    fn ask_for(&mut self, op: RequestOp, what: &'static str, ranges: Vec<SectorRange>, start: Tick, write_through: bool) {
+    fn ask_for(
+        &mut self,
+        op: RequestOp,
+        what: &'static str,
+        ranges: Vec<SectorRange>,
+        start: Tick,
+        write_through: bool,
+    ) {
         let mut shard = self.rng.index(self.config.shards);
         let mut queue = 0;
         // A queue that is being reset takes nothing; where all are, the first one opens again in time.
@@ -490,7 +506,11 @@ impl World {
         }
         let token = self.next_token;
         self.next_token += 1;
-        trace!(self, "guest {token}: {what} {ranges:?} value {} through {write_through} shard {shard}", self.next_value - 1);
+        trace!(
+            self,
+            "guest {token}: {what} {ranges:?} value {} through {write_through} shard {shard}",
+            self.next_value - 1
+        );
         self.asked.insert(token, Asked { queue, what, ranges, start, step: self.step });
         let request = Request { token: Token(token), queue, write_through, op };
         let now = self.now;
@@ -570,9 +590,7 @@ impl World {
                         lost || self.disks[0].hard.get(&at).is_some_and(|when| *when >= since)
                     };
                     let unit = self.config.logical.into_iter().max().unwrap_or(512) / 512;
-                    let wide = |range: &SectorRange| {
-                        range.start.0 / unit * unit..range.end().0.next_multiple_of(unit)
-                    };
+                    let wide = |range: &SectorRange| range.start.0 / unit * unit..range.end().0.next_multiple_of(unit);
                     spare || asked.ranges.iter().flat_map(wide).any(bad)
                 }
                 // What the primary does not take goes to a slot, where there is one.
@@ -652,9 +670,7 @@ impl World {
     }
 
     /// All special blocks.
-    pub(crate) fn list(
-        &mut self,
-    ) -> Vec<(vhost_remap::units::Block, vhost_remap::volume::map::BlockState, u8)> {
+    pub(crate) fn list(&mut self) -> Vec<(vhost_remap::units::Block, vhost_remap::volume::map::BlockState, u8)> {
         let now = self.now;
         let mut out = HealerOut::default();
         let order = Order::List { from: Sector(0), limit: usize::MAX };
@@ -707,7 +723,10 @@ impl World {
         assert_eq!(status.lost_sectors, lost);
         let slots = usize::try_from(self.config.max_remaps).expect("small");
         let spoken_for = slots - (status.live + status.free + status.retired);
-        assert!(spoken_for == 0 || status.in_doubt > 0 || !status.mode.spare_up, "every slot is live, free or retired: {status:?}");
+        assert!(
+            spoken_for == 0 || status.in_doubt > 0 || !status.mode.spare_up,
+            "every slot is live, free or retired: {status:?}"
+        );
     }
 
     pub(crate) fn disk(&mut self, device: DeviceIndex) -> &mut Disk {

@@ -52,9 +52,18 @@ fn a_writer_excludes_everyone_and_readers_share() {
         assert!(message.contains(&format!("(pid {})", std::process::id())), "{message}");
     }
     drop(writer);
-    let _reader = open(&path, &quick(true)).unwrap();
-    let _other = open(&path, &quick(true)).unwrap();
+    let _readers = [open(&path, &quick(true)).unwrap(), open(&path, &quick(true)).unwrap()];
     assert!(matches!(open(&path, &quick(false)), Err(OpenError::InUse { .. })));
+}
+
+#[test]
+fn a_file_is_the_same_by_every_path() {
+    let (dir, path) = file_of(4096);
+    let (link, other) = (dir.path().join("link"), dir.path().join("other"));
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    assert!(same_file(&path, &link) && !same_file(&path, &other) && !same_file(&other, &other));
+    fs::write(&other, "").unwrap();
+    assert!(!same_file(&link, &other));
 }
 
 #[test]

@@ -149,6 +149,8 @@ pub(super) struct Core {
     places: place::Places,
     pending: RefCell<pending::PendingSectors>,
     rewritten: RefCell<BTreeSet<Block>>,
+    /// Percent of the slots whose use the operator was told of last.
+    told_used: Cell<u64>,
     tally: RefCell<Tally>,
     waiting: RefCell<VecDeque<Handed>>,
     held: RefCell<Vec<Held>>,
@@ -215,6 +217,7 @@ impl Healer {
             places: place::Places::new(opened.saved, opened.saved_sequence),
             pending: RefCell::default(),
             rewritten: RefCell::default(),
+            told_used: Cell::new(0),
             tally: RefCell::new(opened.tally),
             waiting: RefCell::default(),
             held: RefCell::default(),

@@ -226,7 +226,8 @@ impl Core {
         if state.slot.is_some() {
             return Ok(0);
         }
-        let placement = self.rescue(block, 0).await.map_err(|failure| failure.cause)?;
+        let mut placement = self.rescue(block, 0).await.map_err(|failure| failure.cause)?;
+        placement.order = Some("the operator's order");
         if placement.lost != 0 {
             // R4: a read error alone marks nothing lost.
             return Err(format!("sector {} cannot be read: rewrite it first, then nothing is lost", block.start()));

@@ -62,6 +62,8 @@ pub(super) struct Placement {
     stale: bool,
     /// Sectors of the guest's write.
     written: u8,
+    /// Why it moves, where not because it failed.
+    pub(super) order: Option<&'static str>,
 }
 
 impl Core {
@@ -385,6 +387,7 @@ impl Core {
             lost: state.lost & rest,
             stale: state.primary_stale && state.lost & rest != 0,
             written,
+            order: None,
         };
         let wanted = rest & !state.lost;
         if wanted == 0 {
@@ -529,15 +532,9 @@ impl Core {
         tally.lost += u64::from(newly_lost.count_ones());
         drop(tally);
         let range = self.geometry.sectors_of(block);
-        let cause = if before.slot.is_some() { "its slot failed" } else { "the block failed again" };
-        self.event(
-            Severity::Warn,
-            "remapped",
-            Some(DeviceIndex::PRIMARY),
-            range,
-            cause,
-            format!("moved to slot {slot}"),
-        );
+        let failed = if before.slot.is_some() { "its slot failed" } else { "the block failed again" };
+        let (severity, cause) = placement.order.map_or((Severity::Warn, failed), |order| (Severity::Info, order));
+        self.event(severity, "remapped", Some(DeviceIndex::PRIMARY), range, cause, format!("moved to slot {slot}"));
         for sector in sectors_of_mask(block, newly_lost) {
             let range = SectorRange { start: sector, count: 1 };
             let cause = "unreadable when its block moved";
@@ -545,23 +542,18 @@ impl Core {
         }
     }
 
+    /// Say it once when a share of the slots is used (E2). Several can be taken at a time, so the share may
+    /// be passed without being met.
     fn warn_of_exhaustion(&self) {
         let table = self.table.borrow();
         let (all, used) = (u64::from(table.max_remaps()), u64::from(table.max_remaps()) - table.available() as u64);
-        let none = SectorRange::default();
-        for (percent, severity) in [(80, Severity::Warn), (90, Severity::Error)] {
-            if used == (all * percent).div_ceil(100) {
-                let cause = format!("{used} of {all} slots are used ({percent} %)");
-                self.event(
-                    severity,
-                    "spare-filling",
-                    Some(DeviceIndex::SPARE),
-                    none,
-                    cause,
-                    "replace the primary soon",
-                );
-            }
-        }
+        let shares = [(90, Severity::Error), (80, Severity::Warn)];
+        let reached = shares.into_iter().find(|(percent, _)| used * 100 >= all * percent);
+        let before = self.told_used.replace(reached.map_or(0, |(percent, _)| percent));
+        let Some((_, severity)) = reached.filter(|(percent, _)| *percent > before) else { return };
+        let cause = format!("{used} of {all} slots are used ({} %)", used * 100 / all);
+        let (spare, none) = (Some(DeviceIndex::SPARE), SectorRange::default());
+        self.event(severity, "spare-filling", spare, none, cause, "replace the primary soon");
     }
 }
 
