@@ -390,7 +390,8 @@ impl Core {
             // The disk is not to blame: our own operations try again, and zeros go as ordinary writes.
             Why::Failed(_, errno) if class_of(errno) == Class::Ours => None,
             Why::Failed(_, Errno(libc::EOPNOTSUPP)) if zeroing => None,
-            Why::Failed(device, errno) => match self.diagnose(device, errno, reads(&handed.request), piece).await {
+            // A discard is advice: that it fails says nothing of the medium's taking writes.
+            Why::Failed(device, errno) => match self.diagnose(device, errno, !writes(&handed.request), piece).await {
                 Ok(()) => Some(write::Failed { device, errno, request: piece }),
                 Err(failure) => return self.fail_or_hold(handed, failure),
             },
@@ -525,6 +526,10 @@ impl Core {
 
 fn reads(request: &Request) -> bool {
     matches!(request.op, RequestOp::Read { .. })
+}
+
+fn writes(request: &Request) -> bool {
+    matches!(request.op, RequestOp::Write { .. } | RequestOp::WriteZeroes { .. })
 }
 
 fn verb(request: &Request) -> &'static str {
