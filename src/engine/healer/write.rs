@@ -429,7 +429,13 @@ impl Core {
         };
         if let Err(failure) = filled {
             let mut table = self.table.borrow_mut();
-            reserved.iter().chain(&failed_slots).for_each(|slot| table.unreserve(*slot));
+            reserved.iter().for_each(|slot| table.unreserve(*slot));
+            drop(table);
+            if !failed_slots.is_empty() {
+                // Given back, they would be the first to be tried by the next write too.
+                let core = self.clone();
+                self.spawn(async move { core.free_slots(failed_slots, true).await });
+            }
             return Err(failure);
         }
         let map = self.map.borrow().clone();
