@@ -269,16 +269,27 @@ impl Core {
         Ok(Some(data))
     }
 
-    /// Put the content of a lost sector (a whole logical block of it) into the slot: data first, flushed,
-    /// then the mask.
-    async fn heal_lost(self: &Rc<Self>, block: Block, start: u64, data: AlignedBuf) -> Result<(), Failure> {
-        let Some(slot) = self.map.borrow().get(block).slot else { return Ok(()) };
+    /// Put the content of a lost sector (of all that are lost in a logical block) into the slot: data first,
+    /// flushed, then the mask.
+    async fn heal_lost(self: &Rc<Self>, block: Block, start: u64, mut data: AlignedBuf) -> Result<(), Failure> {
+        let state = self.map.borrow().get(block);
+        let Some(slot) = state.slot else { return Ok(()) };
         if self.mode.get().read_only {
             return Ok(());
         }
         let range = SectorRange { start: Sector(start / SECTOR_SIZE), count: data.len() as u64 / SECTOR_SIZE };
         let offset = self.geometry.slot_offset(slot) + start - block.bytes();
         let len = data.len();
+        if range.mask_in(block) & !state.lost != 0 {
+            // The slot's other sectors are newer than the primary's.
+            let (kept, _) = self.io.read(DeviceIndex::SPARE, offset, len).await;
+            let mut kept = kept.map_err(|errno| Failure::errno(DeviceIndex::SPARE, errno))?;
+            for sector in sectors_of_mask(block, range.mask_in(block) & state.lost) {
+                let at = usize::try_from((sector.0 - range.start.0) * SECTOR_SIZE).expect("less than a block");
+                kept[at..at + 512].copy_from_slice(&data[at..at + 512]);
+            }
+            data = kept;
+        }
         let (written, _) = self.io.write_part(DeviceIndex::SPARE, offset, &Arc::new(data), 0, len).await;
         written.map_err(|errno| Failure::errno(DeviceIndex::SPARE, errno))?;
         self.flush(DeviceIndex::SPARE).await?;
