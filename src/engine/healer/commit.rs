@@ -166,6 +166,11 @@ impl Core {
         awaited.await;
     }
 
+    /// Whether writes of table pages are under way.
+    pub(super) fn is_committing(&self) -> bool {
+        self.commits.running.get() || !self.commits.second_homes.borrow().is_empty()
+    }
+
     fn unreserve_all(&self, commit: &Commit) {
         let mut table = self.table.borrow_mut();
         for change in &commit.changes {

@@ -129,6 +129,10 @@ impl Core {
     async fn await_spare(self: &Rc<Self>) {
         loop {
             self.io.sleep_until(self.io.now().plus_secs(RETRY_SECONDS)).await;
+            if self.is_committing() {
+                // A page still under way would land over what is compared here.
+                continue;
+            }
             if self.probe(DeviceIndex::SPARE).await.is_err() || self.check_returned().await.is_err() {
                 continue;
             }
