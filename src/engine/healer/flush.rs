@@ -183,6 +183,18 @@ impl Core {
         Err(failure)
     }
 
+    /// Flush a spare that is not used yet again. Failing, that loses completed slot writes like any other
+    /// flush; succeeding, it does not count as theirs.
+    pub(super) async fn flush_returned(self: &Rc<Self>) -> Result<(), Errno> {
+        let result = self.io.flush(DeviceIndex::SPARE).await;
+        if let Err(errno) = result
+            && self.spare_is_dirty()
+        {
+            self.poison(DeviceIndex::SPARE, errno).await;
+        }
+        result
+    }
+
     /// Nothing written since the last good flush can be trusted to be durable: stop taking writes, and
     /// write that down everywhere before anybody is told.
     async fn poison(self: &Rc<Self>, device: DeviceIndex, errno: Errno) {

@@ -8,7 +8,7 @@ use super::failure::{Failure, Hold};
 use super::{Core, Severity, Tally};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::open;
-use crate::engine::task::join_all;
+use crate::engine::task::{Permits, join_all};
 use crate::engine::view::Geometry;
 use crate::units::SectorRange;
 use crate::volume::layout::{Home, PAGE, Place};
@@ -31,6 +31,8 @@ pub(super) struct Places {
     /// Refreshes of the label that failed.
     label_failures: Cell<u64>,
     returning: Cell<bool>,
+    /// One superblock at a time: each is made from the one before.
+    superblock_writer: Permits,
     /// Why the spare is down.
     down_cause: RefCell<String>,
     /// Samples of the primary that could be read at the last [`Core::sample_primary`].
@@ -45,6 +47,7 @@ impl Places {
             stamped_commits: Cell::new(None),
             label_failures: Cell::new(0),
             returning: Cell::new(false),
+            superblock_writer: Permits::new(1),
             down_cause: RefCell::default(),
             sampled: Cell::new(0),
         }
@@ -67,19 +70,26 @@ impl Core {
         Place::ALL.into_iter().filter(|place| !superblock.is_retired(*place)).collect()
     }
 
-    /// Write a superblock to the copy its generation goes to, in the given places, and flush.
+    /// Write a superblock to the copy its generation goes to, in the given places.
     async fn write_superblock(&self, superblock: &Superblock, places: &[Place]) -> Result<(), Errno> {
         let copy = Superblock::copy_for(superblock.generation);
         for place in places {
             let bytes = superblock.encode(Seat::Spare(*place), copy);
             self.io.write(DeviceIndex::SPARE, self.layout.superblock(*place, copy), &bytes).await?;
         }
-        self.io.flush(DeviceIndex::SPARE).await
+        Ok(())
     }
 
     /// A place did not take a write: record on the other that it no longer counts, before anything that
     /// was to be written there is called done. Without another place the spare is down.
     pub(super) async fn retire_place(self: &Rc<Self>, place: Place, errno: Errno) -> Result<(), Failure> {
+        self.places.superblock_writer.acquire().await;
+        let result = self.retire_place_alone(place, errno).await;
+        self.places.superblock_writer.release();
+        result
+    }
+
+    async fn retire_place_alone(self: &Rc<Self>, place: Place, errno: Errno) -> Result<(), Failure> {
         if !self.mode.get().spare_up {
             return Err(Failure::spare_down());
         }
@@ -94,7 +104,8 @@ impl Core {
             true => Err(errno),
             false => self.write_superblock(&next, &others).await,
         };
-        if written.is_err() {
+        // By the coordinator: a failure here speaks of completed slot writes too.
+        if written.is_err() || self.flush(DeviceIndex::SPARE).await.is_err() {
             self.spare_down(&cause);
             return Err(Failure::spare_down());
         }
@@ -167,7 +178,7 @@ impl Core {
 
     /// Compare every page on the returned spare with memory, and give those that differ or are in doubt a
     /// higher sequence in both homes of every live place (W8).
-    async fn rewrite_differing(&self) -> Result<(), Errno> {
+    async fn rewrite_differing(self: &Rc<Self>) -> Result<(), Errno> {
         let doubted = self.pages_in_doubt();
         let places = self.live_places();
         for number in 0..self.layout.table_pages {
@@ -188,7 +199,7 @@ impl Core {
                     let bytes = page.encode(self.set, number, PageSeat::Spare(*place, home));
                     self.io.write(DeviceIndex::SPARE, self.layout.table(*place, home, number), &bytes).await?;
                 }
-                self.io.flush(DeviceIndex::SPARE).await?;
+                self.flush_returned().await?;
             }
             let state = PageState { sequence: page.sequence, anchor: state.anchor.other() };
             self.table.borrow_mut().set_page(number, state);
@@ -288,6 +299,7 @@ impl Core {
         last.clean = true;
         (last.stamp, last.sampled) = (Some(stamp), self.places.sampled.get());
         self.write_superblock(&last, &self.live_places()).await?;
+        self.io.flush(DeviceIndex::SPARE).await?;
         *self.superblock.borrow_mut() = last;
         Ok(())
     }
