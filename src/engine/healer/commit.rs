@@ -66,10 +66,12 @@ impl Core {
     }
 
     async fn commit_batch(self: &Rc<Self>, batch: Vec<Queued>) {
-        if !self.mode.get().spare_up {
+        let mode = self.mode.get();
+        if mode.poisoned || !mode.spare_up {
+            let failure = if mode.poisoned { Failure::refused(Refusal::Poisoned) } else { Failure::spare_down() };
             for queued in batch {
                 self.unreserve_all(&queued.commit);
-                queued.promise.keep(Err(Failure::spare_down()));
+                queued.promise.keep(Err(failure.clone()));
             }
             return;
         }
@@ -200,6 +202,11 @@ impl Core {
             let commit = Commit { changes: changes.clone(), blocks: blocks.clone() };
             self.commits.in_doubt.borrow_mut().push(commit);
         }
+    }
+
+    /// Whether commits that failed left something to be put right.
+    pub(super) fn has_leftovers(&self) -> bool {
+        !self.commits.in_doubt.borrow().is_empty() || !self.commits.orphans.borrow().is_empty()
     }
 
     /// Pages that a commit in doubt may have changed.

@@ -268,6 +268,9 @@ impl Core {
                 format!("the {device} still fails to flush: {errno}; replace it or its cable first")
             })?;
         }
+        if self.mode.get().spare_up && self.has_leftovers() {
+            self.settle_doubts().await.map_err(|errno| format!("the spare does not take its metadata: {errno}"))?;
+        }
         let page = Poison { sequence: self.flushes.poison.borrow().sequence + 1, ..Poison::default() };
         if self.write_poison(&page).await == 0 {
             return Err("no device took the note that the volume is cleared; it stays as it was".to_owned());
@@ -275,6 +278,7 @@ impl Core {
         *self.flushes.poison.borrow_mut() = page;
         self.flushes.flushed_slot_writes.set(self.progress.slot_writes.load(Ordering::Acquire));
         self.change_mode(|mode| mode.poisoned = false);
+        self.retry_orphans();
         self.event(
             Severity::Warn,
             "cleared",

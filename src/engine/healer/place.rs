@@ -161,6 +161,16 @@ impl Core {
         self.resume_held(Hold::SpareFull);
     }
 
+    /// Put right what commits left that failed with a flush.
+    pub(super) async fn settle_doubts(self: &Rc<Self>) -> Result<(), Errno> {
+        while self.is_committing() {
+            self.io.sleep_until(self.io.now().plus_secs(RETRY_SECONDS)).await;
+        }
+        self.rewrite_differing().await?;
+        self.resolve_doubts();
+        Ok(())
+    }
+
     /// Whether what came back is the spare that went: a superblock of our set and generation.
     async fn check_returned(&self) -> Result<(), ()> {
         let known = self.superblock.borrow().clone();
