@@ -76,6 +76,9 @@ impl Core {
             return;
         }
         let changes: Vec<Change> = batch.iter().flat_map(|queued| queued.commit.changes.iter().copied()).collect();
+        if changes.is_empty() {
+            return batch.into_iter().for_each(|queued| queued.promise.keep(Ok(())));
+        }
         let pages: BTreeSet<u32> = changes.iter().map(|change| page_of(change.slot)).collect();
         for page in &pages {
             self.second_home_is_up(*page).await;
@@ -241,6 +244,16 @@ impl Core {
             Ok(()) => {}
             Err(_) => self.commits.orphans.borrow_mut().push((slots, retire)),
         }
+    }
+
+    /// Wait until slots that blocks have left are durably retired. An entry that outlived its block's later
+    /// one would count again.
+    pub(super) async fn moves_are_over(self: &Rc<Self>) -> Result<(), Failure> {
+        self.commit(Commit { changes: Vec::new(), blocks: Vec::new() }).await?;
+        if self.commits.orphans.borrow().is_empty() {
+            return Ok(());
+        }
+        Err(Failure::new(Some(DeviceIndex::SPARE), "slots that failed are not recorded yet; try again"))
     }
 
     /// Free again what could not be freed when the spare went down.

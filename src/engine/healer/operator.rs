@@ -270,6 +270,7 @@ impl Core {
         if *back.map_err(primary)? != *data {
             return Err(format!("primary, sector {sector}: reads back differently; the block stays on the spare"));
         }
+        self.moves_are_over().await.map_err(|failure| failure.cause)?;
         self.table.borrow_mut().hold(slot);
         let commit = Commit { changes: vec![Change { slot, entry: Entry::FREE }], blocks: vec![(block, 0)] };
         self.commit(commit).await.map_err(|failure| failure.cause)?;
