@@ -67,16 +67,15 @@ impl Core {
 
     async fn commit_batch(self: &Rc<Self>, batch: Vec<Queued>) {
         if !self.mode.get().spare_up {
-            for queued in batch {
-                self.unreserve_all(&queued.commit);
-                queued.promise.keep(Err(Failure::spare_down()));
-            }
-            return;
+            return self.refuse_batch(batch);
         }
         let changes: Vec<Change> = batch.iter().flat_map(|queued| queued.commit.changes.iter().copied()).collect();
         let pages: BTreeSet<u32> = changes.iter().map(|change| page_of(change.slot)).collect();
         for page in &pages {
             self.second_home_is_up(*page).await;
+        }
+        if !self.mode.get().spare_up {
+            return self.refuse_batch(batch);
         }
         let written: Vec<(u32, Page, Home)> = pages
             .iter()
@@ -96,7 +95,7 @@ impl Core {
             let anchor = if result.is_ok() { *home } else { home.other() };
             self.table.borrow_mut().set_page(*number, PageState { sequence: page.sequence, anchor });
         }
-        match result {
+        match &result {
             Ok(()) => {
                 self.tally.borrow_mut().commits += 1;
                 let mut table = self.table.borrow_mut();
@@ -107,11 +106,28 @@ impl Core {
                 }
                 self.bring_up_second_homes(written);
             }
-            Err(_) => self.doubt(&batch),
+            Err(failure) => {
+                self.doubt(&batch);
+                // Doubts are resolved by comparing everything, as when a spare comes back.
+                self.spare_down(&format!("a commit of the map failed: {}", failure.cause));
+            }
         }
         for queued in batch {
             queued.promise.keep(result.clone());
         }
+    }
+
+    /// Nothing was written.
+    fn refuse_batch(&self, batch: Vec<Queued>) {
+        for queued in batch {
+            self.unreserve_all(&queued.commit);
+            queued.promise.keep(Err(Failure::spare_down()));
+        }
+    }
+
+    /// Whether pages are being written, or about to be.
+    pub(super) fn commits_under_way(&self) -> bool {
+        self.commits.running.get() || !self.commits.second_homes.borrow().is_empty()
     }
 
     /// Write pages to one home in every live place. A place that does not take one is retired; this fails
