@@ -235,6 +235,17 @@ impl World {
         assert!(self.serve(0, None));
     }
 
+    /// Let so many seconds pass: devices that are asked every second are in use again.
+    fn let_pass(&mut self, seconds: u64) {
+        let until = self.now.plus_secs(seconds);
+        while self.now < until {
+            if !self.advance() && !self.wait() {
+                self.now = until;
+            }
+        }
+        self.settle_down();
+    }
+
     /// Close cleanly; what does not close is killed.
     fn close(&mut self) {
         self.settle_down();
@@ -292,6 +303,7 @@ impl World {
             self.order(Order::Clear);
             self.settle_down();
         }
+        self.let_pass(3);
         let status = self.status();
         assert!(!status.mode.poisoned && status.mode.spare_up, "healed devices are used again: {status:?}");
         self.check_quiet();

@@ -591,7 +591,9 @@ impl World {
                     };
                     let unit = self.config.logical.into_iter().max().unwrap_or(512) / 512;
                     let wide = |range: &SectorRange| range.start.0 / unit * unit..range.end().0.next_multiple_of(unit);
-                    spare || asked.ranges.iter().flat_map(wide).any(bad)
+                    // Several passing troubles in one large sector may outlast the ladder together.
+                    let several = unit > 1 && self.disks[0].struck >= since;
+                    spare || several || asked.ranges.iter().flat_map(wide).any(bad)
                 }
                 // What the primary does not take goes to a slot, where there is one.
                 "write" | "zeroes" => spare || self.status().free < self.config.depth * 32,

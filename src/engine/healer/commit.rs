@@ -66,15 +66,6 @@ impl Core {
     }
 
     async fn commit_batch(self: &Rc<Self>, batch: Vec<Queued>) {
-        let mode = self.mode.get();
-        if mode.poisoned || !mode.spare_up {
-            let failure = if mode.poisoned { Failure::refused(Refusal::Poisoned) } else { Failure::spare_down() };
-            for queued in batch {
-                self.unreserve_all(&queued.commit);
-                queued.promise.keep(Err(failure.clone()));
-            }
-            return;
-        }
         let changes: Vec<Change> = batch.iter().flat_map(|queued| queued.commit.changes.iter().copied()).collect();
         if changes.is_empty() {
             return batch.into_iter().for_each(|queued| queued.promise.keep(Ok(())));
@@ -82,6 +73,13 @@ impl Core {
         let pages: BTreeSet<u32> = changes.iter().map(|change| page_of(change.slot)).collect();
         for page in &pages {
             self.second_home_is_up(*page).await;
+        }
+        let mode = self.mode.get();
+        if mode.poisoned {
+            return self.refuse_batch(batch, &Failure::refused(Refusal::Poisoned));
+        }
+        if !mode.spare_up {
+            return self.refuse_batch(batch, &Failure::spare_down());
         }
         let written: Vec<(u32, Page, Home)> = pages
             .iter()
@@ -101,7 +99,7 @@ impl Core {
             let anchor = if result.is_ok() { *home } else { home.other() };
             self.table.borrow_mut().set_page(*number, PageState { sequence: page.sequence, anchor });
         }
-        match result {
+        match &result {
             Ok(()) => {
                 self.tally.borrow_mut().commits += 1;
                 let mut table = self.table.borrow_mut();
@@ -112,11 +110,28 @@ impl Core {
                 }
                 self.bring_up_second_homes(written);
             }
-            Err(_) => self.doubt(&batch),
+            Err(failure) => {
+                self.doubt(&batch);
+                // Doubts are resolved by comparing everything, as when a spare comes back.
+                self.spare_down(&format!("a commit of the map failed: {}", failure.cause));
+            }
         }
         for queued in batch {
             queued.promise.keep(result.clone());
         }
+    }
+
+    /// Nothing was written.
+    fn refuse_batch(&self, batch: Vec<Queued>, failure: &Failure) {
+        for queued in batch {
+            self.unreserve_all(&queued.commit);
+            queued.promise.keep(Err(failure.clone()));
+        }
+    }
+
+    /// Whether pages are being written, or about to be.
+    pub(super) fn commits_under_way(&self) -> bool {
+        self.commits.running.get() || !self.commits.second_homes.borrow().is_empty()
     }
 
     /// Write pages to one home in every live place. A place that does not take one is retired; this fails
@@ -171,11 +186,6 @@ impl Core {
         awaited.await;
     }
 
-    /// Whether writes of table pages are under way.
-    pub(super) fn is_committing(&self) -> bool {
-        self.commits.running.get() || !self.commits.second_homes.borrow().is_empty()
-    }
-
     fn unreserve_all(&self, commit: &Commit) {
         let mut table = self.table.borrow_mut();
         for change in &commit.changes {
@@ -205,11 +215,6 @@ impl Core {
             let commit = Commit { changes: changes.clone(), blocks: blocks.clone() };
             self.commits.in_doubt.borrow_mut().push(commit);
         }
-    }
-
-    /// Whether commits that failed left something to be put right.
-    pub(super) fn has_leftovers(&self) -> bool {
-        !self.commits.in_doubt.borrow().is_empty() || !self.commits.orphans.borrow().is_empty()
     }
 
     /// Pages that a commit in doubt may have changed.

@@ -186,16 +186,16 @@ impl Core {
         self.publish_lifting(Vec::new(), None);
     }
 
-    fn set_mode(&self, change: impl FnOnce(&mut Mode)) {
+    /// Change what is allowed; the shards hear of it with the next publication.
+    pub(super) fn set_mode(&self, change: impl FnOnce(&mut Mode)) {
         let mut mode = self.mode.get();
         change(&mut mode);
         self.mode.set(mode);
         self.view_stale.set(true);
     }
 
-    /// Change what is allowed and wait until every shard knows, or for as long as a fence may take.
-    pub(super) async fn change_mode_everywhere(&self, change: impl FnOnce(&mut Mode)) {
-        self.set_mode(change);
+    /// Wait until every shard knows what is allowed now, or for as long as a fence may take.
+    pub(super) async fn tell_mode_everywhere(&self) {
         let ack = self.adoptions.next.get();
         self.adoptions.next.set(ack + 1);
         if self.shards == 0 {

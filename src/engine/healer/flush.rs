@@ -4,6 +4,9 @@
 //! everybody who waited for it. A failed flush is never tried again until it succeeds: it poisons the
 //! volume, durably, until the operator has looked (F2). The one exception is a spare that holds nothing
 //! unflushed: then the spare is down and the primary goes on (F3).
+//!
+//! *Every* flush takes the device's turn, those of metadata too: a flush that succeeds beside one that
+//! fails would vouch for what the other has dropped.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -13,7 +16,7 @@ use super::failure::Failure;
 use super::{Core, Handed, OnLoss, Severity};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::{Outcome, Refusal};
-use crate::engine::task::{Promise, join_all, promise};
+use crate::engine::task::{Permits, Promise, join_all, promise};
 use crate::engine::view::PrimaryState;
 use crate::units::SectorRange;
 use crate::volume::layout::Place;
@@ -30,6 +33,8 @@ struct Round {
 /// The coordinator's state.
 pub(super) struct Flushes {
     devices: [Round; 2],
+    /// Held from before a flush is submitted until what its failure means has been decided.
+    turns: [Permits; 2],
     volume: Round,
     /// [`crate::engine::view::Progress::slot_writes`] as of the start of the spare's last good flush.
     flushed_slot_writes: Cell<u64>,
@@ -59,6 +64,7 @@ impl Flushes {
     pub(super) fn new(poison: Poison) -> Flushes {
         Flushes {
             devices: Default::default(),
+            turns: [Permits::new(1), Permits::new(1)],
             volume: Round::default(),
             flushed_slot_writes: Cell::new(0),
             taken: RefCell::default(),
@@ -153,7 +159,10 @@ impl Core {
     }
 
     async fn flush_once(self: &Rc<Self>, device: DeviceIndex) -> Result<(), Failure> {
+        let turn = &self.flushes.turns[usize::from(device.0)];
+        turn.acquire().await;
         if self.mode.get().poisoned {
+            turn.release();
             return Err(Failure::refused(Refusal::Poisoned));
         }
         let spare = device == DeviceIndex::SPARE;
@@ -164,8 +173,33 @@ impl Core {
             if spare {
                 self.flushes.flushed_slot_writes.set(slot_writes);
             }
+            turn.release();
             return Ok(());
         };
+        Err(self.flush_failed(device, errno).await)
+    }
+
+    /// Flush the spare that comes back, for the sake of its metadata: it is not in use yet, and what it
+    /// holds of the guest's is judged as ever.
+    pub(super) async fn flush_returning_spare(self: &Rc<Self>) -> Result<(), Failure> {
+        let device = DeviceIndex::SPARE;
+        let turn = &self.flushes.turns[usize::from(device.0)];
+        turn.acquire().await;
+        let slot_writes = self.progress.slot_writes.load(Ordering::Acquire);
+        match self.io.flush(device).await {
+            Ok(()) => {
+                if !self.mode.get().poisoned {
+                    self.flushes.flushed_slot_writes.set(slot_writes);
+                }
+                turn.release();
+                Ok(())
+            }
+            Err(errno) => Err(self.flush_failed(device, errno).await),
+        }
+    }
+
+    /// Decide what a failed flush means before the device's turn passes on, and answer for it.
+    async fn flush_failed(self: &Rc<Self>, device: DeviceIndex, errno: Errno) -> Failure {
         let failure = Failure::new(Some(device), format!("flush failed: {errno}"));
         self.event(
             Severity::Error,
@@ -175,33 +209,24 @@ impl Core {
             errno.to_string(),
             "not tried again",
         );
-        if spare && !self.spare_is_dirty() {
+        let poisons = device != DeviceIndex::SPARE || self.spare_is_dirty();
+        let first = poisons && !self.mode.get().poisoned;
+        if first {
+            self.set_mode(|mode| mode.poisoned = true);
+        } else if !poisons {
             self.spare_down(&failure.cause);
-        } else {
+        }
+        self.flushes.turns[usize::from(device.0)].release();
+        if first {
             self.poison(device, errno).await;
         }
-        Err(failure)
+        failure
     }
 
-    /// Flush a spare that is not used yet again. Failing, that loses completed slot writes like any other
-    /// flush; succeeding, it does not count as theirs.
-    pub(super) async fn flush_returned(self: &Rc<Self>) -> Result<(), Errno> {
-        let result = self.io.flush(DeviceIndex::SPARE).await;
-        if let Err(errno) = result
-            && self.spare_is_dirty()
-        {
-            self.poison(DeviceIndex::SPARE, errno).await;
-        }
-        result
-    }
-
-    /// Nothing written since the last good flush can be trusted to be durable: stop taking writes, and
-    /// write that down everywhere before anybody is told.
+    /// Nothing written since the last good flush can be trusted to be durable, and no more writes are
+    /// taken: write that down everywhere before anybody is told.
     async fn poison(self: &Rc<Self>, device: DeviceIndex, errno: Errno) {
-        if self.mode.get().poisoned {
-            return;
-        }
-        self.change_mode_everywhere(|mode| mode.poisoned = true).await;
+        self.tell_mode_everywhere().await;
         if let Some(taken) = self.flushes.taken.borrow_mut().take() {
             self.progress.written.restore(&taken);
         }
@@ -232,17 +257,26 @@ impl Core {
             let bytes = page.encode(self.set, Seat::Spare(place));
             written += usize::from(self.io.write(DeviceIndex::SPARE, self.layout.poison(place), &bytes).await.is_ok());
         }
-        if self.io.flush(DeviceIndex::SPARE).await.is_ok() {
+        if self.flush_note(DeviceIndex::SPARE).await.is_ok() {
             kept += written;
         }
         if let Some(label) = self.label {
             let bytes = page.encode(self.set, Seat::Label);
             let written = self.io.write(DeviceIndex::PRIMARY, label.poison(), &bytes).await.is_ok();
-            if self.io.flush(DeviceIndex::PRIMARY).await.is_ok() {
+            if self.flush_note(DeviceIndex::PRIMARY).await.is_ok() {
                 kept += usize::from(written);
             }
         }
         kept
+    }
+
+    /// A flush for the note itself, while the volume is poisoned: it vouches for nothing else.
+    async fn flush_note(&self, device: DeviceIndex) -> Result<(), Errno> {
+        let turn = &self.flushes.turns[usize::from(device.0)];
+        turn.acquire().await;
+        let result = self.io.flush(device).await;
+        turn.release();
+        result
     }
 
     /// What a failed flush left behind, if one failed.
@@ -264,12 +298,9 @@ impl Core {
     /// The operator has looked: both devices must take a flush and the note, then writes are taken again.
     pub(super) async fn clear_poison(self: &Rc<Self>) -> Result<(), String> {
         for device in [DeviceIndex::PRIMARY, DeviceIndex::SPARE] {
-            self.io.flush(device).await.map_err(|errno| {
+            self.flush_note(device).await.map_err(|errno| {
                 format!("the {device} still fails to flush: {errno}; replace it or its cable first")
             })?;
-        }
-        if self.mode.get().spare_up && self.has_leftovers() {
-            self.settle_doubts().await.map_err(|errno| format!("the spare does not take its metadata: {errno}"))?;
         }
         let page = Poison { sequence: self.flushes.poison.borrow().sequence + 1, ..Poison::default() };
         if self.write_poison(&page).await == 0 {

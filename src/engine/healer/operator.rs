@@ -111,7 +111,7 @@ impl Core {
                 Order::Settle => Reply::Settled(core.settle().await.map_err(|failure| failure.cause)),
                 Order::Seal(stamp) => {
                     let sealed = core.seal(stamp).await;
-                    Reply::Done(sealed.map(|()| "closed".to_owned()).map_err(|errno| format!("spare: {errno}")))
+                    Reply::Done(sealed.map(|()| "closed".to_owned()).map_err(|failure| failure.cause))
                 }
                 Order::Status | Order::List { .. } => unreachable!("answered above"),
             };

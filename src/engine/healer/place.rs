@@ -7,6 +7,7 @@ use std::rc::Rc;
 use super::failure::{Failure, Hold};
 use super::{Core, Severity, Tally};
 use crate::device::{DeviceIndex, Errno};
+use crate::engine::message::Refusal;
 use crate::engine::open;
 use crate::engine::task::{Permits, join_all};
 use crate::engine::view::Geometry;
@@ -31,10 +32,12 @@ pub(super) struct Places {
     /// Refreshes of the label that failed.
     label_failures: Cell<u64>,
     returning: Cell<bool>,
-    /// One superblock at a time: each is made from the one before.
-    superblock_writer: Permits,
     /// Why the spare is down.
     down_cause: RefCell<String>,
+    /// Held while the superblock changes: two changes at a time would not know of each other.
+    turn: Permits,
+    /// The highest generation written anywhere, durably or not.
+    tried: Cell<u64>,
     /// Samples of the primary that could be read at the last [`Core::sample_primary`].
     sampled: Cell<u16>,
 }
@@ -47,8 +50,9 @@ impl Places {
             stamped_commits: Cell::new(None),
             label_failures: Cell::new(0),
             returning: Cell::new(false),
-            superblock_writer: Permits::new(1),
             down_cause: RefCell::default(),
+            turn: Permits::new(1),
+            tried: Cell::new(0),
             sampled: Cell::new(0),
         }
     }
@@ -70,42 +74,53 @@ impl Core {
         Place::ALL.into_iter().filter(|place| !superblock.is_retired(*place)).collect()
     }
 
-    /// Write a superblock to the copy its generation goes to, in the given places.
-    async fn write_superblock(&self, superblock: &Superblock, places: &[Place]) -> Result<(), Errno> {
+    /// Write a superblock to the copy its generation goes to, in the given places, and flush.
+    async fn write_superblock(self: &Rc<Self>, superblock: &Superblock, places: &[Place]) -> Result<(), Failure> {
+        self.places.tried.set(superblock.generation);
         let copy = Superblock::copy_for(superblock.generation);
         for place in places {
             let bytes = superblock.encode(Seat::Spare(*place), copy);
-            self.io.write(DeviceIndex::SPARE, self.layout.superblock(*place, copy), &bytes).await?;
+            let written = self.io.write(DeviceIndex::SPARE, self.layout.superblock(*place, copy), &bytes).await;
+            written.map_err(|errno| Failure::errno(DeviceIndex::SPARE, errno))?;
         }
-        Ok(())
+        self.flush(DeviceIndex::SPARE).await
+    }
+
+    /// The superblock of the next generation, above every one that was ever tried: of two with one number,
+    /// nobody could say at open which is true. It goes to the copy that the last good one does not use.
+    fn next_superblock(&self) -> Superblock {
+        let mut next = self.superblock.borrow().next_generation();
+        while next.generation <= self.places.tried.get() {
+            next.generation += 2;
+        }
+        next
     }
 
     /// A place did not take a write: record on the other that it no longer counts, before anything that
     /// was to be written there is called done. Without another place the spare is down.
     pub(super) async fn retire_place(self: &Rc<Self>, place: Place, errno: Errno) -> Result<(), Failure> {
-        self.places.superblock_writer.acquire().await;
-        let result = self.retire_place_alone(place, errno).await;
-        self.places.superblock_writer.release();
-        result
+        self.places.turn.acquire().await;
+        let retired = self.retire_in_turn(place, errno).await;
+        self.places.turn.release();
+        retired
     }
 
-    async fn retire_place_alone(self: &Rc<Self>, place: Place, errno: Errno) -> Result<(), Failure> {
+    async fn retire_in_turn(self: &Rc<Self>, place: Place, errno: Errno) -> Result<(), Failure> {
         if !self.mode.get().spare_up {
             return Err(Failure::spare_down());
         }
         if self.superblock.borrow().is_retired(place) {
             return Ok(());
         }
-        let mut next = self.superblock.borrow().next_generation();
+        let mut next = self.next_superblock();
         next.retired |= 1 << place.number();
         let others: Vec<Place> = Place::ALL.into_iter().filter(|other| !next.is_retired(*other)).collect();
         let cause = format!("metadata at the spare's {}: {errno}", place.name());
         let written = match others.is_empty() {
-            true => Err(errno),
+            true => Err(Failure::errno(DeviceIndex::SPARE, errno)),
             false => self.write_superblock(&next, &others).await,
         };
-        // By the coordinator: a failure here speaks of completed slot writes too.
-        if written.is_err() || self.flush(DeviceIndex::SPARE).await.is_err() {
+        if written.is_err() {
             self.spare_down(&cause);
             return Err(Failure::spare_down());
         }
@@ -140,8 +155,8 @@ impl Core {
     async fn await_spare(self: &Rc<Self>) {
         loop {
             self.io.sleep_until(self.io.now().plus_secs(RETRY_SECONDS)).await;
-            if self.is_committing() {
-                // A page still under way would land over what is compared here.
+            if self.commits_under_way() {
+                // What they wrote is compared once they have ended, in doubt.
                 continue;
             }
             if self.probe(DeviceIndex::SPARE).await.is_err() || self.check_returned().await.is_err() {
@@ -161,16 +176,6 @@ impl Core {
         self.resume_held(Hold::SpareFull);
     }
 
-    /// Put right what commits left that failed with a flush.
-    pub(super) async fn settle_doubts(self: &Rc<Self>) -> Result<(), Errno> {
-        while self.is_committing() {
-            self.io.sleep_until(self.io.now().plus_secs(RETRY_SECONDS)).await;
-        }
-        self.rewrite_differing().await?;
-        self.resolve_doubts();
-        Ok(())
-    }
-
     /// Whether what came back is the spare that went: a superblock of our set and generation.
     async fn check_returned(&self) -> Result<(), ()> {
         let known = self.superblock.borrow().clone();
@@ -188,7 +193,8 @@ impl Core {
 
     /// Compare every page on the returned spare with memory, and give those that differ or are in doubt a
     /// higher sequence in both homes of every live place (W8).
-    async fn rewrite_differing(self: &Rc<Self>) -> Result<(), Errno> {
+    async fn rewrite_differing(self: &Rc<Self>) -> Result<(), Failure> {
+        let failed = |errno| Failure::errno(DeviceIndex::SPARE, errno);
         let doubted = self.pages_in_doubt();
         let places = self.live_places();
         for number in 0..self.layout.table_pages {
@@ -207,12 +213,14 @@ impl Core {
             for home in [state.anchor.other(), state.anchor] {
                 for place in &places {
                     let bytes = page.encode(self.set, number, PageSeat::Spare(*place, home));
-                    self.io.write(DeviceIndex::SPARE, self.layout.table(*place, home, number), &bytes).await?;
+                    let offset = self.layout.table(*place, home, number);
+                    self.io.write(DeviceIndex::SPARE, offset, &bytes).await.map_err(failed)?;
                 }
-                self.flush_returned().await?;
+                self.flush_returning_spare().await?;
+                // From here on this home is the one to keep: a failure at the other one starts from it.
+                let state = PageState { sequence: page.sequence, anchor: home };
+                self.table.borrow_mut().set_page(number, state);
             }
-            let state = PageState { sequence: page.sequence, anchor: state.anchor.other() };
-            self.table.borrow_mut().set_page(number, state);
         }
         Ok(())
     }
@@ -280,6 +288,9 @@ impl Core {
     /// Close the volume: everything durable, counters and label current. What is left to write is the
     /// stamp of the primary as it is then, by [`Core::seal`].
     pub(super) async fn settle(self: &Rc<Self>) -> Result<u32, Failure> {
+        if self.mode.get().read_only {
+            return Err(Failure::refused(Refusal::ReadOnly));
+        }
         let none = SectorRange::default();
         self.flush_volume().await.inspect_err(|failure| {
             self.event(Severity::Error, "close", failure.device, none, &*failure.cause, "left as after a crash");
@@ -304,13 +315,19 @@ impl Core {
     }
 
     /// Write the superblock that says the volume was closed cleanly, and how the primary looked.
-    pub(super) async fn seal(self: &Rc<Self>, stamp: CloseStamp) -> Result<(), Errno> {
-        let mut last = self.superblock.borrow().next_generation();
+    pub(super) async fn seal(self: &Rc<Self>, stamp: CloseStamp) -> Result<(), Failure> {
+        if self.mode.get().read_only {
+            return Err(Failure::refused(Refusal::ReadOnly));
+        }
+        self.places.turn.acquire().await;
+        let mut last = self.next_superblock();
         last.clean = true;
         (last.stamp, last.sampled) = (Some(stamp), self.places.sampled.get());
-        self.write_superblock(&last, &self.live_places()).await?;
-        self.io.flush(DeviceIndex::SPARE).await?;
-        *self.superblock.borrow_mut() = last;
-        Ok(())
+        let written = self.write_superblock(&last, &self.live_places()).await;
+        if written.is_ok() {
+            *self.superblock.borrow_mut() = last;
+        }
+        self.places.turn.release();
+        written
     }
 }
