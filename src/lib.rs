@@ -1,5 +1,144 @@
-//! vhost-remap: a vhost-user-blk backend that serves a guest's virtqueues straight out of shared
-//! guest memory through a bad-sector remap engine.
+//! vhost-remap: a vhost-user-blk backend that serves a guest's virtqueues straight out of shared guest
+//! memory through a bad-sector remap engine. The guest sees a disk that heals; the host keeps the book.
+//!
+//! What is promised to users is in the README; this page is for those who read or change the code.
+//!
+//! # Bird's-eye view
+//!
+//! ```text
+//!  QEMU, cloud-hypervisor, …                                 operator
+//!      │ vhost-user socket     │ shared guest memory             │ control socket (HTTP/1.1)
+//!  ┌───▼────────────┐   ┌──────▼───────────────┐        ┌────────▼─────────┐
+//!  │ vhost:         │   │ vhost: workers       │        │ control: reports │
+//!  │ protocol thread├──►│ chain → Request      │        │ and orders       │
+//!  └────────────────┘   │ engine: Shard        │        └────────┬─────────┘
+//!                       └──┬────────────────┬──┘                 │ messages
+//!          operations with │       requests │ ▲ answers, fences, │
+//!              the guest's │  that met      │ │ new views        │
+//!                   memory │  trouble       ▼ │                  ▼
+//!                          │        ┌─────────┴────────────────────┐
+//!                          │        │ engine: Healer, one a volume │
+//!                          │        │ map, table, ladders, flushes │
+//!                          │        └──────┬───────────────────────┘
+//!                          ▼               ▼
+//!              device: io_uring, threads, disks in memory, faults by rule
+//!                          │               │
+//!                       primary          spare
+//! ```
+//!
+//! A *primary* holds the guest's data, sector for sector. A *spare* holds metadata, and the *slots* that
+//! take in *blocks* (4096 bytes) the primary no longer takes. Each worker thread has one
+//! [`Shard`](engine::shard::Shard), which serves what needs no thought from an immutable
+//! [`View`](engine::view::View) of the map. Everything else belongs to the one
+//! [`Healer`](engine::healer::Healer) of the volume.
+//!
+//! # Layers
+//!
+//! `units ← device, volume ← engine ← runtime ← vhost, control ← serve ← cli ← main`. A layer uses those
+//! named in its row and no other; `tests/tidy.rs` reads this table.
+//!
+//! | layer | may use | what it is | what it may not know |
+//! |---|---|---|---|
+//! | [`units`] | | sectors, blocks, slots, time | anything |
+//! | [`device`] | [`units`] | where operations go: io_uring, threads, a crash model, faults by rule | slots, maps, guests |
+//! | [`volume`] | [`units`] | what is on disk and what it means: layout, table, map, superblocks, poison | that devices exist |
+//! | [`engine`] | [`units`] [`device`] [`volume`] | shard, healer, opening and making volumes, as state machines | clocks, threads, system calls, protocols |
+//! | [`runtime`] | [`units`] [`device`] [`volume`] [`engine`] | threads, clocks and mailboxes around the engine; what an operator can ask, as plain data | sockets, what a guest's request looks like |
+//! | [`vhost`] | [`units`] [`device`] [`engine`] [`runtime`] | the vhost-user protocol, virtqueues in guest memory, requests out of chains | slots, maps, spares |
+//! | [`control`] | [`units`] [`device`] [`engine`] [`runtime`] | HTTP on a Unix socket: server, client and what they say | queues, guests' memory |
+//! | [`serve`] | [`units`] [`runtime`] [`vhost`] [`control`] | one served volume, put together and taken down in order | how any part works |
+//! | [`cli`] | [`units`] [`device`] [`runtime`] [`control`] [`serve`] | what can be typed and how answers look | volumes, other than through a socket or `runtime` |
+//! | `main` | [`runtime`] [`control`] [`cli`] | the program | everything else |
+//!
+//! # Codemap
+//!
+//! - [`device::Device`] is the trait with the contract of all I/O; [`device::buffer`] has the only types
+//!   for foreign memory. [`device::open`] opens and locks; [`device::memory`] and [`device::fault`] are
+//!   for tests, and for operators who want to see a disk fail.
+//! - [`volume::layout`] says where things lie on a spare, [`volume::table`] is the map as stored,
+//!   [`volume::map`] the map as used, [`volume::superblock`] identity, [`volume::sidecar`] poison and counters.
+//! - [`engine::shard`] is the fast path, [`engine::healer`] has a file for each kind of rare work,
+//!   [`engine::message`] is all they say to each other, [`engine::open`] makes and opens volumes.
+//! - [`runtime::volume`] makes, opens and closes; [`runtime::healer`] is the healer's thread;
+//!   [`runtime::worker`] is what a worker is given; [`runtime::handle`] answers operators.
+//! - [`vhost::ring`], [`vhost::chain`] and [`vhost::request`] turn guest memory into
+//!   [`Request`](engine::request::Request)s, [`vhost::inflight`] is what survives us, [`vhost::worker`] the
+//!   loop of a worker thread, [`vhost::protocol`] the thread that talks to the front-end.
+//! - [`control::api`] is the documents, `control::routes` the addresses, [`control::client`] what `cli` uses.
+//!
+//! # Invariants
+//!
+//! Most are absences:
+//!
+//! - Nothing in [`units`], [`volume`] and [`engine`] reads a clock, starts a thread, opens a file or
+//!   depends on a hash's order: a run of the engine is a function of its arguments.
+//! - [`device`] and [`volume`] do not know each other; only [`engine`] brings bytes and meaning together.
+//! - No word of virtio occurs below [`vhost`], and slots do not occur in it.
+//! - No shard takes a lock, allocates for a plain request, or waits for the healer.
+//! - No guest's flush goes past the flush coordinator; a few metadata writes flush on their own account.
+//! - Nothing but the committer writes table pages, and it never writes the newest durable copy of one.
+//! - No request is in two places: every message that carries one moves it, and dropping one is a bug that
+//!   [`Shard::unanswered`](engine::shard::Shard::unanswered) shows.
+//! - No memory is given back before the kernel has let go of it: there is no cancel anywhere.
+//! - Guest memory is never borrowed as a slice, and no byte of it is read twice to decide something.
+//! - Control sockets never wait for a disk, except in threads of their own and by message.
+//!
+//! # The life of a request
+//!
+//! **Fast.** A kick wakes the worker's reactor. [`vhost::ring`] takes a head, [`vhost::chain`] copies and
+//! checks the chain, [`vhost::request`] makes a [`Request`](engine::request::Request) whose
+//! [`Iovecs`](device::buffer::Iovecs) point into guest memory. The shard sees that its blocks are plain and
+//! not fenced, and emits one operation on the primary. Its completion becomes an
+//! [`Answer`](engine::request::Answer); the worker writes the status byte and the used entry, once for a
+//! batch. A request over remapped blocks is cut into runs, each an operation on primary or spare.
+//!
+//! **Trouble.** An operation fails, or a block is pending, or has lost sectors: the shard hands the request
+//! over. The healer asks what the error means (a bad medium, a gone device, no space, our own fault),
+//! *fences* the blocks in all shards, and climbs a ladder. Reads: retry, split to single sectors, else fail
+//! for exactly what cannot be read. Writes: copy the guest's data once, rewrite in place and read back, else
+//! move the block. Then it publishes a new view and lifts the fence in one message, and hands the request back.
+//!
+//! **Commit.** To move a block: allocate a slot, write it whole, flush the spare, write the table page's
+//! other home in both places, flush, move the anchor, publish, answer. Commits that come meanwhile go into
+//! the next one together. A failure in between leaves the commit *in doubt*: its blocks answer with errors
+//! until a later sequence is durable.
+//!
+//! # Promises and the tests that hold them
+//!
+//! Most of all `every_run_keeps_the_contract` (`tests/sim`): shards, healer and two faulty disks in one
+//! thread, crashed and reopened, against a model of what each sector may be. Its model has tests of its own.
+//! `tests/process` drives the program over its sockets, `tests/conformance.rs` all devices,
+//! `tests/hostile_chains.rs` a worker. A part that nothing tests is called *not yet*.
+//!
+//! | promise | in short | held by |
+//! |---|---|---|
+//! | R1 | a read is the last completed write, or fails | `every_run_keeps_the_contract` `requests_of_all_sizes_around_remapped_blocks_agree_with_a_model` `all_sizes_and_alignments_read_back_with_io_uring` `a_file_that_shrank_gives_errors_and_not_zeros` `random_requests_faults_and_restarts_agree_with_a_model` |
+//! | R2 | a failing read fails for exactly its bad sectors, within bounds | `a_read_of_a_bad_block_fails_for_exactly_its_sectors`; the bound in time: not yet |
+//! | R3 | pending blocks no later success; lost sectors heal | `a_pending_block_is_healed_in_place_by_a_rewrite` `every_run_keeps_the_contract` `a_lost_sector_is_not_served_from_a_stale_primary` |
+//! | R4 | a read error takes no slot and loses nothing | `a_read_of_a_bad_block_fails_for_exactly_its_sectors` |
+//! | W1 | a failed write is rewritten in place, or moved | `a_write_that_fails_once_is_rewritten_in_place` `a_write_to_a_bad_block_succeeds_and_moves_the_block`; counted as healed by a later pass: not yet, there is no scanner |
+//! | W2 | slot, flush, map, flush, publish, answer | `every_run_keeps_the_contract` |
+//! | W3 | no answer before the mapping is durable; storms share commits | `remaps_survive_a_kill` `sixty_four_blocks_failing_at_once_are_all_moved` `concurrent_failures_of_one_block_take_one_slot` |
+//! | W4 | a partial write merges, and loses only what cannot be read | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read` |
+//! | W5 | healing works from one copy and overwrites nothing newer | `every_run_keeps_the_contract` |
+//! | W6 | zeroing is a write, discard skips, release verifies | `zeroing_several_ranges_over_remapped_blocks_leaves_zeros` `a_discard_skips_remapped_and_pending_blocks` `blocks_are_moved_and_moved_back_by_hand` |
+//! | W7 | a failed write leaves each sector old or new | `every_run_keeps_the_contract` `a_failed_write_is_old_or_new_until_it_is_read` |
+//! | W8 | a commit in doubt is neither used nor undone | `every_run_keeps_the_contract` `metadata_that_cannot_be_written_anywhere_fails_the_write` |
+//! | F1 | a flush covers all that was answered, on both devices | `every_run_keeps_the_contract` `write_through_follows_the_driver` `a_power_cut_takes_what_no_flush_has_covered` `a_driver_without_flush_gets_each_write_flushed` |
+//! | F2 | a failed flush poisons until the operator has looked | `a_failed_flush_poisons_the_volume_until_the_operator_has_looked` `a_poison_that_no_device_keeps_is_called_not_persistent` `a_poisoned_volume_does_not_close_cleanly` |
+//! | F3 | a clean spare that fails is down; the primary goes on | `a_spare_that_fails_to_flush_while_clean_is_down_and_the_primary_goes_on` `a_spare_that_fails_to_flush_while_dirty_poisons_the_volume` `a_lost_spare_costs_only_remapped_blocks_until_it_is_back` |
+//! | O1 | a crash at any point leaves what R1 admits | `every_run_keeps_the_contract` `remaps_survive_a_kill` `ten_runs_after_each_other_lose_nothing` `a_kill_in_the_middle_of_moving_blocks_loses_nothing_that_was_answered`; every point in turn: not yet |
+//! | O2 | a slot serves one block, and is free only when that is durable | `every_slot_is_given_out_once_and_counts_agree` `the_later_incarnation_wins_also_across_the_wrap` `every_run_keeps_the_contract` |
+//! | O3 | a killed backend comes back unnoticed | `with_a_region_they_stay_there_and_are_resubmitted_once` `a_crash_between_publishing_and_clearing_loses_and_repeats_nothing` `a_crash_before_publishing_repeats_the_batch` |
+//! | O4 | nothing is answered before the kernel is done; one owner at a time | `a_dropped_reactor_has_let_go_of_memory_and_locks` `a_successor_gets_the_lock_once_the_holder_is_gone` `qemu_and_we_keep_each_other_out` `a_volume_has_one_server` |
+//! | O5 | stops and memory removal wait for the kernel, and only for it | `a_stop_waits_for_the_device_and_shows_the_answers` `a_stop_rewinds_the_ring_over_parked_requests` `memory_goes_when_the_requests_into_it_have_ended` `a_reset_forgets_what_was_parked` `a_write_left_behind_by_a_front_end_does_not_land_in_the_next_session` `a_request_that_hangs_is_named_and_holds_nobody_up` |
+//! | E1 | errors are told apart; a gone device remaps nothing | `a_lost_primary_fails_requests_and_comes_back_by_itself` `a_primary_that_answers_eio_to_everything_is_gone` `no_space_fails_only_that_write` `held_requests_go_on_when_the_primary_is_back` |
+//! | E2 | a full spare fails only what needs a slot | `a_full_spare_fails_only_writes_that_need_a_slot` `a_write_held_by_a_full_spare_goes_on_when_a_slot_is_free` `a_filling_spare_is_announced_however_fast_it_fills` |
+//! | E3 | a slot that fails writes is retired | `every_run_keeps_the_contract` `a_block_moves_past_slots_that_do_not_take_it` `a_block_whose_slot_fails_moves_to_another_slot` `a_slot_that_does_not_read_fails_exactly_its_sectors_and_loses_nothing` |
+//! | E4 | what does not fit is refused, nothing is overwritten | `a_table_page_without_a_good_home_keeps_the_volume_from_opening` `one_good_home_of_a_table_page_is_enough` `what_cannot_serve_is_refused_with_the_reason` `wrong_devices_are_refused` `devices_that_changed_while_nobody_looked_are_refused` `an_older_spare_is_refused` `nothing_is_made_over_something_that_exists` |
+//! | E5 | no guest input panics, hangs or escapes its memory | `broken_structures_come_back_empty` `requests_that_cannot_be_served_fail` `a_ring_that_lies_stops_until_it_is_restarted` `nonsense_in_the_region_is_survived` `requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing`; fuzzing: not yet |
+//! | P1 | each error a guest gets has an event | `every_run_keeps_the_contract` `a_full_spare_fails_only_writes_that_need_a_slot` |
+//! | P2 | lost sectors are counted and listed; healed means proven | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read`; export: not yet |
 
 pub mod cli;
 pub mod control;

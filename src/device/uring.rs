@@ -412,7 +412,9 @@ impl Device for UringReactor {
             Wait::Until(until) if until <= now => Wait::No,
             _ => wait,
         };
+        let mut looked = false;
         loop {
+            let before = events.len();
             self.reap(events);
             self.fill();
             events.append(&mut self.ended);
@@ -420,13 +422,16 @@ impl Device for UringReactor {
                 wait = Wait::No;
             }
             let submission = self.ring.submission();
+            let nothing_due = submission.is_empty() && !submission.cq_overflow();
             // An enter delivers at most 20 completions beyond those waited for; the flag stays up while
-            // there are more.
-            let nothing_to_do = submission.is_empty() && !submission.taskrun() && !submission.cq_overflow();
+            // there are more. It may also stay up for nothing: the kernel raises it after it has queued
+            // the work, which this thread may have run by then. So one look without a find is enough.
+            let announced = submission.taskrun() && !(looked && events.len() == before);
             drop(submission);
-            if nothing_to_do && wait == Wait::No {
+            if nothing_due && !announced && wait == Wait::No {
                 return;
             }
+            looked = wait == Wait::No;
             self.enter(now, wait);
             if let Wait::Until(_) = wait {
                 // The time may be over: only the caller's clock knows.

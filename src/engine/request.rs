@@ -57,7 +57,7 @@ pub enum RequestOp {
 pub enum Status {
     /// Done.
     Ok,
-    /// Failed: the guest gets VIRTIO_BLK_S_IOERR.
+    /// Failed: the guest gets an I/O error.
     IoErr,
 }
 

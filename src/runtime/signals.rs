@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_request_to_stop_makes_the_descriptor_readable() {
+    fn a_request_to_stop_can_be_polled_for() {
         // On a thread of its own: its signal mask goes with it.
         let test = std::thread::spawn(|| {
             let stop = stop_signals().unwrap();

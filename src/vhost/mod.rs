@@ -19,8 +19,8 @@ pub(crate) mod queue;
 pub mod request;
 pub mod ring;
 pub mod server;
-pub(crate) mod slots;
 pub mod status;
+pub(crate) mod tokens;
 pub mod worker;
 
 #[cfg(test)]

@@ -195,8 +195,8 @@ impl Ring {
     /// [`Ring::available`].
     #[inline]
     pub fn pop(&mut self) -> u16 {
-        let slot = usize::from(self.next_avail & (self.size - 1));
-        let head = u16::from_le(self.avail_u16(ELEMENTS + 2 * slot).load(Ordering::Relaxed));
+        let element = usize::from(self.next_avail & (self.size - 1));
+        let head = u16::from_le(self.avail_u16(ELEMENTS + 2 * element).load(Ordering::Relaxed));
         self.next_avail = self.next_avail.wrapping_add(1);
         head
     }
@@ -217,9 +217,9 @@ impl Ring {
     /// Write a used entry. The driver sees it with the next [`Ring::publish`].
     #[inline]
     pub fn push_used(&mut self, head: u16, len: u32) {
-        let slot = usize::from(self.next_used & (self.size - 1));
-        self.used_u32(ELEMENTS + 8 * slot).store(u32::from(head).to_le(), Ordering::Relaxed);
-        self.used_u32(ELEMENTS + 8 * slot + 4).store(len.to_le(), Ordering::Relaxed);
+        let element = usize::from(self.next_used & (self.size - 1));
+        self.used_u32(ELEMENTS + 8 * element).store(u32::from(head).to_le(), Ordering::Relaxed);
+        self.used_u32(ELEMENTS + 8 * element + 4).store(len.to_le(), Ordering::Relaxed);
         self.next_used = self.next_used.wrapping_add(1);
     }
 

@@ -109,8 +109,8 @@ impl Guest {
 
     /// Make a chain available.
     pub(crate) fn offer(&self, head: u16) {
-        let slot = u64::from(self.avail.get() % self.size);
-        self.memory.write_obj(head, GuestAddress(AVAIL + 4 + 2 * slot)).unwrap();
+        let element = u64::from(self.avail.get() % self.size);
+        self.memory.write_obj(head, GuestAddress(AVAIL + 4 + 2 * element)).unwrap();
         self.avail.set(self.avail.get().wrapping_add(1));
         self.set_avail_idx(self.avail.get());
     }

@@ -14,8 +14,8 @@ use super::device::Settings;
 use super::memory::{MemoryMap, RegionBits};
 use super::queue::{Kick, Queue, Stop};
 use super::request::{Parsed, S_IOERR, S_OK, parse};
-use super::slots::{Slots, Taken};
 use super::status::WorkerStatus;
+use super::tokens::{Taken, Tokens};
 use crate::device::buffer::Iovecs;
 use crate::device::{Event, Wait};
 use crate::engine::message::ToShard;
@@ -58,7 +58,7 @@ pub struct DataPlane {
     queues: Vec<Option<Box<Queue>>>,
     /// Numbers of the started queues.
     started: Vec<u16>,
-    slots: Slots,
+    tokens: Tokens,
     removals: Vec<Removal>,
     next_token: u64,
     healer_wrote: bool,
@@ -82,7 +82,7 @@ impl DataPlane {
             memory: Rc::new(Arc::new(MemoryMap::new())),
             queues: Vec::new(),
             started: Vec::new(),
-            slots: Slots::new(),
+            tokens: Tokens::new(),
             removals: Vec::new(),
             next_token: TOKEN_KICKS,
             healer_wrote: true,
@@ -106,11 +106,11 @@ impl DataPlane {
                 if !queue.resubmit.is_empty() {
                     log::info!("queue {index}: {} requests are resubmitted", queue.resubmit.len());
                 }
-                let slot = usize::from(index);
-                if self.queues.len() <= slot {
-                    self.queues.resize_with(slot + 1, || None);
+                let number = usize::from(index);
+                if self.queues.len() <= number {
+                    self.queues.resize_with(number + 1, || None);
                 }
-                self.queues[slot] = Some(Box::new(queue));
+                self.queues[number] = Some(Box::new(queue));
                 self.started.push(index);
             }
             Err(error) => log::error!("queue {index} is not served: {error}"),
@@ -139,12 +139,12 @@ impl DataPlane {
 
     /// Whether nothing is under way and queue `index` has nothing to take, or takes nothing.
     pub fn is_quiet(&mut self, index: u16) -> bool {
-        self.slots.len() == 0 && self.queue(index).is_none_or(|queue| queue.armed || !queue.is_running())
+        self.tokens.len() == 0 && self.queue(index).is_none_or(|queue| queue.armed || !queue.is_running())
     }
 
     /// Requests taken and not yet answered.
     pub fn in_flight(&self) -> usize {
-        self.slots.len()
+        self.tokens.len()
     }
 
     /// Use other memory; `done` is told when no request uses `removed` any more.
@@ -158,7 +158,7 @@ impl DataPlane {
                 queue.remap(&self.memory, queue.ring.addresses());
             }
         }
-        self.removals.push(Removal { regions: removed, before: self.slots.next_serial(), done });
+        self.removals.push(Removal { regions: removed, before: self.tokens.next_serial(), done });
     }
 
     /// One round: take what is there, submit, wait (if `may_wait` and there is nothing to do), answer.
@@ -170,7 +170,7 @@ impl DataPlane {
         // Whoever waits for a stop may be the caller itself: no sleep after one.
         let settled = self.settle(now);
         self.deliver();
-        self.status.set(self.slots.len(), self.slots.oldest_start());
+        self.status.set(self.tokens.len(), self.tokens.oldest_start());
         let wait = if self.arm() || settled || !may_wait { Wait::No } else { self.patience(now) };
         let mut events = std::mem::take(&mut self.events);
         self.worker.reactor.poll(now, wait, &mut events);
@@ -231,12 +231,12 @@ impl DataPlane {
     /// Take what the drivers offer on queues that may have something.
     fn take_all(&mut self, now: Time) {
         for at in 0..self.started.len() {
-            let slot = usize::from(self.started[at]);
-            let Some(mut queue) = self.queues[slot].take() else { continue };
+            let number = usize::from(self.started[at]);
+            let Some(mut queue) = self.queues[number].take() else { continue };
             if queue.is_running() && !queue.armed {
                 self.take(&mut queue, now);
             }
-            self.queues[slot] = Some(queue);
+            self.queues[number] = Some(queue);
         }
     }
 
@@ -279,7 +279,7 @@ impl DataPlane {
             Parsed::Submit { op, written } => {
                 let taken = Taken { queue: queue.index, head, position, status, written, started: now, regions };
                 let request = Request {
-                    token: self.slots.insert(taken),
+                    token: self.tokens.insert(taken),
                     queue: queue.index,
                     write_through: self.settings.write_through(),
                     op,
@@ -322,7 +322,7 @@ impl DataPlane {
 
     #[inline]
     fn answer(&mut self, answer: Answer) {
-        let taken = self.slots.remove(answer.request.token);
+        let taken = self.tokens.remove(answer.request.token);
         let (value, written) = match answer.status {
             Status::Ok => (S_OK, taken.written),
             Status::IoErr => (S_IOERR, 1),
@@ -344,26 +344,26 @@ impl DataPlane {
         let mut at = 0;
         while at < self.started.len() {
             let index = self.started[at];
-            let slot = usize::from(index);
-            if self.queues[slot].as_ref().is_none_or(|queue| queue.stop.is_none())
+            let number = usize::from(index);
+            if self.queues[number].as_ref().is_none_or(|queue| queue.stop.is_none())
                 || self.worker.shard.unanswered(index) > 0
             {
                 at += 1;
                 continue;
             }
-            let mut queue = self.queues[slot].take().expect("just seen");
+            let mut queue = self.queues[number].take().expect("just seen");
             settled = true;
             if self.dispose_of_withdrawn(&mut queue, now) {
-                self.queues[slot] = Some(queue);
+                self.queues[number] = Some(queue);
                 at += 1;
             } else {
                 self.started.remove(at);
                 self.finish_stop(*queue);
             }
         }
-        let slots = &self.slots;
+        let tokens = &self.tokens;
         self.removals.retain(|removal| {
-            let busy = slots.touch(removal.regions, removal.before);
+            let busy = tokens.touch(removal.regions, removal.before);
             if !busy {
                 // The asker may have gone; nothing is to be done about that.
                 let _ = removal.done.send(());
@@ -389,7 +389,7 @@ impl DataPlane {
             }
         }
         for request in withdrawn {
-            let taken = self.slots.remove(request.token);
+            let taken = self.tokens.remove(request.token);
             if how == StopHow::Discard {
                 queue.forget(taken.head);
             }
@@ -400,19 +400,19 @@ impl DataPlane {
     /// Take back the last requests of the avail ring, as if they had never been taken: as long as the newest
     /// one is among `withdrawn`. The others stay in the list, oldest first.
     fn rewind(&mut self, queue: &mut Queue, withdrawn: &mut Vec<Request>) {
-        let place = |slots: &Slots, request: &Request| slots.taken(request.token).and_then(|taken| taken.position);
+        let place = |tokens: &Tokens, request: &Request| tokens.taken(request.token).and_then(|taken| taken.position);
         let end = queue.ring.next_avail();
         // Distance back from the end; requests from the in-flight region have no place and are never rewound.
-        withdrawn.sort_by_key(|request| match place(&self.slots, request) {
+        withdrawn.sort_by_key(|request| match place(&self.tokens, request) {
             Some(position) => std::cmp::Reverse(u32::from(end.wrapping_sub(position))),
             None => std::cmp::Reverse(u32::MAX),
         });
         while let Some(request) = withdrawn.last() {
             let last = queue.ring.next_avail().wrapping_sub(1);
-            if place(&self.slots, request) != Some(last) {
+            if place(&self.tokens, request) != Some(last) {
                 break;
             }
-            let taken = self.slots.remove(request.token);
+            let taken = self.tokens.remove(request.token);
             queue.forget(taken.head);
             queue.ring.set_next_avail(last);
             withdrawn.pop();
@@ -488,12 +488,12 @@ impl DataPlane {
     }
 
     fn replace_kick(&mut self, index: u16, kick: Kick) {
-        let slot = usize::from(index);
-        if let Some(mut queue) = self.queues.get_mut(slot).and_then(Option::take) {
+        let number = usize::from(index);
+        if let Some(mut queue) = self.queues.get_mut(number).and_then(Option::take) {
             self.unwatch_kick(&queue);
             queue.kick = kick;
             self.watch_kick(&mut queue);
-            self.queues[slot] = Some(queue);
+            self.queues[number] = Some(queue);
         }
     }
 

@@ -1,10 +1,10 @@
 //! The healer: everything rare. One for each volume; it owns map, table and devices' health, and the
 //! requests that shards hand to it.
 //!
-//! Each kind of work has its file: [`fence`] keeps shards away from blocks under repair, [`flush`] is the
-//! only one to flush, [`commit`] the only one to write table pages, [`place`] the other metadata,
-//! [`breaker`] tells a bad medium from a gone device, [`read`] and [`write`] are the two ladders,
-//! [`operator`] does what people ask for.
+//! Each kind of work has its file: `fence` keeps shards away from blocks under repair, `flush` is the
+//! only one to flush, `commit` the only one to write table pages, `place` the other metadata,
+//! `breaker` tells a bad medium from a gone device, `read` and `write` are the two ladders,
+//! `operator` does what people ask for.
 
 mod breaker;
 mod commit;

@@ -5,7 +5,7 @@ use super::memory::RegionBits;
 use crate::engine::request::Token;
 use crate::units::Time;
 
-/// No slot: the end of a list.
+/// No entry: the end of a list.
 const NONE: u32 = u32::MAX;
 
 /// A request taken from a queue.
@@ -28,7 +28,7 @@ pub(crate) struct Taken {
 }
 
 #[derive(Debug)]
-struct Slot {
+struct Entry {
     taken: Option<Taken>,
     serial: u64,
     previous: u32,
@@ -37,8 +37,8 @@ struct Slot {
 
 /// A table of requests by token, which also knows their order.
 #[derive(Debug)]
-pub(crate) struct Slots {
-    slots: Vec<Slot>,
+pub(crate) struct Tokens {
+    entries: Vec<Entry>,
     free: u32,
     oldest: u32,
     newest: u32,
@@ -46,9 +46,9 @@ pub(crate) struct Slots {
     serial: u64,
 }
 
-impl Slots {
-    pub(crate) fn new() -> Slots {
-        Slots { slots: Vec::new(), free: NONE, oldest: NONE, newest: NONE, len: 0, serial: 0 }
+impl Tokens {
+    pub(crate) fn new() -> Tokens {
+        Tokens { entries: Vec::new(), free: NONE, oldest: NONE, newest: NONE, len: 0, serial: 0 }
     }
 
     /// Requests in the table.
@@ -63,23 +63,23 @@ impl Slots {
 
     /// When the oldest request was taken.
     pub(crate) fn oldest_start(&self) -> Option<Time> {
-        self.get(self.oldest).and_then(|slot| slot.taken.as_ref()).map(|taken| taken.started)
+        self.get(self.oldest).and_then(|entry| entry.taken.as_ref()).map(|taken| taken.started)
     }
 
     /// Add a request.
     pub(crate) fn insert(&mut self, taken: Taken) -> Token {
         let index = if self.free == NONE {
             // Bounded by the sizes of all queues: a head is taken once.
-            self.slots.push(Slot { taken: None, serial: 0, previous: NONE, next: NONE });
-            u32::try_from(self.slots.len() - 1).expect("64 queues of 32768 entries fit")
+            self.entries.push(Entry { taken: None, serial: 0, previous: NONE, next: NONE });
+            u32::try_from(self.entries.len() - 1).expect("64 queues of 32768 entries fit")
         } else {
             let index = self.free;
             self.free = self.at(index).next;
             index
         };
         let (serial, newest) = (self.serial, self.newest);
-        *self.at(index) = Slot { taken: Some(taken), serial, previous: newest, next: NONE };
-        self.link(newest, |slot| &mut slot.next, index);
+        *self.at(index) = Entry { taken: Some(taken), serial, previous: newest, next: NONE };
+        self.link(newest, |entry| &mut entry.next, index);
         self.newest = index;
         if self.oldest == NONE {
             self.oldest = index;
@@ -95,13 +95,13 @@ impl Slots {
     /// If there is none of that token: the engine answers once.
     pub(crate) fn remove(&mut self, token: Token) -> Taken {
         let free = self.free;
-        let slot = self.at(token.0);
-        let taken = slot.taken.take().expect("the engine answers each request once");
-        let (previous, next) = (slot.previous, slot.next);
-        slot.next = free;
+        let entry = self.at(token.0);
+        let taken = entry.taken.take().expect("the engine answers each request once");
+        let (previous, next) = (entry.previous, entry.next);
+        entry.next = free;
         self.free = token.0;
-        self.link(previous, |slot| &mut slot.next, next);
-        self.link(next, |slot| &mut slot.previous, previous);
+        self.link(previous, |entry| &mut entry.next, next);
+        self.link(next, |entry| &mut entry.previous, previous);
         if self.oldest == token.0 {
             self.oldest = next;
         }
@@ -120,24 +120,24 @@ impl Slots {
     /// Whether a request older than number `before` touches one of `regions`.
     pub(crate) fn touch(&self, regions: RegionBits, before: u64) -> bool {
         let mut at = self.oldest;
-        while let Some(slot) = self.get(at).filter(|slot| slot.serial < before) {
-            if slot.taken.as_ref().is_some_and(|taken| taken.regions.intersects(regions)) {
+        while let Some(entry) = self.get(at).filter(|entry| entry.serial < before) {
+            if entry.taken.as_ref().is_some_and(|taken| taken.regions.intersects(regions)) {
                 return true;
             }
-            at = slot.next;
+            at = entry.next;
         }
         false
     }
 
-    fn get(&self, index: u32) -> Option<&Slot> {
-        self.slots.get(usize::try_from(index).ok()?)
+    fn get(&self, index: u32) -> Option<&Entry> {
+        self.entries.get(usize::try_from(index).ok()?)
     }
 
-    fn at(&mut self, index: u32) -> &mut Slot {
-        &mut self.slots[usize::try_from(index).expect("32 bits fit in a usize")]
+    fn at(&mut self, index: u32) -> &mut Entry {
+        &mut self.entries[usize::try_from(index).expect("32 bits fit in a usize")]
     }
 
-    fn link(&mut self, index: u32, field: impl FnOnce(&mut Slot) -> &mut u32, to: u32) {
+    fn link(&mut self, index: u32, field: impl FnOnce(&mut Entry) -> &mut u32, to: u32) {
         if index != NONE {
             *field(self.at(index)) = to;
         }
