@@ -1,0 +1,244 @@
+//! A Linux guest on a failing disk: what the contract promises, seen from where the user sits. Guests are
+//! started by `vm-images/run`, one at a time; the server is the real program, and faults are
+//! ordered as an operator orders them. Where no guest can be started, every test prints `SKIP vm: reason`.
+
+mod guest;
+mod server;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use guest::{Guest, guests};
+use server::Server;
+
+/// Sectors a range of which the guest names.
+struct Area {
+    name: String,
+    ranges: Vec<(u64, u64)>,
+}
+
+impl Area {
+    /// From the guest's `NAME A-B A-B …`.
+    fn parse(line: &str) -> Area {
+        let mut words = line.split_whitespace();
+        let name = words.next().expect("an area has a name").to_owned();
+        let range = |word: &str| {
+            let (start, end) = word.split_once('-').expect("a range is A-B");
+            (start.parse().expect("a sector"), end.parse().expect("a sector"))
+        };
+        let ranges: Vec<_> = words.map(range).collect();
+        assert!(!ranges.is_empty(), "the guest found no {name}: {line}");
+        Area { name, ranges }
+    }
+
+    fn contains(&self, sector: u64) -> bool {
+        self.ranges.iter().any(|(start, end)| (*start..=*end).contains(&sector))
+    }
+
+    fn options(&self) -> Vec<String> {
+        self.ranges.iter().flat_map(|(start, end)| ["--sectors".into(), format!("{start}-{end}")]).collect()
+    }
+}
+
+/// Numbers that look random and are the same every time (splitmix64).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % end
+    }
+}
+
+/// Writes to the file system's data, journal and inodes begin to fail for ever, and it does not notice.
+fn check_file_system(kind: &str) {
+    let Some(_turn) = guests() else { return };
+    let server = Server::start("512M", 1);
+    let mut guest = Guest::start(&server, "file_system.sh", &[kind], &[], Duration::from_secs(120));
+    let areas: Vec<Area> = (0..3).map(|_| Area::parse(&guest.line())).collect();
+    for area in &areas {
+        let mut words = vec!["--ops".to_owned(), "write".into()];
+        words.extend(area.options());
+        server.fault(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    guest.say("go");
+    guest.finish();
+    server.assert_unnoticed();
+    let remapped = server.remapped();
+    for area in &areas {
+        assert!(remapped.iter().any(|sector| area.contains(*sector)), "nothing was remapped in the {}", area.name);
+    }
+}
+
+#[test]
+fn ext4_does_not_notice_writes_that_fail_in_data_journal_and_inodes() {
+    check_file_system("ext4");
+}
+
+#[test]
+fn xfs_does_not_notice_writes_that_fail_in_data_journal_and_inodes() {
+    check_file_system("xfs");
+}
+
+/// Parts of the disk that `fio.sh` writes: one for each job.
+const JOB_SECTORS: u64 = 2 * 2048;
+/// They begin so far from each other.
+const JOB_APART_SECTORS: u64 = 64 * 2048;
+const JOBS: u64 = 4;
+
+/// Sectors of one aligned block that one of the jobs uses.
+fn block_in_use(dice: &mut Dice) -> u64 {
+    dice.below(JOBS) * JOB_APART_SECTORS + dice.below(JOB_SECTORS / 8) * 8
+}
+
+/// Until told to stop: blocks fail writes for ever or a read once or twice, and now and then all is good again.
+fn faults_come_and_go(server: &Server, dice: &mut Dice, stop: &AtomicBool) {
+    for round in 1.. {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let start = block_in_use(dice);
+        let sectors = format!("{start}-{}", start + 8 * (1 + dice.below(4)) - 1);
+        match dice.below(3) {
+            0 => server.fault(&["--ops", "read", "--count", "2", "--sectors", &sectors]),
+            1 => server.fault(&["--ops", "write", "--partial", "--sectors", &sectors]),
+            _ => server.fault(&["--ops", "write", "--sectors", &sectors]),
+        }
+        if round % 50 == 0 {
+            server.vhost_remap("fault", &["clear"]);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn four_queues_keep_every_write_while_faults_come_and_go() {
+    let Some(_turn) = guests() else { return };
+    let server = Server::start("512M", 4);
+    let mut guest = Guest::start(&server, "fio.sh", &["12"], &["--smp", "4"], Duration::from_secs(150));
+    assert_eq!(guest.line(), "running");
+    let mut dice = Dice(7);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| faults_come_and_go(&server, &mut dice, &stop));
+        let _stop = StopOnDrop(&stop);
+        guest.finish();
+    });
+    server.assert_unnoticed();
+    let status = server.status();
+    assert!(status.blocks.remapped > 0, "no write met a fault");
+}
+
+#[test]
+fn a_server_killed_again_and_again_under_a_guest_is_not_noticed() {
+    let Some(_turn) = guests() else { return };
+    let mut server = Server::start("512M", 4);
+    let mut guest = Guest::start(&server, "fio.sh", &["20"], &["--smp", "4"], Duration::from_secs(150));
+    assert_eq!(guest.line(), "running");
+    let mut dice = Dice(11);
+    for _ in 0..4 {
+        for _ in 0..8 {
+            let start = block_in_use(&mut dice);
+            server.fault(&["--ops", "write", "--sectors", &format!("{start}-{}", start + 31)]);
+        }
+        std::thread::sleep(Duration::from_millis(1500));
+        server.kill();
+        server.run();
+    }
+    guest.finish();
+    server.assert_unnoticed();
+}
+
+/// Sets `stop` however a scope is left, so that its thread ends and the failure is seen.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// How a server ends.
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    /// SIGTERM, the file system unmounted.
+    Clean,
+    /// SIGKILL, under load.
+    Killed,
+}
+
+/// Files that the guest flushed are whole after the server has ended and begun again, remaps included.
+fn check_restart(end: End) {
+    let Some(_turn) = guests() else { return };
+    let mut server = Server::start("256M", 1);
+    // Some rewrites in place succeed and some do not.
+    server.fault(&["--ops", "write", "--probability", "0.3", "--seed", "3"]);
+    let how = if end == End::Clean { "clean" } else { "killed" };
+    let mut guest = Guest::start(&server, "persist.sh", &["write", how], &[], Duration::from_secs(120));
+    assert_eq!(guest.line(), "flushed");
+    let remapped = server.remapped();
+    assert!(!remapped.is_empty(), "no write met a fault");
+    match end {
+        End::Clean => {
+            guest.say("go");
+            guest.finish();
+            server.assert_unnoticed();
+            server.stop();
+        }
+        End::Killed => {
+            std::thread::sleep(Duration::from_secs(1));
+            server.kill();
+            drop(guest);
+        }
+    }
+    server.run();
+    let again = server.remapped();
+    assert!(remapped.iter().all(|sector| again.contains(sector)), "{remapped:?} shrank to {again:?}");
+    Guest::start(&server, "persist.sh", &["check", how], &[], Duration::from_secs(120)).finish();
+    server.assert_unnoticed();
+}
+
+#[test]
+fn files_and_remaps_outlive_a_restart() {
+    check_restart(End::Clean);
+}
+
+#[test]
+fn flushed_files_and_remaps_outlive_a_kill() {
+    check_restart(End::Killed);
+}
+
+#[test]
+fn an_unreadable_block_is_an_error_for_itself_only_until_it_is_rewritten() {
+    let Some(_turn) = guests() else { return };
+    let server = Server::start("256M", 1);
+    let mut guest = Guest::start(&server, "unreadable.sh", &[], &[], Duration::from_secs(120));
+    let block = Area::parse(&guest.line());
+    let mut words = vec!["--ops".to_owned(), "read".into(), "--until-rewritten".into()];
+    words.extend(block.options());
+    server.fault(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    guest.say("go");
+
+    assert_eq!(guest.line(), "read");
+    let status = server.status();
+    assert_eq!(status.blocks.pending, 1, "{status:?}");
+    assert_eq!((status.blocks.remapped, status.blocks.lost_sectors), (0, 0), "a read error alone takes no slot");
+    assert!(status.counters.guest_errors > 0, "{status:?}");
+    let events = server.events();
+    let errors: Vec<_> = events.iter().filter(|event| event.kind == "guest-error").collect();
+    assert_eq!(u64::try_from(errors.len()).expect("few"), status.counters.guest_errors, "{events:?}");
+    for event in errors {
+        let sector = event.sector.expect("an error has a place");
+        assert!(block.contains(sector) && block.contains(sector + event.sectors - 1), "{event:?}");
+    }
+    guest.say("go");
+
+    guest.finish();
+    let healed = server.status();
+    assert_eq!((healed.blocks.pending, healed.blocks.remapped), (0, 0), "{healed:?}");
+    assert_eq!(healed.counters.guest_errors, status.counters.guest_errors, "{healed:?}");
+    assert_eq!(healed.counters.rewritten, 1, "{healed:?}");
+}
