@@ -75,7 +75,7 @@
 //! - [`device`] and [`volume`] do not know each other; only [`engine`] brings bytes and meaning together.
 //! - No word of virtio occurs below [`vhost`], and slots do not occur in it.
 //! - No shard takes a lock, allocates for a plain request, or waits for the healer.
-//! - No guest's flush goes past the flush coordinator; a few metadata writes flush on their own account.
+//! - Nothing but the flush coordinator and opening code flushes, and a flush that failed is not repeated.
 //! - Nothing but the committer writes table pages, and it never writes the newest durable copy of one.
 //! - No request is in two places: every message that carries one moves it, and dropping one is a bug that
 //!   [`Shard::unanswered`](engine::shard::Shard::unanswered) shows.
