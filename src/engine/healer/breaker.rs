@@ -67,6 +67,10 @@ impl Core {
             Class::Ours | Class::Space | Class::Unlisted => return Err(Failure::errno(device, errno).at(range)),
             Class::Gone => return Err(self.device_gone(device, errno).at(range)),
             Class::Ambiguous | Class::Target => {
+                if !read {
+                    // What follows a failed write takes slots: an answer from before it does not count.
+                    self.breaker.probes[usize::from(device.0)].passed.set(None);
+                }
                 if let Err(probed) = self.probe(device).await {
                     return Err(self.device_gone(device, probed).at(range));
                 }
@@ -100,6 +104,13 @@ impl Core {
             });
         }
         awaited.await
+    }
+
+    /// Whether the primary is there now: what looked like bad sectors may have been its going, and nothing
+    /// is remapped for that.
+    pub(super) async fn confirm_primary(self: &Rc<Self>) -> Result<(), Failure> {
+        self.breaker.probes[usize::from(DeviceIndex::PRIMARY.0)].passed.set(None);
+        self.probe(DeviceIndex::PRIMARY).await.map_err(|errno| self.device_gone(DeviceIndex::PRIMARY, errno))
     }
 
     async fn probe_once(&self, device: DeviceIndex) -> Result<(), Errno> {

@@ -420,6 +420,9 @@ impl Core {
             return Ok(());
         }
         self.refuse_gone(DeviceIndex::SPARE).map_err(|_| Failure::spare_down())?;
+        if placements.iter().any(|placement| self.map.borrow().get(placement.block).slot.is_none()) {
+            self.confirm_primary().await?;
+        }
         let mut failed_slots = Vec::new();
         let mut reserved = Vec::new();
         let filled = self.fill_slots(&placements, &mut reserved, &mut failed_slots).await;
