@@ -69,6 +69,8 @@ pub struct Shard {
     unanswered: Vec<usize>,
     /// Queues being stopped: what comes back from the healer unserved is given back, not served.
     stopping: Vec<u16>,
+    /// Queues opened again, of which the healer hears with their next request.
+    resumed: Vec<u16>,
 }
 
 impl Shard {
@@ -84,6 +86,7 @@ impl Shard {
             fences: Vec::new(),
             unanswered: Vec::new(),
             stopping: Vec::new(),
+            resumed: Vec::new(),
         }
     }
 
@@ -94,6 +97,10 @@ impl Shard {
             self.unanswered.resize(queue + 1, 0);
         }
         self.unanswered[queue] += 1;
+        if let Some(at) = self.resumed.iter().position(|resumed| *resumed == request.queue) {
+            self.resumed.swap_remove(at);
+            out.to_healer.push(ToHealer::Resumed { shard: self.index, queue: request.queue });
+        }
         if let Some(refusal) = self.refusal(&request) {
             return self.hand_over(request, Cursor::default(), Why::Refused(refusal), out);
         }
@@ -193,6 +200,7 @@ impl Shard {
     /// [`Shard::message`]. Requests with operations under way are answered as ever. The queue is stopped
     /// when [`Shard::unanswered`] is 0; [`Shard::resume`] opens it again.
     pub fn withdraw(&mut self, queue: u16, out: &mut ShardOut) {
+        self.resumed.retain(|resumed| *resumed != queue);
         if !self.stopping.contains(&queue) {
             self.stopping.push(queue);
         }
@@ -218,7 +226,11 @@ impl Shard {
 
     /// Take requests of a queue again after [`Shard::withdraw`].
     pub fn resume(&mut self, queue: u16) {
+        let before = self.stopping.len();
         self.stopping.retain(|stopping| *stopping != queue);
+        if self.stopping.len() < before && !self.resumed.contains(&queue) {
+            self.resumed.push(queue);
+        }
     }
 
     fn refusal(&self, request: &Request) -> Option<Refusal> {
