@@ -101,6 +101,13 @@ pub enum ToHealer {
         /// The queue that is stopping.
         queue: u16,
     },
+    /// A queue that was stopping is served again.
+    Resumed {
+        /// The shard.
+        shard: usize,
+        /// The queue.
+        queue: u16,
+    },
 }
 
 /// A message from the healer to a shard.

@@ -705,13 +705,14 @@ async fn take_over(
 ) -> Result<Superblock, OpenError> {
     let spare = DeviceIndex::SPARE;
     let failed = io_error(spare, "rewriting damaged metadata");
+    let mut next = superblock.next_generation();
     for (place, home, number) in repairs {
-        write_page(io, layout, &superblock, table, (*place, *home, *number)).await.map_err(&failed)?;
+        let written = write_page(io, layout, &superblock, table, (*place, *home, *number)).await;
+        retire_on_error(&mut next, *place, written).map_err(&failed)?;
     }
     if !repairs.is_empty() {
         io.flush(spare).await.map_err(&failed)?;
     }
-    let mut next = superblock.next_generation();
     for place in Place::ALL.into_iter().filter(|place| superblock.is_retired(*place)) {
         if restore_place(io, layout, &superblock, table, place).await.is_ok() {
             next.retired &= !(1 << place.number());
@@ -721,9 +722,17 @@ async fn take_over(
     (next.stamp, next.sampled) = (None, 0);
     let copy = Superblock::copy_for(next.generation);
     let failed = io_error(spare, "writing the superblock");
-    for place in Place::ALL.into_iter().filter(|place| !next.is_retired(*place)) {
-        let bytes = next.encode(Seat::Spare(place), copy);
-        io.write(spare, layout.superblock(place, copy), &bytes).await.map_err(&failed)?;
+    // A place that fails now is retired by what the others then take: they are written again.
+    loop {
+        let before = next.retired;
+        for place in Place::ALL.into_iter().filter(|place| before >> place.number() & 1 == 0) {
+            let bytes = next.encode(Seat::Spare(place), copy);
+            let written = io.write(spare, layout.superblock(place, copy), &bytes).await;
+            retire_on_error(&mut next, place, written).map_err(&failed)?;
+        }
+        if next.retired == before {
+            break;
+        }
     }
     io.flush(spare).await.map_err(&failed)?;
     if let Some(label) = label {
@@ -731,6 +740,13 @@ async fn take_over(
         let _ = io.write(DeviceIndex::PRIMARY, label.superblock(copy), &next.encode(Seat::Label, copy)).await;
     }
     Ok(next)
+}
+
+/// A place that does not take a write no longer counts; without any other the volume does not open.
+fn retire_on_error(superblock: &mut Superblock, place: Place, written: Result<(), Errno>) -> Result<(), Errno> {
+    let Err(errno) = written else { return Ok(()) };
+    superblock.retired |= 1 << place.number();
+    if Place::ALL.into_iter().all(|place| superblock.is_retired(place)) { Err(errno) } else { Ok(()) }
 }
 
 async fn write_page(

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::message::{Cursor, FenceId, Handed, Outcome, Refusal, ToHealer, ToShard, Why};
 use super::request::{Answer, Request, RequestOp, Status};
@@ -41,6 +41,8 @@ struct Active {
     failed: Option<(DeviceIndex, Errno)>,
     /// Whether some of its operations write to slots.
     slots: bool,
+    /// [`Progress::spare_flush_failures`] when they were submitted.
+    flush_failures: u64,
     /// Scatter lists of its runs, alive until the operations have ended.
     parts: Vec<Iovecs>,
 }
@@ -67,6 +69,8 @@ pub struct Shard {
     unanswered: Vec<usize>,
     /// Queues being stopped: what comes back from the healer unserved is given back, not served.
     stopping: Vec<u16>,
+    /// Queues opened again, of which the healer hears with their next request.
+    resumed: Vec<u16>,
 }
 
 impl Shard {
@@ -82,6 +86,7 @@ impl Shard {
             fences: Vec::new(),
             unanswered: Vec::new(),
             stopping: Vec::new(),
+            resumed: Vec::new(),
         }
     }
 
@@ -92,6 +97,10 @@ impl Shard {
             self.unanswered.resize(queue + 1, 0);
         }
         self.unanswered[queue] += 1;
+        if let Some(at) = self.resumed.iter().position(|resumed| *resumed == request.queue) {
+            self.resumed.swap_remove(at);
+            out.to_healer.push(ToHealer::Resumed { shard: self.index, queue: request.queue });
+        }
         if let Some(refusal) = self.refusal(&request) {
             return self.hand_over(request, Cursor::default(), Why::Refused(refusal), out);
         }
@@ -125,8 +134,12 @@ impl Shard {
         let blocks = ended.cursor.piece.blocks();
         if ended.slots && is_write(&ended.request) {
             // Counted before the answer, so that a flush after it sees the spare dirty.
-            self.progress.slot_writes.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
+            self.progress.slot_writes.fetch_add(1, SeqCst);
         }
+        // Read after the count above, as a failing flush counts itself before it looks at that: one sees the other.
+        let flush_failed = ended.slots
+            && is_write(&ended.request)
+            && self.progress.spare_flush_failures.load(SeqCst) != ended.flush_failures;
         if !self.fences.is_empty() {
             self.leave_fences(blocks, out);
         }
@@ -136,6 +149,9 @@ impl Shard {
                 self.advance(ended.request, ended.cursor, out);
             }
             Some((device, errno)) => self.hand_over(ended.request, ended.cursor, Why::Failed(device, errno), out),
+            None if flush_failed => {
+                self.hand_over(ended.request, ended.cursor, Why::Refused(Refusal::SpareDown), out);
+            }
             None if self.view.mode.poisoned && is_write(&ended.request) => {
                 self.hand_over(ended.request, ended.cursor, Why::Refused(Refusal::Poisoned), out);
             }
@@ -184,6 +200,7 @@ impl Shard {
     /// [`Shard::message`]. Requests with operations under way are answered as ever. The queue is stopped
     /// when [`Shard::unanswered`] is 0; [`Shard::resume`] opens it again.
     pub fn withdraw(&mut self, queue: u16, out: &mut ShardOut) {
+        self.resumed.retain(|resumed| *resumed != queue);
         if !self.stopping.contains(&queue) {
             self.stopping.push(queue);
         }
@@ -209,7 +226,11 @@ impl Shard {
 
     /// Take requests of a queue again after [`Shard::withdraw`].
     pub fn resume(&mut self, queue: u16) {
+        let before = self.stopping.len();
         self.stopping.retain(|stopping| *stopping != queue);
+        if self.stopping.len() < before && !self.resumed.contains(&queue) {
+            self.resumed.push(queue);
+        }
     }
 
     fn refusal(&self, request: &Request) -> Option<Refusal> {
@@ -297,6 +318,7 @@ impl Shard {
         }
         let active = self.active[index].as_mut().expect("just occupied");
         active.outstanding = u32::try_from(runs.len()).expect("bounded by the sectors of a request");
+        active.flush_failures = self.progress.spare_flush_failures.load(SeqCst);
         active.slots = runs.iter().any(|run| run.device != DeviceIndex::PRIMARY);
         active.parts = parts;
     }
@@ -348,7 +370,8 @@ impl Shard {
     }
 
     fn occupy(&mut self, request: Request, cursor: Cursor) -> usize {
-        let active = Active { request, cursor, outstanding: 0, failed: None, slots: false, parts: Vec::new() };
+        let (failed, slots, flush_failures, parts) = (None, false, 0, Vec::new());
+        let active = Active { request, cursor, outstanding: 0, failed, slots, flush_failures, parts };
         if let Some(index) = self.free.pop() {
             self.active[index] = Some(active);
             index

@@ -162,6 +162,9 @@ pub struct Progress {
     pub written: Written,
     /// Writes to slots that were completed; the spare is dirty while this is ahead of its last flush.
     pub slot_writes: AtomicU64,
+    /// Flushes of the spare that failed while no completed slot write was unflushed: a slot write under way
+    /// then may have been lost with them, and must not be answered as done.
+    pub spare_flush_failures: AtomicU64,
     /// Device writes to the primary that succeeded: the breaker wants to know of any.
     pub primary_writes_ok: AtomicU64,
     /// Answered reads.
@@ -185,6 +188,7 @@ impl Progress {
         Arc::new(Progress {
             written: Written::new(capacity),
             slot_writes: zero(),
+            spare_flush_failures: zero(),
             primary_writes_ok: zero(),
             reads: zero(),
             writes: zero(),

@@ -130,7 +130,21 @@ impl Core {
     }
 
     fn spare_is_dirty(&self) -> bool {
-        self.progress.slot_writes.load(Ordering::Acquire) > self.flushes.flushed_slot_writes.get()
+        self.progress.slot_writes.load(Ordering::SeqCst) > self.flushes.flushed_slot_writes.get()
+    }
+
+    /// To be compared before and after: slot writes in between may have been lost with a flush that failed.
+    pub(super) fn spare_flush_failures(&self) -> u64 {
+        self.progress.spare_flush_failures.load(Ordering::SeqCst)
+    }
+
+    /// Flush the spare after slot writes that began when [`Core::spare_flush_failures`] was `before`.
+    pub(super) async fn flush_slots(self: &Rc<Self>, before: u64) -> Result<(), Failure> {
+        self.flush(DeviceIndex::SPARE).await?;
+        if self.spare_flush_failures() == before {
+            return Ok(());
+        }
+        Err(Failure::new(Some(DeviceIndex::SPARE), "a flush of the spare failed meanwhile"))
     }
 
     /// Flush one device, together with everybody else who wants that now.
@@ -209,6 +223,9 @@ impl Core {
             errno.to_string(),
             "not tried again",
         );
+        if device == DeviceIndex::SPARE {
+            self.progress.spare_flush_failures.fetch_add(1, Ordering::SeqCst);
+        }
         let poisons = device != DeviceIndex::SPARE || self.spare_is_dirty();
         let first = poisons && !self.mode.get().poisoned;
         if first {

@@ -154,6 +154,8 @@ pub(super) struct Core {
     tally: RefCell<Tally>,
     waiting: RefCell<VecDeque<Handed>>,
     held: RefCell<Vec<Held>>,
+    /// Queues that stop, by shard: none of their requests is held any more.
+    stopping: RefCell<BTreeSet<(usize, u16)>>,
     running: Cell<usize>,
     to_shards: RefCell<Vec<(usize, ToShard)>>,
     replies: RefCell<Vec<(OrderId, Reply)>>,
@@ -221,6 +223,7 @@ impl Healer {
             tally: RefCell::new(opened.tally),
             waiting: RefCell::default(),
             held: RefCell::default(),
+            stopping: RefCell::default(),
             running: Cell::new(0),
             to_shards: RefCell::default(),
             replies: RefCell::default(),
@@ -254,6 +257,7 @@ impl Healer {
             ToHealer::Clear { shard: _, fence } => self.core.fences.clear(fence),
             ToHealer::Adopted { shard: _, ack } => self.core.adoptions.adopted(ack),
             ToHealer::Withdraw { shard, queue } => self.core.withdraw(shard, queue),
+            ToHealer::Resumed { shard, queue } => _ = self.core.stopping.borrow_mut().remove(&(shard, queue)),
         }
         self.turn(out);
     }
@@ -429,6 +433,9 @@ impl Core {
         };
         match policy {
             OnLoss::Fail => self.fail(handed, &failure),
+            OnLoss::Hold(_) if self.stopping.borrow().contains(&(handed.shard, handed.request.queue)) => {
+                self.send(handed.shard, ToShard::Withdrawn { request: handed.request });
+            }
             OnLoss::Hold(seconds) => {
                 let core = self.clone();
                 let deadline = self.io.now().plus_secs(seconds);
@@ -504,6 +511,7 @@ impl Core {
 
     /// A queue stops: what has not begun goes back to its shard.
     fn withdraw(&self, shard: usize, queue: u16) {
+        self.stopping.borrow_mut().insert((shard, queue));
         let not_begun = |handed: &Handed| {
             handed.shard == shard
                 && handed.request.queue == queue

@@ -290,9 +290,10 @@ impl Core {
             }
             data = kept;
         }
+        let flush_failures = self.spare_flush_failures();
         let (written, _) = self.io.write_part(DeviceIndex::SPARE, offset, &Arc::new(data), 0, len).await;
         written.map_err(|errno| Failure::errno(DeviceIndex::SPARE, errno))?;
-        self.flush(DeviceIndex::SPARE).await?;
+        self.flush_slots(flush_failures).await?;
         let mut entry = self.table.borrow().entry(slot);
         let healed = entry.lost & range.mask_in(block);
         entry.lost &= !range.mask_in(block);

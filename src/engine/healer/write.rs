@@ -316,6 +316,7 @@ impl Core {
         copied: &Copied,
         blocks: &[(Block, Slot)],
     ) -> Result<Vec<Block>, Failure> {
+        let flush_failures = self.spare_flush_failures();
         let writes = blocks.iter().map(|(block, slot)| {
             let part = range.within(*block);
             let offset = self.geometry.slot_offset(*slot) + u64::from(part.start.within_block()) * SECTOR_SIZE;
@@ -339,7 +340,7 @@ impl Core {
             }
             kept.push((*block, *slot, entry));
         }
-        self.flush(DeviceIndex::SPARE).await?;
+        self.flush_slots(flush_failures).await?;
         for (block, slot, _) in &kept {
             let part = range.within(*block);
             if !self.is_pending(*block) {
@@ -420,12 +421,15 @@ impl Core {
             return Ok(());
         }
         self.refuse_gone(DeviceIndex::SPARE).map_err(|_| Failure::spare_down())?;
-        self.confirm_primary().await?;
+        if placements.iter().any(|placement| self.map.borrow().get(placement.block).slot.is_none()) {
+            self.confirm_primary().await?;
+        }
         let mut failed_slots = Vec::new();
         let mut reserved = Vec::new();
+        let flush_failures = self.spare_flush_failures();
         let filled = self.fill_slots(&placements, &mut reserved, &mut failed_slots).await;
         let filled = match filled {
-            Ok(()) => self.flush(DeviceIndex::SPARE).await,
+            Ok(()) => self.flush_slots(flush_failures).await,
             Err(failure) => Err(failure),
         };
         if let Err(failure) = filled {
