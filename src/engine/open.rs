@@ -728,7 +728,7 @@ impl TakeOver<'_> {
             }
         }
         let copy = self.begin(&mut next, events).await?;
-        self.flush(&next).await?;
+        self.flush(superblock).await?;
         if let Some(label) = self.label {
             // Not a place: a label that cannot be written costs only the degraded mode.
             let bytes = next.encode(Seat::Label, copy);
@@ -787,6 +787,11 @@ impl TakeOver<'_> {
     /// next flush's success for the last one's (F2).
     async fn flush(&self, superblock: &Superblock) -> Result<(), OpenError> {
         let Err(errno) = self.io.flush(DeviceIndex::SPARE).await else { return Ok(()) };
+        let failed = io_error(DeviceIndex::SPARE, "flushing its metadata")(errno);
+        if superblock.clean {
+            // Nothing of the guest's was waiting for it.
+            return Err(failed);
+        }
         let note = Poison {
             sequence: self.poison.sequence + 1,
             poisoned: true,
@@ -804,7 +809,7 @@ impl TakeOver<'_> {
             let _ = self.io.write(DeviceIndex::PRIMARY, label.poison(), &bytes).await;
             let _ = self.io.flush(DeviceIndex::PRIMARY).await;
         }
-        Err(io_error(DeviceIndex::SPARE, "flushing its metadata")(errno))
+        Err(failed)
     }
 }
 
