@@ -562,7 +562,8 @@ async fn load_sidecars(
 ) -> (Poison, SavedCounters) {
     let mut poisons = Vec::new();
     let mut counters = Vec::new();
-    for place in Place::ALL.into_iter().filter(|place| !superblock.is_retired(*place)) {
+    // Retired places too: a poison may have found no other that took it.
+    for place in Place::ALL {
         let seat = Seat::Spare(place);
         let (page, _) = io.read(DeviceIndex::SPARE, layout.poison(place), PAGE).await;
         poisons.extend(page.ok().and_then(|page| Poison::decode(&page, superblock.set, seat)));
@@ -635,7 +636,8 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
             event(&mut events, Severity::Warn, "metadata-repaired", spare, cause, "rewritten from the newest copy");
         }
         tally.metadata_repairs = repairs.len() as u64 + u64::from(label_lost);
-        superblock = take_over(io, &layout, superblock, label, &table, &repairs).await?;
+        let take_over = TakeOver { io, layout: &layout, label, table: &table, poison: &poison };
+        superblock = take_over.run(&superblock, &repairs, &mut events).await?;
     }
     let slots_start = layout.slots_start;
     let geometry = Geometry {
@@ -693,60 +695,146 @@ fn passthrough(primary: &DeviceFacts, serial: [u8; 20], read_only: bool) -> Open
     }
 }
 
-/// Bring every live place to the newest state, flush, and only then begin a new generation, the spare
-/// first. A retired place is written in full; if it takes that, it counts again.
-async fn take_over(
-    io: &Io,
-    layout: &Layout,
-    superblock: Superblock,
+/// What taking over works with.
+struct TakeOver<'a> {
+    io: &'a Io,
+    layout: &'a Layout,
     label: Option<LabelLayout>,
-    table: &Table,
-    repairs: &Repairs,
-) -> Result<Superblock, OpenError> {
-    let spare = DeviceIndex::SPARE;
-    let failed = io_error(spare, "rewriting damaged metadata");
-    let mut next = superblock.next_generation();
-    for (place, home, number) in repairs {
-        let written = write_page(io, layout, &superblock, table, (*place, *home, *number)).await;
-        retire_on_error(&mut next, *place, written).map_err(&failed)?;
-    }
-    if !repairs.is_empty() {
-        io.flush(spare).await.map_err(&failed)?;
-    }
-    for place in Place::ALL.into_iter().filter(|place| superblock.is_retired(*place)) {
-        if restore_place(io, layout, &superblock, table, place).await.is_ok() {
-            next.retired &= !(1 << place.number());
-        }
-    }
-    next.clean = false;
-    (next.stamp, next.sampled) = (None, 0);
-    let copy = Superblock::copy_for(next.generation);
-    let failed = io_error(spare, "writing the superblock");
-    // A place that fails now is retired by what the others then take: they are written again.
-    loop {
-        let before = next.retired;
-        for place in Place::ALL.into_iter().filter(|place| before >> place.number() & 1 == 0) {
-            let bytes = next.encode(Seat::Spare(place), copy);
-            let written = io.write(spare, layout.superblock(place, copy), &bytes).await;
-            retire_on_error(&mut next, place, written).map_err(&failed)?;
-        }
-        if next.retired == before {
-            break;
-        }
-    }
-    io.flush(spare).await.map_err(&failed)?;
-    if let Some(label) = label {
-        // Not a place: a label that cannot be written costs only the degraded mode.
-        let _ = io.write(DeviceIndex::PRIMARY, label.superblock(copy), &next.encode(Seat::Label, copy)).await;
-    }
-    Ok(next)
+    table: &'a Table,
+    poison: &'a Poison,
 }
 
-/// A place that does not take a write no longer counts; without any other the volume does not open.
-fn retire_on_error(superblock: &mut Superblock, place: Place, written: Result<(), Errno>) -> Result<(), Errno> {
-    let Err(errno) = written else { return Ok(()) };
+impl TakeOver<'_> {
+    /// Bring every live place to the newest state, flush, and only then begin a new generation, the spare
+    /// first. A place that does not take a write is retired while there is another; one that was retired is
+    /// written in full and counts again if it takes that.
+    async fn run(
+        &self,
+        superblock: &Superblock,
+        repairs: &Repairs,
+        events: &mut Vec<Event>,
+    ) -> Result<Superblock, OpenError> {
+        // What a killed process left in the device's cache may be the newest there is: before anything is
+        // overwritten for its sake it must be durable. The slots' last writes are waiting there too.
+        self.flush(superblock).await?;
+        let mut next = superblock.next_generation();
+        next.clean = false;
+        (next.stamp, next.sampled) = (None, 0);
+        self.repair(superblock, repairs, &mut next, events).await?;
+        for place in Place::ALL.into_iter().filter(|place| superblock.is_retired(*place)) {
+            if restore_place(self.io, self.layout, superblock, self.table, place).await.is_ok() {
+                self.flush(superblock).await?;
+                next.retired &= !(1 << place.number());
+            }
+        }
+        let copy = self.begin(&mut next, events).await?;
+        self.flush(superblock).await?;
+        if let Some(label) = self.label {
+            // Not a place: a label that cannot be written costs only the degraded mode.
+            let bytes = next.encode(Seat::Label, copy);
+            let _ = self.io.write(DeviceIndex::PRIMARY, label.superblock(copy), &bytes).await;
+        }
+        Ok(next)
+    }
+
+    /// Rewrite the homes that lack their page's newest: first those of the same name in other places, so
+    /// that the only home that has it is never the only one whole for long.
+    async fn repair(
+        &self,
+        superblock: &Superblock,
+        repairs: &Repairs,
+        next: &mut Superblock,
+        events: &mut Vec<Event>,
+    ) -> Result<(), OpenError> {
+        for anchors in [true, false] {
+            let mut written = false;
+            for (place, home, number) in repairs {
+                if (*home == self.table.page(*number).anchor) != anchors || next.is_retired(*place) {
+                    continue;
+                }
+                written = true;
+                let seat = (*place, *home, *number);
+                if let Err(errno) = write_page(self.io, self.layout, superblock, self.table, seat).await {
+                    retire(next, *place, errno, "rewriting damaged metadata", events)?;
+                }
+            }
+            if written {
+                self.flush(superblock).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Write the new generation's superblock to every live place; the copy it went to.
+    async fn begin(&self, next: &mut Superblock, events: &mut Vec<Event>) -> Result<u8, OpenError> {
+        'again: loop {
+            let copy = Superblock::copy_for(next.generation);
+            for place in Place::ALL.into_iter().filter(|place| !next.is_retired(*place)) {
+                let bytes = next.encode(Seat::Spare(place), copy);
+                let written = self.io.write(DeviceIndex::SPARE, self.layout.superblock(place, copy), &bytes).await;
+                if let Err(errno) = written {
+                    retire(next, place, errno, "writing the superblock", events)?;
+                    // No two superblocks of one generation may differ; the older copy stays as it is.
+                    next.generation += 2;
+                    continue 'again;
+                }
+            }
+            return Ok(copy);
+        }
+    }
+
+    /// Flush the spare. A failure is noted wherever that is possible: who opens next must not take the
+    /// next flush's success for the last one's (F2).
+    async fn flush(&self, superblock: &Superblock) -> Result<(), OpenError> {
+        let Err(errno) = self.io.flush(DeviceIndex::SPARE).await else { return Ok(()) };
+        let failed = io_error(DeviceIndex::SPARE, "flushing its metadata")(errno);
+        if superblock.clean {
+            // Nothing of the guest's was waiting for it.
+            return Err(failed);
+        }
+        let note = Poison {
+            sequence: self.poison.sequence + 1,
+            poisoned: true,
+            device: DeviceIndex::SPARE.0,
+            errno: errno.0,
+            ..Poison::default()
+        };
+        for place in Place::ALL {
+            let bytes = note.encode(superblock.set, Seat::Spare(place));
+            let _ = self.io.write(DeviceIndex::SPARE, self.layout.poison(place), &bytes).await;
+        }
+        let _ = self.io.flush(DeviceIndex::SPARE).await;
+        if let Some(label) = self.label {
+            let bytes = note.encode(superblock.set, Seat::Label);
+            let _ = self.io.write(DeviceIndex::PRIMARY, label.poison(), &bytes).await;
+            let _ = self.io.flush(DeviceIndex::PRIMARY).await;
+        }
+        Err(failed)
+    }
+}
+
+/// Count `place` no longer, unless it is the last.
+fn retire(
+    superblock: &mut Superblock,
+    place: Place,
+    errno: Errno,
+    what: &'static str,
+    events: &mut Vec<Event>,
+) -> Result<(), OpenError> {
     superblock.retired |= 1 << place.number();
-    if Place::ALL.into_iter().all(|place| superblock.is_retired(place)) { Err(errno) } else { Ok(()) }
+    if Place::ALL.into_iter().all(|place| superblock.is_retired(place)) {
+        return Err(io_error(DeviceIndex::SPARE, what)(errno));
+    }
+    let cause = format!("{what} at the spare's {}: {errno}", place.name());
+    event(
+        events,
+        Severity::Error,
+        "place-retired",
+        DeviceIndex::SPARE,
+        cause,
+        "retired; the other place goes on alone",
+    );
+    Ok(())
 }
 
 async fn write_page(
@@ -773,7 +861,7 @@ async fn restore_place(
             write_page(io, layout, superblock, table, (place, home, number)).await?;
         }
     }
-    io.flush(DeviceIndex::SPARE).await
+    Ok(())
 }
 
 /// Write a new volume: the spare complete and flushed, the primary's label last.

@@ -74,6 +74,8 @@ pub(crate) struct Config {
     pub(crate) policy: Policy,
     /// Requests go mostly to so many blocks.
     pub(crate) hot: u64,
+    /// The blocks that most faults and many requests hit, so that troubles meet.
+    pub(crate) weak: [u64; 3],
     /// Requests at a time.
     pub(crate) depth: usize,
     pub(crate) faults: Vec<Fault>,
@@ -95,7 +97,7 @@ pub(crate) struct Config {
 
 impl Config {
     pub(crate) fn of(rng: &mut Rng) -> Config {
-        let logical = if rng.percent(15) { [rng.pick(&[512, 4096]), rng.pick(&[512, 4096])] } else { [512, 512] };
+        let logical = if rng.percent(20) { [rng.pick(&[512, 4096]), rng.pick(&[512, 4096])] } else { [512, 512] };
         let blocks = if rng.percent(10) { 600 + rng.below(300) } else { 16 + rng.below(100) };
         let short = if logical == [512, 512] && rng.percent(30) { rng.below(8) } else { 0 };
         let max_remaps = match rng.below(10) {
@@ -115,6 +117,7 @@ impl Config {
             labelled: rng.percent(60),
             policy,
             hot: if rng.percent(50) { 2 + rng.below(8) } else { 2 + rng.below(blocks - 2) },
+            weak: std::array::from_fn(|_| rng.below(blocks)),
             depth: 1 + rng.index(12),
             faults,
             fault_rate: rng.pick(&[4, 15, 60]),

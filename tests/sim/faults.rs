@@ -78,9 +78,13 @@ fn come_and_go(world: &mut World, device: DeviceIndex) {
 }
 
 fn bad_guest_sector(world: &mut World, bad: Bad, read: bool) {
-    let hot = world.rng.percent(80);
-    let limit = if hot { (world.config.hot * 8).min(world.config.capacity) } else { world.config.capacity };
-    let sector = world.rng.below(limit);
+    let capacity = world.config.capacity;
+    let sector = match world.rng.below(10) {
+        0..6 => world.rng.pick(&world.config.weak.clone()) * 8 + world.rng.below(8),
+        6..9 => world.rng.below((world.config.hot * 8).min(capacity)),
+        _ => world.rng.below(capacity),
+    };
+    let sector = sector.min(capacity - 1);
     mark(world, DeviceIndex::PRIMARY, sector, 1 + world.rng.clone().below(2), bad, read);
 }
 
@@ -97,6 +101,17 @@ fn mark(world: &mut World, device: DeviceIndex, sector: u64, count: u64, bad: Ba
             marks.insert(usize::try_from(sector).expect("small"), bad);
         }
     }
+}
+
+/// Whether the bad sectors of the spare leave one place alone, so that it speaks for the volume.
+pub(crate) fn one_place_is_whole(world: &World) -> bool {
+    let layout = layout(world);
+    let spare = &world.disks[1];
+    Place::ALL.into_iter().any(|place| {
+        let first = usize::try_from(layout.place_start(place)).expect("small") / SECTOR;
+        let last = first + usize::try_from(layout.place_len()).expect("small") / SECTOR;
+        spare.bad_reads.range(first..last).next().is_none() && spare.bad_writes.range(first..last).next().is_none()
+    })
 }
 
 /// What happens to the devices while nobody uses them.

@@ -163,21 +163,20 @@ impl World {
         loop {
             let crash_after = self.rng.percent(10).then(|| self.rng.below(30));
             let read_only = self.rng.percent(3);
-            let strikes = self.strikes();
+            let began = self.step;
+            let one_place_is_whole = faults::one_place_is_whole(self);
             match self.open_once(read_only, crash_after) {
                 None => {}
                 Some(Ok(())) => return,
                 Some(Err(error)) => {
                     trace!(self, "refused: {error}");
-                    assert!(self.strikes() > strikes, "healthy devices are refused: {error}");
+                    let trouble = self.disks.iter().any(|disk| disk.troubled >= began || disk.short_since(began));
+                    let explained = trouble || self.retired || !one_place_is_whole;
+                    assert!(explained, "E4: a volume with one whole place is refused: {error}");
                     self.disks.iter_mut().for_each(|disk| disk.heal());
                 }
             }
         }
-    }
-
-    fn strikes(&self) -> u64 {
-        self.disks.iter().map(|disk| disk.strikes).sum()
     }
 
     /// Serve `requests` of the guest, and finish them unless a crash comes first.

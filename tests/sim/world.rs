@@ -91,6 +91,8 @@ pub(crate) struct World {
     /// The last step at which the volume as a whole could not serve everything.
     troubled: u64,
     pub(crate) read_only: bool,
+    /// A place was retired in this run.
+    pub(crate) retired: bool,
     pub(crate) events: Vec<Event>,
     pub(crate) settled: Option<Result<u32, String>>,
     pub(crate) done: Option<Result<String, String>>,
@@ -149,6 +151,7 @@ impl World {
             gone: [false; 2],
             troubled: 0,
             read_only: false,
+            retired: false,
             events: Vec::new(),
             settled: None,
             done: None,
@@ -271,6 +274,7 @@ impl World {
                 "event {} {:?}+{}: {}; {}", event.kind, event.range.start, event.range.count, event.cause, event.action
             );
             match event.kind {
+                "place-retired" => self.retired = true,
                 "guest-error" => self.errors_reported += 1,
                 "flush-failed" => self.poisoning = true,
                 "poisoned" => _ = self.poisoned_at.get_or_insert(self.step),
@@ -423,6 +427,13 @@ impl World {
     fn some_range(&mut self) -> SectorRange {
         let unit = if self.rng.percent(85) { self.config.logical.into_iter().max().unwrap_or(512) / 512 } else { 1 };
         let capacity = self.config.capacity;
+        if self.rng.percent(30) {
+            let block = self.rng.pick(&self.config.weak.clone());
+            let first = block * 8 + if self.rng.percent(50) { 0 } else { self.rng.below(8) / unit * unit };
+            let start = first.min(capacity - 1) / unit * unit;
+            let count = (1 + self.rng.below(8)).next_multiple_of(unit).min(capacity - start);
+            return SectorRange { start: Sector(start), count };
+        }
         let limit = if self.rng.percent(80) { (self.config.hot * 8).min(capacity) } else { capacity };
         let unit = if self.rng.percent(40) { 8 } else { unit };
         let start = self.rng.below(limit) / unit * unit;
