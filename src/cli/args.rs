@@ -80,8 +80,8 @@ pub struct ControlArgs {
 /// Layout of a new volume.
 #[derive(Debug, clap::Args)]
 pub struct ShapeArgs {
-    /// The most blocks that can be remapped [default: 16384].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// The most blocks that can be remapped, 16 to 4194304 [default: 16384].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(16..=4_194_304))]
     pub max_remaps: Option<u32>,
     /// Serial number the guest sees, at most 20 characters [default: made up].
     #[arg(long, value_name = "ID", value_parser = parse::serial)]
@@ -164,8 +164,8 @@ pub struct ServeArgs {
     /// With --create: size of the disk, in bytes or with K, M, G, T (powers of 1024).
     #[arg(long, value_name = "SIZE", requires = "create", value_parser = parse::size)]
     pub size: Option<u64>,
-    /// With --create: the most blocks that can be remapped [default: 16384].
-    #[arg(long, value_name = "N", requires = "create", value_parser = clap::value_parser!(u32).range(1..))]
+    /// With --create: the most blocks that can be remapped, 16 to 4194304 [default: 16384].
+    #[arg(long, value_name = "N", requires = "create", value_parser = clap::value_parser!(u32).range(16..=4_194_304))]
     pub max_remaps: Option<u32>,
     /// With --create: serial number the guest sees, at most 20 characters [default: made up].
     #[arg(long, value_name = "ID", requires = "create", value_parser = parse::serial)]
@@ -179,6 +179,9 @@ pub struct ServeArgs {
     /// Allow `vhost-remap fault` on this server.
     #[arg(long)]
     pub fault_injection: bool,
+    /// Take the primary as it is although another program has changed it since the last clean close.
+    #[arg(long)]
+    pub accept_external: bool,
     /// Pass requests straight to the primary: no spare, no metadata, no remaps.
     #[arg(long, conflicts_with_all = ["spare", "create"])]
     pub passthrough: bool,

@@ -134,6 +134,7 @@ pub(super) fn serve_options(args: ServeArgs) -> Result<ServeOptions, CliError> {
         io_engine: args.io_engine,
         cache: args.cache,
         fault_injection: args.fault_injection,
+        accept_external: args.accept_external,
         passthrough: args.passthrough,
         on_device_loss: args.on_device_loss,
         on_spare_full: args.on_spare_full,

@@ -136,6 +136,7 @@ fn serve_has_defaults_for_all_but_the_disk_and_the_socket() {
         io_engine: IoEngine::Auto,
         cache: Cache::None,
         fault_injection: false,
+        accept_external: false,
         passthrough: false,
         on_device_loss: FailOrHold::Fail,
         on_spare_full: FailOrHold::Fail,

@@ -83,7 +83,7 @@ pub enum OpenError {
     #[error("the spare holds no vhost-remap volume; make one with `create` or `adopt`, or name the right spare")]
     NotAVolume,
     /// It has, but none can be used.
-    #[error("no superblock of the spare can be used: {0}; a copy of the spare or `repair` is needed")]
+    #[error("no superblock of the spare can be used: {0}; put back a copy of the spare")]
     NoSuperblock(String),
     /// Made by a later program.
     #[error("the spare has format version {0} and this program knows version {VERSION}; use a newer program")]
@@ -105,9 +105,7 @@ pub enum OpenError {
         expected: u64,
     },
     /// The primary is larger than it was.
-    #[error(
-        "the primary has {found} bytes and the volume was made with {expected}; shrink it back (`resize` grows volumes)"
-    )]
+    #[error("the primary has {found} bytes and the volume was made with {expected}; shrink it back")]
     Grown {
         /// Bytes now.
         found: u64,
@@ -144,7 +142,7 @@ pub enum OpenError {
     },
     /// Somebody else wrote to the primary.
     #[error(
-        "the primary was changed by another program since the last clean close ({0}) and {1} blocks are remapped; `repair --accept-external` if that is wanted"
+        "the primary was changed by another program since the last clean close ({0}) and {1} blocks are remapped; serve it with --accept-external if that was wanted"
     )]
     External(&'static str, usize),
     /// A device's logical block has grown.
@@ -175,6 +173,16 @@ pub enum OpenError {
         capacity: u64,
         /// Bytes needed.
         needed: u64,
+    },
+    /// The spare's logical block does not divide the disk.
+    #[error(
+        "the spare has logical blocks of {unit} bytes and the primary ends within one ({size} bytes): use a spare with blocks of 512, or extend the primary"
+    )]
+    Ragged {
+        /// Bytes in a logical block.
+        unit: u32,
+        /// Bytes of the disk.
+        size: u64,
     },
     /// An operation failed.
     #[error("{device}: {what}: {errno}")]
@@ -866,6 +874,10 @@ async fn restore_place(
 
 /// Write a new volume: the spare complete and flushed, the primary's label last.
 async fn create(io: &Io, params: &CreateParams) -> Result<(), OpenError> {
+    let (unit, size) = (params.primary.logical_block.max(params.spare.logical_block), params.capacity * SECTOR_SIZE);
+    if !size.is_multiple_of(u64::from(unit)) {
+        return Err(OpenError::Ragged { unit, size });
+    }
     let layout = Layout::new(params.spare.size, params.max_remaps)?;
     let label = if params.labelled {
         let layout = LabelLayout::new(params.primary.size, params.max_remaps);

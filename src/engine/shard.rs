@@ -182,6 +182,10 @@ impl Shard {
                 }
             }
             ToShard::Handled { request, cursor, outcome } => match outcome {
+                Outcome::Served if self.view.mode.poisoned && is_write(&request) => {
+                    // It ended after the flush that failed: nobody will vouch for it any more.
+                    self.hand_over(request, cursor, Why::Refused(Refusal::Poisoned), out);
+                }
                 Outcome::Served => self.advance(request, cursor, out),
                 Outcome::Durable => self.answer(request, Status::Ok, out),
                 Outcome::Failed => self.answer(request, Status::IoErr, out),

@@ -306,11 +306,13 @@ fn poison_message(poison: &PoisonReport, path: &str) -> String {
         .collect();
     let more = if poison.ranges.len() > 4 { ", …" } else { "" };
     let persistent = if poison.persistent { "" } else { " (not persistent: no device took the note)" };
-    let list = if ranges.is_empty() { "none".to_owned() } else { format!("{}{more}", ranges.join(", ")) };
-    format!(
-        "{path}: a flush failed ({}){persistent}: of {sectors} sectors written since the last good one nobody knows ({list}); check them, then `clear`",
-        poison.errno
-    )
+    let concerns = if ranges.is_empty() {
+        "nothing was written since the last good one".to_owned()
+    } else {
+        let list = ranges.join(", ");
+        format!("of {sectors} sectors written since the last good one nobody knows ({list}{more}); check them")
+    };
+    format!("{path}: a flush failed ({}){persistent}: {concerns}, then `clear`", poison.errno)
 }
 
 fn counters(requests: [u64; 6], tally: &Tally, healer: &HealerStatus) -> Counters {

@@ -120,6 +120,8 @@ pub struct ServeOptions {
     pub cache: Cache,
     /// Whether the operator may make devices fail.
     pub fault_injection: bool,
+    /// Take the primary as it is although another program has changed it since the last clean close.
+    pub accept_external: bool,
     /// Whether requests go straight to the primary, without metadata or remaps.
     pub passthrough: bool,
     /// While a device is gone.

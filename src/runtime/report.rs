@@ -46,6 +46,7 @@ pub struct StatusReport {
     pub oldest_in_flight_ms: u64,
     /// What the guest sent that was no valid request and was given back with an error: the guest's
     /// driver is broken or hostile. They have no event each.
+    #[serde(default)]
     pub malformed_requests: u64,
     /// Events dropped because the log was full.
     pub events_dropped: u64,

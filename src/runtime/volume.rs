@@ -389,10 +389,10 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
 
 fn opening(options: &ServeOptions, devices: &Devices) -> Box<dyn FnOnce() -> Opening + Send> {
     let primary = facts(devices.get(DeviceIndex::PRIMARY).expect("there is always a primary"));
-    let read_only = options.read_only;
+    let (read_only, accept_external) = (options.read_only, options.accept_external);
     match devices.get(DeviceIndex::SPARE).map(|spare| facts(spare)) {
         Some(spare) => {
-            let params = OpenParams { primary, spare, read_only, accept_external: false };
+            let params = OpenParams { primary, spare, read_only, accept_external };
             Box::new(move || Opening::new(params))
         }
         None => {

@@ -321,6 +321,10 @@ impl Core {
         }
         let page = Poison { sequence: self.flushes.poison.borrow().sequence + 1, ..Poison::default() };
         if self.write_poison(&page).await == 0 {
+            // It may have landed all the same: a restart must not believe it.
+            let again = Poison { sequence: page.sequence + 1, ..self.flushes.poison.borrow().clone() };
+            self.write_poison(&again).await;
+            *self.flushes.poison.borrow_mut() = again;
             return Err("no device took the note that the volume is cleared; it stays as it was".to_owned());
         }
         *self.flushes.poison.borrow_mut() = page;

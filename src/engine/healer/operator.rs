@@ -218,7 +218,7 @@ impl Core {
             self.lift(fence);
             moved += done.map_err(|error| format!("{error} ({moved} blocks were moved before)"))?;
         }
-        Ok(format!("{moved} blocks moved to the spare"))
+        Ok(format!("blocks moved to the spare: {moved}"))
     }
 
     async fn remap_fenced(self: &Rc<Self>, block: Block) -> Result<u64, String> {
@@ -245,7 +245,7 @@ impl Core {
             self.lift(fence);
             released += done.map_err(|error| format!("{error} ({released} blocks were released before)"))?;
         }
-        Ok(format!("{released} blocks moved back to the primary"))
+        Ok(format!("blocks moved back to the primary: {released}"))
     }
 
     /// Write the primary's block, flush, read it back, and only then free the slot (W6).

@@ -301,7 +301,7 @@ impl Core {
         let start = range.start.max(first.start());
         let end = range.end().min(Sector(last.start().0 + SECTORS_PER_BLOCK));
         let extent = SectorRange { start, count: end.0 - start.0 };
-        let action = format!("rewritten in place and read back ({} blocks)", rewritten.len());
+        let action = format!("rewritten in place and read back, blocks: {}", rewritten.len());
         self.event(Severity::Warn, "rewritten", Some(DeviceIndex::PRIMARY), extent, cause, action);
         let mut remembered = self.rewritten.borrow_mut();
         let room = REWRITTEN_MAX.saturating_sub(remembered.len());
