@@ -56,7 +56,7 @@ files after
 must rm -r /mnt/before3
 files between
 # From the page cache, but for what went past it.
-(cd /mnt && find . -type f | xargs sha256sum) >/tmp/sums
+(cd /mnt && find . -type f -exec sha256sum {} +) >/tmp/sums
 [[ $(sha256sum </tmp/data) == $(sha256sum </mnt/data) ]] || fail "the data differ before the remount"
 must umount /mnt
 

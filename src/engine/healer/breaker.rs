@@ -157,6 +157,8 @@ impl Core {
 
     /// The device is gone: open the breaker and watch for its return.
     pub(super) fn device_gone(self: &Rc<Self>, device: DeviceIndex, errno: Errno) -> Failure {
+        // A probe that passed a moment ago no longer speaks for the device.
+        self.breaker.probes[usize::from(device.0)].passed.set(None);
         if device != DeviceIndex::PRIMARY {
             self.spare_down(&errno.to_string());
             return Failure::spare_down();
