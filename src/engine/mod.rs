@@ -17,7 +17,8 @@
 //! use vhost_remap::device::memory::MemoryDisks;
 //! use vhost_remap::device::{Completion, Device, DeviceIndex, Errno, Event, Op, OpKind, Wait};
 //! use vhost_remap::engine::healer::{HealerOut, HealerParams, OnLoss, Policy};
-//! use vhost_remap::engine::open::{CreateParams, Creation, DeviceFacts, OpenParams, Opening};
+//! use vhost_remap::engine::create::{CreateParams, Creation};
+//! use vhost_remap::engine::open::{DeviceFacts, OpenParams, Opening};
 //! use vhost_remap::engine::request::{Request, RequestOp, Status, Token};
 //! use vhost_remap::engine::shard::{Shard, ShardOut};
 //! use vhost_remap::units::{Block, Sector, SectorRange, Time};
@@ -104,6 +105,7 @@
 //! # Ok::<(), vhost_remap::engine::open::OpenError>(())
 //! ```
 
+pub mod create;
 mod errors;
 pub mod event;
 pub mod healer;
@@ -111,6 +113,7 @@ mod io;
 pub mod message;
 pub mod open;
 pub mod request;
+mod script;
 pub mod shard;
 mod task;
 pub mod view;

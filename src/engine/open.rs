@@ -1,27 +1,22 @@
-//! Opening and creating a volume, as scripts of device operations like everything else here: the
-//! simulator can crash in the middle of them.
+//! Opening a volume: find its superblocks, check the devices, take the newest of every page, repair.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::rc::Rc;
 
 use uuid::Uuid;
 
+use super::create::{CreateParams, new_superblock};
 use super::event::{Event, Severity};
 use super::healer::{Healer, HealerParams, Opened, Tally};
 use super::io::Io;
-use super::task::{Executor, join_all};
+use super::script::Script;
 use super::view::Geometry;
-use crate::device::buffer::AlignedBuf;
 use crate::device::{Completion, DeviceIndex, Errno, Op};
-use crate::units::{BLOCK_SIZE, SECTOR_SIZE, SECTORS_PER_BLOCK, SectorRange, Time};
-use crate::volume::layout::{
-    Home, LabelLayout, Layout, LayoutError, PAGE, PAGE_SIZE, Place, REGION_ALIGN, REMAPS_MAX, label_size,
-};
+use crate::units::{SECTOR_SIZE, SECTORS_PER_BLOCK, SectorRange, Time};
+use crate::volume::layout::{Home, LabelLayout, Layout, LayoutError, PAGE, PAGE_SIZE, Place, REGION_ALIGN, REMAPS_MAX};
 use crate::volume::map::{BlockState, Map};
 use crate::volume::sidecar::{Poison, SavedCounters};
 use crate::volume::superblock::{
-    COMPAT_KNOWN, CloseStamp, INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Region, Seat, Superblock, SuperblockError, VERSION,
+    COMPAT_KNOWN, INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Seat, Superblock, SuperblockError, VERSION,
 };
 use crate::volume::table::{Page, PageSeat, Table};
 
@@ -51,29 +46,6 @@ pub struct OpenParams {
     pub read_only: bool,
     /// Take the primary as it is although somebody else changed it.
     pub accept_external: bool,
-}
-
-/// How to make a volume.
-#[derive(Clone, Debug)]
-pub struct CreateParams {
-    /// The primary.
-    pub primary: DeviceFacts,
-    /// The spare.
-    pub spare: DeviceFacts,
-    /// Sectors the guest will see.
-    pub capacity: u64,
-    /// Put a label at the primary's end; an adopted primary is not changed by a byte.
-    pub labelled: bool,
-    /// Slots.
-    pub max_remaps: u32,
-    /// The volume's name.
-    pub set: Uuid,
-    /// The devices' names: primary, spare.
-    pub devices: [Uuid; 2],
-    /// GET_ID.
-    pub serial: [u8; 20],
-    /// Seconds since the epoch.
-    pub now: u64,
 }
 
 /// Why a volume does not open.
@@ -196,38 +168,8 @@ pub enum OpenError {
     },
 }
 
-fn io_error(device: DeviceIndex, what: &'static str) -> impl Fn(Errno) -> OpenError {
+pub(super) fn io_error(device: DeviceIndex, what: &'static str) -> impl Fn(Errno) -> OpenError {
     move |errno| OpenError::Io { device, what, errno }
-}
-
-type Outcome<T> = Rc<RefCell<Option<Result<T, OpenError>>>>;
-
-/// A script under way: submit what it emits, report completions, until it has a result.
-struct Script<T> {
-    executor: Executor,
-    io: Rc<Io>,
-    outcome: Outcome<T>,
-}
-
-impl<T: 'static> Script<T> {
-    fn start<F: Future<Output = Result<T, OpenError>> + 'static>(script: impl FnOnce(Rc<Io>) -> F) -> Script<T> {
-        let executor = Executor::default();
-        let io = Rc::new(Io::new(executor.spawner()));
-        let outcome: Outcome<T> = Rc::default();
-        let (task, result) = (script(io.clone()), outcome.clone());
-        executor.spawner().spawn(async move {
-            let done = task.await;
-            *result.borrow_mut() = Some(done);
-        });
-        Script { executor, io, outcome }
-    }
-
-    fn step(&mut self, now: Time, completions: &[Completion], ops: &mut Vec<Op>) {
-        self.io.set_now(now);
-        completions.iter().for_each(|completion| self.io.completed(*completion));
-        self.executor.run();
-        self.io.take_ops(ops);
-    }
 }
 
 /// A volume being opened.
@@ -293,26 +235,6 @@ pub struct VolumeFacts {
     pub labelled: bool,
     /// Slots.
     pub max_remaps: u32,
-}
-
-/// A volume being made.
-pub struct Creation(Script<()>);
-
-impl Creation {
-    /// Begin; nothing is done before the first [`Creation::step`].
-    pub fn new(params: CreateParams) -> Creation {
-        Creation(Script::start(|io| async move { create(&io, &params).await }))
-    }
-
-    /// Report what has completed, and get the operations to submit.
-    pub fn step(&mut self, now: Time, completions: &[Completion], ops: &mut Vec<Op>) {
-        self.0.step(now, completions, ops);
-    }
-
-    /// The result, once it is there.
-    pub fn result(&self) -> Option<Result<(), OpenError>> {
-        self.0.outcome.borrow_mut().take()
-    }
 }
 
 /// Every sample there can be; see [`sample`].
@@ -870,121 +792,4 @@ async fn restore_place(
         }
     }
     Ok(())
-}
-
-/// Write a new volume: the spare complete and flushed, the primary's label last.
-async fn create(io: &Io, params: &CreateParams) -> Result<(), OpenError> {
-    let (unit, size) = (params.primary.logical_block.max(params.spare.logical_block), params.capacity * SECTOR_SIZE);
-    if !size.is_multiple_of(u64::from(unit)) {
-        return Err(OpenError::Ragged { unit, size });
-    }
-    let layout = Layout::new(params.spare.size, params.max_remaps)?;
-    let label = if params.labelled {
-        let layout = LabelLayout::new(params.primary.size, params.max_remaps);
-        let needed = params.capacity * SECTOR_SIZE + label_size(params.max_remaps);
-        let fits = layout.filter(|label| label.start >= params.capacity * SECTOR_SIZE);
-        let (size, capacity) = (params.primary.size, params.capacity);
-        Some(fits.ok_or(OpenError::PrimarySmall { size, capacity, needed })?)
-    } else {
-        None
-    };
-    let superblock = new_superblock(params, &layout, label);
-    let spare = DeviceIndex::SPARE;
-    let failed = io_error(spare, "writing zeros over the new spare");
-    io.write_zeroes(spare, 0, params.spare.size / PAGE_SIZE * PAGE_SIZE).await.map_err(&failed)?;
-    let failed = io_error(spare, "writing new metadata");
-    let table = Table::new(params.max_remaps);
-    for place in Place::ALL {
-        for home in Home::ALL {
-            write_all_pages(io, &layout, &superblock, &table, place, home).await.map_err(&failed)?;
-        }
-        let poison = Poison::default().encode(params.set, Seat::Spare(place));
-        io.write(spare, layout.poison(place), &poison).await.map_err(&failed)?;
-        let counters = SavedCounters::default().encode(params.set, Seat::Spare(place));
-        io.write(spare, layout.counters(place), &counters).await.map_err(&failed)?;
-    }
-    io.flush(spare).await.map_err(&failed)?;
-    for place in Place::ALL {
-        for copy in 0..2 {
-            let bytes = superblock.encode(Seat::Spare(place), copy);
-            io.write(spare, layout.superblock(place, copy), &bytes).await.map_err(&failed)?;
-        }
-    }
-    io.flush(spare).await.map_err(&failed)?;
-    let Some(label) = label else { return Ok(()) };
-    let primary = DeviceIndex::PRIMARY;
-    let failed = io_error(primary, "writing the label");
-    io.write(primary, label.poison(), &Poison::default().encode(params.set, Seat::Label)).await.map_err(&failed)?;
-    for number in 0..label.table_pages {
-        let page = table.page_with(number, 1, &[]).encode(params.set, number, PageSeat::Label);
-        io.write(primary, label.table(number), &page).await.map_err(&failed)?;
-    }
-    for copy in 0..2 {
-        let bytes = superblock.encode(Seat::Label, copy);
-        io.write(primary, label.superblock(copy), &bytes).await.map_err(&failed)?;
-    }
-    io.flush(primary).await.map_err(&failed)
-}
-
-/// Write one home of a place in large pieces.
-async fn write_all_pages(
-    io: &Io,
-    layout: &Layout,
-    superblock: &Superblock,
-    table: &Table,
-    place: Place,
-    home: Home,
-) -> Result<(), Errno> {
-    const PAGES_AT_ONCE: u32 = 256;
-    let mut writes = Vec::new();
-    for first in (0..layout.table_pages).step_by(PAGES_AT_ONCE as usize) {
-        let count = PAGES_AT_ONCE.min(layout.table_pages - first);
-        let mut bytes = AlignedBuf::zeroed(usize::try_from(u64::from(count) * PAGE_SIZE).expect("1 MiB"));
-        for (number, at) in (first..first + count).zip(bytes.chunks_exact_mut(PAGE)) {
-            let page = table.page_with(number, table.page(number).sequence, &[]);
-            at.copy_from_slice(&page.encode(superblock.set, number, PageSeat::Spare(place, home)));
-        }
-        writes.push((layout.table(place, home, first), bytes));
-    }
-    let writes = writes.iter().map(|(offset, bytes)| io.write(DeviceIndex::SPARE, *offset, bytes));
-    join_all(writes).await.into_iter().collect()
-}
-
-fn new_superblock(params: &CreateParams, layout: &Layout, label: Option<LabelLayout>) -> Superblock {
-    let slots = u64::from(params.max_remaps) * BLOCK_SIZE;
-    let tail = layout.place_start(Place::Tail);
-    let guest = params.capacity * SECTOR_SIZE;
-    let mut regions = vec![
-        Region { kind: 1, device: 1, start: 0, length: layout.place_len() },
-        Region { kind: 2, device: 1, start: layout.slots_start, length: slots },
-        Region { kind: 3, device: 1, start: tail, length: layout.place_len() },
-        Region { kind: 4, device: 0, start: 0, length: guest },
-    ];
-    if let Some(label) = label {
-        let length = label_size(params.max_remaps);
-        regions.push(Region { kind: 5, device: 0, start: label.start, length });
-    }
-    Superblock {
-        features: [0; 3],
-        set: params.set,
-        device: params.devices[1],
-        clean: true,
-        labelled: label.is_some(),
-        retired: 0,
-        generation: 1,
-        capacity: params.capacity,
-        primary_size: params.primary.size,
-        spare_size: params.spare.size,
-        max_remaps: params.max_remaps,
-        logical_block: params.primary.logical_block.max(params.spare.logical_block),
-        created: params.now,
-        serial: params.serial,
-        stamp: None::<CloseStamp>,
-        sampled: 0,
-        primary_inode: params.primary.inode,
-        primary_wwn: params.primary.wwn.clone(),
-        history: Default::default(),
-        regions,
-        stamped: params.now,
-    }
 }

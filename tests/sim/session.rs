@@ -2,8 +2,9 @@
 
 use uuid::Uuid;
 use vhost_remap::device::{Completion, DeviceIndex, Op};
+use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::{HealerParams, Order};
-use vhost_remap::engine::open::{CreateParams, Creation, DeviceFacts, OpenError, OpenParams, Opening};
+use vhost_remap::engine::open::{DeviceFacts, OpenError, OpenParams, Opening};
 use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::volume::superblock::CloseStamp;
 
