@@ -71,6 +71,8 @@ pub(crate) struct Disk {
     pub(crate) step: u64,
     /// Sectors that failed a read for good (more often than a ladder has rungs), and when they last did.
     pub(crate) hard: BTreeMap<usize, u64>,
+    /// When a passing trouble of a sector was over.
+    pub(crate) passed: BTreeMap<usize, u64>,
     /// When a bad sector last failed an operation.
     pub(crate) struck: u64,
     /// When the device as a whole last failed one.
@@ -106,6 +108,7 @@ impl Disk {
             no_discard: false,
             step: 0,
             hard: BTreeMap::new(),
+            passed: BTreeMap::new(),
             struck: 0,
             troubled: 0,
             shortages: Vec::new(),
@@ -201,6 +204,8 @@ impl Disk {
         let mut hard = Vec::new();
         if let Some(errno) = strike(&mut self.bad_reads, first, last, &mut hard) {
             self.struck = self.step;
+            let over = (first..last).filter(|sector| !self.bad_reads.contains_key(sector));
+            self.passed.extend(over.map(|sector| (sector, self.step)));
             self.hard.extend(hard.into_iter().map(|sector| (sector, self.step)));
             return Err(errno);
         }
