@@ -216,10 +216,6 @@ impl Model {
         }
     }
 
-    /// How many values a sector may have, for the trace.
-    pub(crate) fn describe(&self, sector: u64) -> String {
-        self.sectors.get(&sector).map_or_else(|| "untouched".to_owned(), |state| format!("{state:?}"))
-    }
 }
 
 fn pin(state: &mut SectorState, submitted: Tick) {
