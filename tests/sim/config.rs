@@ -26,6 +26,8 @@ pub(crate) enum Fault {
     MetadataWrite,
     /// Reads of a sector of metadata fail, in one place.
     MetadataRead,
+    /// Sectors of metadata, in one place, change while nobody looks.
+    MetadataDamage,
     /// A few operations fail with an error that is our own fault.
     Ours,
     /// A few operations of any kind fail on the medium.
@@ -42,7 +44,7 @@ pub(crate) enum Fault {
     Latency,
 }
 
-const FAULTS: [Fault; 17] = [
+const FAULTS: [Fault; 18] = [
     Fault::PrimaryReadOnce,
     Fault::PrimaryReadUntilWritten,
     Fault::PrimaryReadForEver,
@@ -52,6 +54,7 @@ const FAULTS: [Fault; 17] = [
     Fault::SlotWrite,
     Fault::MetadataWrite,
     Fault::MetadataRead,
+    Fault::MetadataDamage,
     Fault::Ours,
     Fault::Burst,
     Fault::Full,

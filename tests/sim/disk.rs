@@ -7,15 +7,46 @@
 //! makes it durable.
 
 use std::collections::BTreeMap;
-use std::rc::Rc;
 
 use vhost_remap::device::{Errno, Op, OpKind};
 
 use crate::guest::SECTOR;
 use crate::rng::Rng;
 
-/// A sector's bytes; `None` is zeros.
-type Content = Option<Rc<[u8; SECTOR]>>;
+/// A sector's bytes, by their place in a [`Store`]; 0 is zeros.
+type Content = u32;
+
+/// All contents that sectors of a disk ever had. Runs are short: nothing is forgotten, and no write
+/// allocates for each of its sectors.
+#[derive(Clone, Debug, Default)]
+struct Store {
+    chunks: Vec<Vec<[u8; SECTOR]>>,
+}
+
+impl Store {
+    const CHUNK: usize = 256;
+
+    fn keep(&mut self, bytes: [u8; SECTOR]) -> Content {
+        if bytes == [0; SECTOR] {
+            return 0;
+        }
+        if self.chunks.last().is_none_or(|chunk| chunk.len() == Self::CHUNK) {
+            self.chunks.push(Vec::with_capacity(Self::CHUNK));
+        }
+        let full = (self.chunks.len() - 1) * Self::CHUNK;
+        let chunk = self.chunks.last_mut().expect("just made");
+        chunk.push(bytes);
+        u32::try_from(full + chunk.len()).expect("runs are short")
+    }
+
+    fn bytes(&self, content: Content) -> &[u8; SECTOR] {
+        const ZEROS: [u8; SECTOR] = [0; SECTOR];
+        match usize::try_from(content).expect("32 bits fit").checked_sub(1) {
+            None => &ZEROS,
+            Some(at) => &self.chunks[at / Self::CHUNK][at % Self::CHUNK],
+        }
+    }
+}
 
 /// No flush makes a version with this number durable.
 const NEVER: u64 = u64::MAX;
@@ -51,8 +82,13 @@ struct Volatile {
 pub(crate) struct Disk {
     pub(crate) name: &'static str,
     pub(crate) logical: u64,
+    store: Store,
     current: Vec<Content>,
-    volatile: BTreeMap<usize, Volatile>,
+    /// By sector, where it is not at rest; `unsettled` lists those.
+    volatile: Vec<Option<Box<Volatile>>>,
+    unsettled: Vec<usize>,
+    /// For copying.
+    scratch: Vec<u8>,
     /// Writes completed so far.
     completed: u64,
     pub(crate) bad_reads: BTreeMap<usize, Bad>,
@@ -71,6 +107,8 @@ pub(crate) struct Disk {
     pub(crate) step: u64,
     /// Sectors that failed a read for good (more often than a ladder has rungs), and when they last did.
     pub(crate) hard: BTreeMap<usize, u64>,
+    /// When a passing trouble of a sector was over.
+    pub(crate) passed: BTreeMap<usize, u64>,
     /// When a bad sector last failed an operation.
     pub(crate) struck: u64,
     /// When the device as a whole last failed one.
@@ -93,8 +131,11 @@ impl Disk {
         Disk {
             name,
             logical,
-            current: vec![None; sectors],
-            volatile: BTreeMap::new(),
+            store: Store::default(),
+            current: vec![0; sectors],
+            volatile: vec![None; sectors],
+            unsettled: Vec::new(),
+            scratch: Vec::new(),
             completed: 0,
             bad_reads: BTreeMap::new(),
             bad_writes: BTreeMap::new(),
@@ -106,6 +147,7 @@ impl Disk {
             no_discard: false,
             step: 0,
             hard: BTreeMap::new(),
+            passed: BTreeMap::new(),
             struck: 0,
             troubled: 0,
             shortages: Vec::new(),
@@ -201,17 +243,16 @@ impl Disk {
         let mut hard = Vec::new();
         if let Some(errno) = strike(&mut self.bad_reads, first, last, &mut hard) {
             self.struck = self.step;
+            let over = (first..last).filter(|sector| !self.bad_reads.contains_key(sector));
+            self.passed.extend(over.map(|sector| (sector, self.step)));
             self.hard.extend(hard.into_iter().map(|sector| (sector, self.step)));
             return Err(errno);
         }
-        let mut bytes = Vec::with_capacity((last - first) * SECTOR);
+        self.scratch.clear();
         for content in &self.current[first..last] {
-            match content {
-                Some(content) => bytes.extend_from_slice(&content[..]),
-                None => bytes.resize(bytes.len() + SECTOR, 0),
-            }
+            self.scratch.extend_from_slice(self.store.bytes(*content));
         }
-        copy(op, &mut bytes, false);
+        copy(op, &mut self.scratch, false);
         Ok(())
     }
 
@@ -229,8 +270,7 @@ impl Disk {
             return Err(errno);
         }
         self.completed += 1;
-        let bytes = data(op);
-        for (sector, content) in (first..last).zip(bytes) {
+        for (sector, content) in (first..last).zip(self.data(op)) {
             self.put(sector, content, self.completed);
         }
         let mended: Vec<usize> = self.bad_reads.range(first..last).map(|(sector, _)| *sector).collect();
@@ -257,7 +297,7 @@ impl Disk {
         }
         self.completed += 1;
         let number = self.completed;
-        for (sector, content) in (first..last).zip(data(op)) {
+        for (sector, content) in (first..last).zip(self.data(op)) {
             let unwritable = matches!(op.kind, OpKind::Write) && self.bad_writes.contains_key(&sector);
             if rng.percent(share) && !unwritable {
                 self.put(sector, content, number);
@@ -267,14 +307,29 @@ impl Disk {
 
     fn put(&mut self, sector: usize, content: Content, number: u64) {
         self.mtime += 1;
-        let now = &mut self.current[sector];
-        if content.is_none() && now.is_none() && !self.volatile.contains_key(&sector) {
-            return;
+        let before = std::mem::replace(&mut self.current[sector], content);
+        let volatile = match &mut self.volatile[sector] {
+            Some(volatile) => volatile,
+            None if content == 0 && before == 0 => return,
+            none => {
+                self.unsettled.push(sector);
+                none.insert(Box::new(Volatile { durable: before, later: Vec::new() }))
+            }
+        };
+        volatile.later.push((number, content));
+    }
+
+    /// What the operation writes, sector by sector.
+    fn data(&mut self, op: &Op) -> Vec<Content> {
+        let len = usize::try_from(op.len).expect("small disks");
+        if !matches!(op.kind, OpKind::Write) {
+            return vec![0; len / SECTOR];
         }
-        let volatile =
-            self.volatile.entry(sector).or_insert_with(|| Volatile { durable: now.clone(), later: Vec::new() });
-        volatile.later.push((number, content.clone()));
-        *now = content;
+        self.scratch.clear();
+        self.scratch.resize(len, 0);
+        copy(op, &mut self.scratch, true);
+        let sectors = self.scratch.chunks_exact(SECTOR);
+        sectors.map(|sector| self.store.keep(sector.try_into().expect("exact chunks"))).collect()
     }
 
     fn flush(&mut self, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
@@ -284,22 +339,32 @@ impl Disk {
             self.fail_flush(rng);
             return Err(Errno(libc::EIO));
         }
-        self.volatile.retain(|_, volatile| {
-            if let Some(newest) = volatile.later.iter().rposition(|(number, _)| *number <= durable_to) {
-                volatile.durable = volatile.later[newest].1.clone();
-                volatile.later.drain(..=newest);
+        let volatile = &mut self.volatile;
+        self.unsettled.retain(|sector| {
+            let Some(versions) = &mut volatile[*sector] else { return false };
+            if let Some(newest) = versions.later.iter().rposition(|(number, _)| *number <= durable_to) {
+                versions.durable = versions.later[newest].1;
+                versions.later.drain(..=newest);
             }
-            !volatile.later.is_empty()
+            if versions.later.is_empty() {
+                volatile[*sector] = None;
+                return false;
+            }
+            true
         });
         Ok(())
     }
 
     fn fail_flush(&mut self, rng: &mut Rng) {
         let share = rng.pick(&[0, 30, 100]);
-        for (number, _) in self.volatile.values_mut().flat_map(|volatile| &mut volatile.later) {
-            if rng.percent(share) {
-                *number = NEVER;
-                self.dropped = true;
+        let unsettled = self.unsettled.iter();
+        for sector in unsettled {
+            let Some(volatile) = &mut self.volatile[*sector] else { continue };
+            for (number, _) in &mut volatile.later {
+                if rng.percent(share) {
+                    *number = NEVER;
+                    self.dropped = true;
+                }
             }
         }
     }
@@ -307,12 +372,13 @@ impl Disk {
     /// The power goes: every sector is at one of the values it had since it was last durable.
     pub(crate) fn power_cut(&mut self, rng: &mut Rng) {
         let lose = rng.pick(&[0, 20, 50, 80, 100]);
-        for (sector, volatile) in std::mem::take(&mut self.volatile) {
+        for sector in std::mem::take(&mut self.unsettled) {
+            let Some(volatile) = self.volatile[sector].take() else { continue };
             let kept = if rng.percent(lose) { rng.index(volatile.later.len()) } else { volatile.later.len() };
             self.current[sector] = match kept {
                 0 => volatile.durable,
                 n if volatile.later[n - 1].0 == NEVER => volatile.durable,
-                n => volatile.later[n - 1].1.clone(),
+                n => volatile.later[n - 1].1,
             };
         }
         self.reverted |= self.dropped;
@@ -321,14 +387,15 @@ impl Disk {
 
     /// Flip a bit of a sector, behind everybody's back.
     pub(crate) fn damage(&mut self, sector: usize, rng: &mut Rng) {
-        let mut bytes = self.current[sector].as_ref().map_or([0; SECTOR], |content| **content);
+        let mut bytes = *self.store.bytes(self.current[sector]);
         match rng.below(3) {
             0 => bytes[rng.index(SECTOR)] ^= 1 << rng.below(8),
             1 => bytes = [0; SECTOR],
             _ => bytes = [0xff; SECTOR],
         }
-        self.current[sector] = Some(Rc::new(bytes));
-        self.volatile.remove(&sector);
+        self.current[sector] = self.store.keep(bytes);
+        self.volatile[sector] = None;
+        self.unsettled.retain(|other| *other != sector);
     }
 }
 
@@ -357,23 +424,6 @@ fn strike(bad: &mut BTreeMap<usize, Bad>, first: usize, last: usize, hard: &mut 
 fn sectors(op: &Op) -> (usize, usize) {
     let first = usize::try_from(op.offset).expect("small disks") / SECTOR;
     (first, first + usize::try_from(op.len).expect("small disks") / SECTOR)
-}
-
-/// What the operation writes, sector by sector.
-fn data(op: &Op) -> Vec<Content> {
-    let len = usize::try_from(op.len).expect("small disks");
-    if !matches!(op.kind, OpKind::Write) {
-        return vec![None; len / SECTOR];
-    }
-    let mut bytes = vec![0; len];
-    copy(op, &mut bytes, true);
-    bytes
-        .chunks_exact(SECTOR)
-        .map(|sector| {
-            let sector: [u8; SECTOR] = sector.try_into().expect("exact chunks");
-            (sector != [0; SECTOR]).then(|| Rc::new(sector))
-        })
-        .collect()
 }
 
 /// Copy between an operation's memory and `bytes`: the only place that follows its pointers.

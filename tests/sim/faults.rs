@@ -63,8 +63,8 @@ pub(crate) fn inject(world: &mut World) {
         Fault::SpareGone => come_and_go(world, spare),
         Fault::PrimaryFlush => world.disk(primary).bad_flushes = 1,
         Fault::SpareFlush => world.disk(spare).bad_flushes = 1,
-        // Chance decides for each operation, at its submission.
-        Fault::Latency => {}
+        // Chance decides for each operation at its submission, and between sessions.
+        Fault::Latency | Fault::MetadataDamage => {}
     }
 }
 
@@ -97,7 +97,10 @@ fn mark(world: &mut World, device: DeviceIndex, sector: u64, count: u64, bad: Ba
     let (first, last) = (sector / unit * unit, end.next_multiple_of(unit));
     let marks = if read { &mut disk.bad_reads } else { &mut disk.bad_writes };
     for sector in first..last {
-        if marks.len() < BAD_MAX {
+        let sector_at = usize::try_from(sector).expect("small");
+        // One trouble at a time: the next must not begin where a ladder has just climbed the last.
+        let recent = disk.passed.get(&sector_at).is_some_and(|when| when + 400 > disk.step);
+        if marks.len() < BAD_MAX && !recent && !marks.contains_key(&sector_at) {
             marks.insert(usize::try_from(sector).expect("small"), bad);
         }
     }
@@ -116,6 +119,16 @@ pub(crate) fn one_place_is_whole(world: &World) -> bool {
 
 /// What happens to the devices while nobody uses them.
 pub(crate) fn between_sessions(world: &mut World) {
+    if world.config.has(&[Fault::MetadataDamage]) && !world.retired && !world.config.has(&[Fault::MetadataWrite]) {
+        let layout = layout(world);
+        let first = layout.place_start(Place::Tail) / SECTOR as u64;
+        let sectors = (4 + 2 * u64::from(layout.table_pages)) * 8;
+        for _ in 0..world.rng.below(4) {
+            let sector = usize::try_from(first + world.rng.below(sectors)).expect("small");
+            trace!(world, "damage at spare sector {sector}");
+            world.disks[1].damage(sector, &mut world.rng);
+        }
+    }
     for device in [DeviceIndex::PRIMARY, DeviceIndex::SPARE] {
         if world.rng.percent(50) {
             let disk = world.disk(device);

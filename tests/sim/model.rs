@@ -4,7 +4,7 @@
 //! was under way at a crash may or may not have happened (W7), as may a discard. A read fixes such a
 //! sector until the next crash. A flush answered OK fixes what was answered before it was submitted.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use crate::guest::{SECTOR, Value, value_of};
 
@@ -62,7 +62,8 @@ impl SectorState {
 pub(crate) struct Model {
     tick: Tick,
     initial: Value,
-    sectors: BTreeMap<u64, SectorState>,
+    /// By sector, where anything has happened.
+    sectors: Vec<Option<Box<SectorState>>>,
     distrusted_until: Tick,
 }
 
@@ -77,14 +78,21 @@ pub(crate) enum Crash {
 
 impl Model {
     pub(crate) fn new(initial: Value) -> Model {
-        Model { tick: 0, initial, sectors: BTreeMap::new(), distrusted_until: 0 }
+        Model { tick: 0, initial, sectors: Vec::new(), distrusted_until: 0 }
     }
 
     fn state(&mut self, sector: u64) -> &mut SectorState {
+        let at = usize::try_from(sector).expect("small volumes");
+        if at >= self.sectors.len() {
+            self.sectors.resize(at + 1, None);
+        }
         let (initial, distrusted) = (self.initial, self.distrusted_until);
-        self.sectors
-            .entry(sector)
-            .or_insert_with(|| SectorState { distrusted_until: distrusted, ..SectorState::new(initial) })
+        self.sectors[at]
+            .get_or_insert_with(|| Box::new(SectorState { distrusted_until: distrusted, ..SectorState::new(initial) }))
+    }
+
+    fn known(&mut self) -> impl Iterator<Item = &mut SectorState> {
+        self.sectors.iter_mut().flatten().map(|state| &mut **state)
     }
 
     /// A moment that nothing else shares.
@@ -155,7 +163,7 @@ impl Model {
 
     /// A flush submitted at `submitted` succeeded.
     pub(crate) fn flushed(&mut self, submitted: Tick) {
-        for state in self.sectors.values_mut().filter(|state| state.durable.len() > 1) {
+        for state in self.known().filter(|state| state.durable.len() > 1) {
             pin(state, submitted);
         }
     }
@@ -173,9 +181,7 @@ impl Model {
     /// No read is under way: what was replaced does not matter any more.
     pub(crate) fn quiet(&mut self, sectors: impl Iterator<Item = u64>) {
         for sector in sectors {
-            if let Some(state) = self.sectors.get_mut(&sector) {
-                state.replaced.clear();
-            }
+            self.state(sector).replaced.clear();
         }
     }
 
@@ -184,11 +190,13 @@ impl Model {
         let now = self.tick();
         let Some(ranges) = ranges else {
             self.distrusted_until = now;
-            return self.sectors.values_mut().for_each(|state| state.distrusted_until = now);
+            return self.known().for_each(|state| state.distrusted_until = now);
         };
         for (start, count) in ranges {
-            for state in self.sectors.range_mut(*start..start + count).map(|(_, state)| state) {
-                state.distrusted_until = now;
+            for (sector, state) in self.sectors.iter_mut().enumerate() {
+                if let Some(state) = state.as_mut().filter(|_| (*start..start + count).contains(&(sector as u64))) {
+                    state.distrusted_until = now;
+                }
             }
         }
     }
@@ -196,7 +204,7 @@ impl Model {
     /// The process or the power is gone, with everything that was under way.
     pub(crate) fn crash(&mut self, crash: Crash) {
         let now = self.tick();
-        for state in self.sectors.values_mut() {
+        for state in self.known() {
             let flying = std::mem::take(&mut state.flying);
             let flying: Vec<Element> = flying.into_iter().map(|element| Element { end: now, ..element }).collect();
             state.settling &= flying.is_empty();
@@ -206,7 +214,7 @@ impl Model {
             state.changed = now;
             if crash == Crash::PowerCut {
                 let all = state.durable.iter().chain(&state.unread).map(|element| element.value);
-                let all: std::collections::BTreeSet<Value> = all.collect();
+                let all: BTreeSet<Value> = all.collect();
                 state.durable =
                     all.into_iter().map(|value| Element { value, start: now, end: now, ok: false }).collect();
                 state.unread = state.durable.clone();
@@ -214,11 +222,6 @@ impl Model {
             }
             state.now = state.unread.clone();
         }
-    }
-
-    /// How many values a sector may have, for the trace.
-    pub(crate) fn describe(&self, sector: u64) -> String {
-        self.sectors.get(&sector).map_or_else(|| "untouched".to_owned(), |state| format!("{state:?}"))
     }
 }
 

@@ -235,6 +235,20 @@ impl World {
         assert!(self.serve(0, None));
     }
 
+    /// Devices that come back are used again, bad sectors or not.
+    fn check_return(&mut self) {
+        if self.rng.percent(70) {
+            return;
+        }
+        self.disks
+            .iter_mut()
+            .for_each(|disk| (disk.gone, disk.burst, disk.full, disk.bad_flushes) = (false, (0, 0), 0, 0));
+        self.let_pass(4);
+        let status = self.status();
+        let whole = faults::one_place_is_whole(self) && status.retired_places.is_empty();
+        assert!(status.mode.spare_up || !whole, "the spare is there and not used: {status:?}");
+    }
+
     /// Let so many seconds pass: devices that are asked every second are in use again.
     fn let_pass(&mut self, seconds: u64) {
         let until = self.now.plus_secs(seconds);
@@ -278,9 +292,11 @@ impl World {
         for _ in 0..self.config.sessions {
             self.open();
             let crash_at = self.rng.percent(self.config.crashes).then(|| self.rng.below(400));
-            if !self.serve(self.config.requests, crash_at) {
-                self.crash();
-            } else if self.rng.percent(50) {
+            let served = self.serve(self.config.requests, crash_at);
+            if served {
+                self.check_return();
+            }
+            if served && self.rng.percent(50) {
                 self.close();
             } else {
                 self.crash();

@@ -280,7 +280,11 @@ impl World {
                 "poisoned" => _ = self.poisoned_at.get_or_insert(self.step),
                 "device-gone" => self.gone[0] = true,
                 "device-back" => self.gone[0] = false,
-                "spare-down" => (self.gone[1], self.poisoning) = (true, false),
+                "spare-down" => {
+                    (self.gone[1], self.poisoning) = (true, false);
+                    // The attempt to retire a place may be on the other one although it failed.
+                    self.retired = true;
+                }
                 "spare-back" => self.gone[1] = false,
                 _ => {}
             }

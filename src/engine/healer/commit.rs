@@ -151,7 +151,13 @@ impl Core {
         Ok(())
     }
 
-    async fn write_page(&self, place: Place, home: Home, number: u32, page: &Page) -> (Place, Result<(), Errno>) {
+    pub(super) async fn write_page(
+        &self,
+        place: Place,
+        home: Home,
+        number: u32,
+        page: &Page,
+    ) -> (Place, Result<(), Errno>) {
         let bytes = page.encode(self.set, number, PageSeat::Spare(place, home));
         (place, self.io.write(DeviceIndex::SPARE, self.layout.table(place, home, number), &bytes).await)
     }

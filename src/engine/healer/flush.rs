@@ -41,6 +41,8 @@ pub(super) struct Flushes {
     /// Regions taken by a volume flush under way.
     taken: RefCell<Option<Vec<u64>>>,
     poison: RefCell<Poison>,
+    /// Held while the note of a poison, or of its end, is written: one after the other.
+    note: Permits,
     /// Whether the poison is on at least one device.
     persistent: Cell<bool>,
 }
@@ -69,6 +71,7 @@ impl Flushes {
             flushed_slot_writes: Cell::new(0),
             taken: RefCell::default(),
             poison: RefCell::new(poison),
+            note: Permits::new(1),
             persistent: Cell::new(true),
         }
     }
@@ -236,6 +239,10 @@ impl Core {
         self.flushes.turns[usize::from(device.0)].release();
         if first {
             self.poison(device, errno).await;
+        } else if poisons {
+            // Nobody is told before the note is written.
+            self.flushes.note.acquire().await;
+            self.flushes.note.release();
         }
         failure
     }
@@ -243,6 +250,7 @@ impl Core {
     /// Nothing written since the last good flush can be trusted to be durable, and no more writes are
     /// taken: write that down everywhere before anybody is told.
     async fn poison(self: &Rc<Self>, device: DeviceIndex, errno: Errno) {
+        self.flushes.note.acquire().await;
         self.tell_mode_everywhere().await;
         if let Some(taken) = self.flushes.taken.borrow_mut().take() {
             self.progress.written.restore(&taken);
@@ -259,6 +267,7 @@ impl Core {
         let kept = self.write_poison(&page).await;
         *self.flushes.poison.borrow_mut() = page;
         self.flushes.persistent.set(kept > 0);
+        self.flushes.note.release();
         let action = match kept {
             0 => "writes and flushes fail until `clear`; not persistent: no device took the note".to_owned(),
             n => format!("writes and flushes fail until `clear`; noted in {n} places"),
@@ -314,6 +323,18 @@ impl Core {
 
     /// The operator has looked: both devices must take a flush and the note, then writes are taken again.
     pub(super) async fn clear_poison(self: &Rc<Self>) -> Result<(), String> {
+        self.flushes.note.acquire().await;
+        let poisoned = self.flushes.poison.borrow().poisoned;
+        let cleared = match poisoned {
+            true => self.clear_in_turn().await,
+            // Somebody else was faster; a flush that has failed since then was not looked at.
+            false => Err("nothing to clear any more".to_owned()),
+        };
+        self.flushes.note.release();
+        cleared
+    }
+
+    async fn clear_in_turn(self: &Rc<Self>) -> Result<(), String> {
         for device in [DeviceIndex::PRIMARY, DeviceIndex::SPARE] {
             self.flush_note(device).await.map_err(|errno| {
                 format!("the {device} still fails to flush: {errno}; replace it or its cable first")

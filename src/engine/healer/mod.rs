@@ -165,7 +165,7 @@ pub(super) struct Core {
 /// A request kept while a device is away or the spare is full. It holds no fence.
 struct Held {
     handed: Handed,
-    since: Time,
+    deadline: Time,
     failure: Failure,
 }
 
@@ -439,21 +439,20 @@ impl Core {
             OnLoss::Hold(seconds) => {
                 let core = self.clone();
                 let deadline = self.io.now().plus_secs(seconds);
-                self.held.borrow_mut().push(Held { handed, since: self.io.now(), failure });
+                self.held.borrow_mut().push(Held { handed, deadline, failure });
                 self.spawn(async move {
                     core.io.sleep_until(deadline).await;
-                    core.fail_held_since(seconds);
+                    core.fail_held();
                 });
             }
         }
     }
 
-    /// Answer the requests that were held for `seconds` or longer.
-    fn fail_held_since(self: &Rc<Self>, seconds: u64) {
+    /// Answer the requests that were held for as long as the policy says.
+    fn fail_held(self: &Rc<Self>) {
         let now = self.io.now();
-        let (over, kept) = std::mem::take(&mut *self.held.borrow_mut())
-            .into_iter()
-            .partition(|held: &Held| now >= held.since.plus_secs(seconds));
+        let (over, kept) =
+            std::mem::take(&mut *self.held.borrow_mut()).into_iter().partition(|held: &Held| now >= held.deadline);
         *self.held.borrow_mut() = kept;
         for held in over {
             self.fail(held.handed, &held.failure);

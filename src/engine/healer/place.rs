@@ -76,14 +76,20 @@ impl Core {
 
     /// Write a superblock to the copy its generation goes to, in the given places, and flush.
     async fn write_superblock(self: &Rc<Self>, superblock: &Superblock, places: &[Place]) -> Result<(), Failure> {
+        let written = self.write_superblock_pages(superblock, places).await;
+        written.map_err(|(_, errno)| Failure::errno(DeviceIndex::SPARE, errno))?;
+        self.flush(DeviceIndex::SPARE).await
+    }
+
+    async fn write_superblock_pages(&self, superblock: &Superblock, places: &[Place]) -> Result<(), (Place, Errno)> {
         self.places.tried.set(superblock.generation);
         let copy = Superblock::copy_for(superblock.generation);
         for place in places {
             let bytes = superblock.encode(Seat::Spare(*place), copy);
             let written = self.io.write(DeviceIndex::SPARE, self.layout.superblock(*place, copy), &bytes).await;
-            written.map_err(|errno| Failure::errno(DeviceIndex::SPARE, errno))?;
+            written.map_err(|errno| (*place, errno))?;
         }
-        self.flush(DeviceIndex::SPARE).await
+        Ok(())
     }
 
     /// The superblock of the next generation, above every one that was ever tried: of two with one number,
@@ -125,9 +131,7 @@ impl Core {
             return Err(Failure::spare_down());
         }
         *self.superblock.borrow_mut() = next;
-        let none = SectorRange::default();
-        let action = "retired; the other place goes on alone";
-        self.event(Severity::Error, "place-retired", Some(DeviceIndex::SPARE), none, cause, action);
+        self.place_retired(cause);
         Ok(())
     }
 
@@ -192,11 +196,11 @@ impl Core {
     }
 
     /// Compare every page on the returned spare with memory, and give those that differ or are in doubt a
-    /// higher sequence in both homes of every live place (W8).
+    /// higher sequence in both homes of every live place (W8). A place that does not take that is retired
+    /// like any other.
     async fn rewrite_differing(self: &Rc<Self>) -> Result<(), Failure> {
-        let failed = |errno| Failure::errno(DeviceIndex::SPARE, errno);
         let doubted = self.pages_in_doubt();
-        let places = self.live_places();
+        let mut places = self.live_places();
         for number in 0..self.layout.table_pages {
             let state = self.table.borrow().page(number);
             let known = self.table.borrow().page_with(number, state.sequence, &[]);
@@ -211,10 +215,17 @@ impl Core {
             }
             let page = Page { sequence: state.sequence + 1, ..known };
             for home in [state.anchor.other(), state.anchor] {
-                for place in &places {
-                    let bytes = page.encode(self.set, number, PageSeat::Spare(*place, home));
-                    let offset = self.layout.table(*place, home, number);
-                    self.io.write(DeviceIndex::SPARE, offset, &bytes).await.map_err(failed)?;
+                let mut took = Vec::new();
+                let mut failed = None;
+                for place in places {
+                    match self.write_page(place, home, number, &page).await {
+                        (place, Ok(())) => took.push(place),
+                        (_, Err(errno)) => failed = Some(errno),
+                    }
+                }
+                places = took;
+                if let Some(errno) = failed.filter(|_| places.is_empty()) {
+                    return Err(Failure::errno(DeviceIndex::SPARE, errno));
                 }
                 self.flush_returning_spare().await?;
                 // From here on this home is the one to keep: a failure at the other one starts from it.
@@ -222,7 +233,47 @@ impl Core {
                 self.table.borrow_mut().set_page(number, state);
             }
         }
-        Ok(())
+        self.places.turn.acquire().await;
+        let settled = self.settle_superblock(places).await;
+        self.places.turn.release();
+        settled
+    }
+
+    /// Say on the returned spare which places count, where that is not what its newest superblock may say:
+    /// `places` took everything, and an attempt to retire one may have been left half done.
+    async fn settle_superblock(self: &Rc<Self>, mut places: Vec<Place>) -> Result<(), Failure> {
+        let known = self.superblock.borrow().clone();
+        loop {
+            let lost: Vec<Place> = self.live_places().into_iter().filter(|place| !places.contains(place)).collect();
+            if lost.is_empty() && self.places.tried.get() <= known.generation {
+                return Ok(());
+            }
+            let mut next = self.next_superblock();
+            lost.iter().for_each(|place| next.retired |= 1 << place.number());
+            match self.write_superblock_pages(&next, &places).await {
+                Ok(()) => {
+                    self.flush_returning_spare().await?;
+                    *self.superblock.borrow_mut() = next;
+                    for place in lost {
+                        let cause = format!("metadata at the spare's {} is not taken", place.name());
+                        self.place_retired(cause);
+                    }
+                    return Ok(());
+                }
+                Err((place, errno)) => {
+                    places.retain(|other| *other != place);
+                    if places.is_empty() {
+                        return Err(Failure::errno(DeviceIndex::SPARE, errno));
+                    }
+                }
+            }
+        }
+    }
+
+    fn place_retired(&self, cause: String) {
+        let none = SectorRange::default();
+        let action = "retired; the other place goes on alone";
+        self.event(Severity::Error, "place-retired", Some(DeviceIndex::SPARE), none, cause, action);
     }
 
     /// Keep the saved counters and the label's table current while the volume is open.
