@@ -704,7 +704,8 @@ impl World {
         trace!(self, "reply {id:?} {reply:?}");
         match (ordered, reply) {
             (Ordered::Clear(report), Reply::Done(Ok(_))) => {
-                if self.poisoned_at.take().is_some() {
+                let was_poisoned = self.poisoned_at.take().is_some();
+                if was_poisoned {
                     let known = report.filter(|report| !report.ranges.is_empty());
                     self.model.distrust(known.as_ref().map(|report| &report.ranges[..]));
                 }

@@ -37,6 +37,8 @@ pub(super) struct Commits {
     running: Cell<bool>,
     /// Pages whose second home is being brought up, and who waits for that.
     second_homes: RefCell<BTreeMap<u32, Vec<Promise<()>>>>,
+    /// Tasks that free or retire slots and have not ended.
+    freeing: Cell<usize>,
     /// Slots whose freeing (or, `true`, retiring) commit failed: tried again when the spare is back.
     orphans: RefCell<Vec<(Vec<Slot>, bool)>>,
     /// Commits in doubt: their slots are kept from use until a higher sequence is durable.
@@ -245,7 +247,7 @@ impl Core {
 
     /// Free slots (or retire them, after a failure) in a commit of their own, once nothing uses them: a
     /// move is durable before its old slot is let go.
-    pub(super) async fn free_slots(self: &Rc<Self>, slots: Vec<Slot>, retire: bool) {
+    async fn free_slots(self: &Rc<Self>, slots: Vec<Slot>, retire: bool) {
         use crate::volume::table::Entry;
         let entry = if retire { Entry::RETIRED } else { Entry::FREE };
         let changes = slots.iter().map(|slot| Change { slot: *slot, entry }).collect();
@@ -260,7 +262,10 @@ impl Core {
     /// Wait until slots that blocks have left are durably retired. An entry that outlived its block's later
     /// one would count again.
     pub(super) async fn moves_are_over(self: &Rc<Self>) -> Result<(), Failure> {
-        self.commit(Commit { changes: Vec::new(), blocks: Vec::new() }).await?;
+        // What frees slots commits in turn: an empty commit after it waits for it.
+        while self.commits.freeing.get() > 0 {
+            self.commit(Commit { changes: Vec::new(), blocks: Vec::new() }).await?;
+        }
         if self.commits.orphans.borrow().is_empty() {
             return Ok(());
         }
@@ -270,9 +275,19 @@ impl Core {
     /// Free again what could not be freed when the spare went down.
     pub(super) fn retry_orphans(self: &Rc<Self>) {
         for (slots, retire) in std::mem::take(&mut *self.commits.orphans.borrow_mut()) {
-            let core = self.clone();
-            self.spawn(async move { core.free_slots(slots, retire).await });
+            self.free_later(slots, retire);
         }
+    }
+
+    /// Free or retire slots off the path.
+    pub(super) fn free_later(self: &Rc<Self>, slots: Vec<Slot>, retire: bool) {
+        // Counted before the task runs, so that nobody takes the move for over in between.
+        self.commits.freeing.set(self.commits.freeing.get() + 1);
+        let core = self.clone();
+        self.spawn(async move {
+            core.free_slots(slots, retire).await;
+            core.commits.freeing.set(core.commits.freeing.get() - 1);
+        });
     }
 
     /// Refuse what a commit in doubt touches.

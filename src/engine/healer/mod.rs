@@ -313,8 +313,7 @@ impl Core {
             return;
         }
         if !superseded.is_empty() {
-            let core = self.clone();
-            self.spawn(async move { core.free_slots(superseded, false).await });
+            self.free_later(superseded, false);
         }
         let core = self.clone();
         self.spawn(async move { core.keep_sidecars_fresh().await });

@@ -438,8 +438,7 @@ impl Core {
             drop(table);
             if !failed_slots.is_empty() {
                 // Given back, they would be the first to be tried by the next write too.
-                let core = self.clone();
-                self.spawn(async move { core.free_slots(failed_slots, true).await });
+                self.free_later(failed_slots, true);
             }
             return Err(failure);
         }
@@ -469,8 +468,7 @@ impl Core {
             self.adopt_slot(placement, *slot);
         }
         if !left.is_empty() {
-            let core = self.clone();
-            self.spawn(async move { core.free_slots(left, true).await });
+            self.free_later(left, true);
         }
         self.warn_of_exhaustion();
         Ok(())
