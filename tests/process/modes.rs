@@ -7,7 +7,7 @@ use std::process::Command;
 
 use crate::guest::{Failed, Io};
 use crate::model::{Model, Random, pattern};
-use crate::server::{Volume, done, output_of, vhost_remap};
+use crate::server::{Volume, done, vhost_remap};
 
 /// E4: `--read-only` writes nothing to either device.
 #[test]
@@ -178,10 +178,7 @@ impl Loop {
         let block = block.to_string();
         let mut losetup = Command::new("losetup");
         losetup.args(["--find", "--show", "--direct-io=on", "--sector-size", &block]).arg(file);
-        if losetup.output().is_err() {
-            return Err("no losetup".into());
-        }
-        let output = output_of(&mut losetup);
+        let output = losetup.output().map_err(|error| format!("losetup: {error}"))?;
         if !output.status.success() {
             return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
         }

@@ -112,7 +112,7 @@ pub(crate) fn vhost_remap(words: &[&str]) -> Output {
 }
 
 /// Run a command to its end, within [`LIMIT`].
-pub(crate) fn output_of(command: &mut Command) -> Output {
+fn output_of(command: &mut Command) -> Output {
     let what = format!("{command:?}");
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let child = child.unwrap_or_else(|error| panic!("{what}: {error}"));
