@@ -111,6 +111,59 @@ fn a_primary_that_answers_eio_to_everything_is_gone() {
     model.check(guest.queue(), 1008, 208);
 }
 
+/// Starts of areas further apart than a quarter of a 32 MiB volume.
+const FAR_APART: [u64; 3] = [2048, 24_000, 48_000];
+
+/// E1: only the guest's own writes count, not what the ladders try again.
+#[test]
+fn bad_areas_far_apart_that_are_hit_at_once_are_no_lost_device() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    let mut model = Model::zeros(0, 65_536);
+    for start in FAR_APART {
+        server.fault(&["--ops", "write", "--sectors", &format!("{start}-{}", start + 159)]);
+    }
+    // Thirty writes over two blocks each: the ladders fail four times as often.
+    let writes: Vec<Io> = (0..30)
+        .map(|i| FAR_APART[i % 3] + i as u64 / 3 * 16)
+        .map(|sector| model.write(sector, pattern(sector, 16, 2)))
+        .collect();
+    for reply in guest.queue().run(&writes) {
+        reply.unwrap();
+    }
+    let status = server.status();
+    assert_eq!((&status.state[..], status.blocks.remapped), (&["ok".to_owned()][..], 60));
+    model.check_all(guest.queue());
+}
+
+/// E1: a device that takes no write anywhere is lost, even if it reads; it takes an operator to say otherwise.
+#[test]
+fn a_storm_of_failed_writes_trips_the_breaker_until_the_operator_clears_it() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    let model = Model::written(&mut guest, 960, 256, 1);
+    server.fault(&["--ops", "write"]);
+    let writes: Vec<Io> = (0..40)
+        .map(|i| FAR_APART[i % 3] + i as u64 / 3 * 8)
+        .map(|sector| Io::Write { sector, data: pattern(sector, 8, 2) })
+        .collect();
+    let failed = guest.queue().run(&writes).iter().filter(|reply| reply.is_err()).count();
+    assert!(failed >= 9, "{failed}");
+    let gone = server.await_event("device-gone");
+    assert!(gone.action.contains("until `clear`"), "{}", gone.action);
+    let status = server.status();
+    assert_eq!(&status.state[0][..], "primary-gone");
+    assert!(status.blocks.remapped <= 31, "{}", status.blocks.remapped);
+    server.no_faults();
+    assert_eq!(guest.read(960, 8), Err(Failed::IoErr));
+    server.order(&["clear"]);
+    assert_eq!(server.status().state, ["ok"]);
+    model.check_all(guest.queue());
+    guest.write(2048, pattern(2048, 8, 3)).unwrap();
+}
+
 /// E1, Space: the disk is full, which is nobody's bad sector.
 #[test]
 fn no_space_fails_only_that_write() {

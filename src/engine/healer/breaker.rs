@@ -21,7 +21,7 @@ use std::sync::atomic::Ordering;
 const PROBE_VALID_NS: u64 = 1_000_000_000;
 /// A gone device is asked again after so many seconds.
 const RETRY_SECONDS: u64 = 1;
-/// Failed writes in a row, without one success, that trip the breaker.
+/// Failed writes of the guest in a row, without one success, that trip the breaker.
 const STORM_WRITES: usize = 32;
 /// Regions they must lie in.
 const STORM_REGIONS: usize = 3;
@@ -76,11 +76,18 @@ impl Core {
                 }
             }
         }
-        if !read && device == DeviceIndex::PRIMARY && self.is_storm(range) {
-            self.breaker.tripped.set(true);
-            return Err(self.device_gone(device, errno).at(range));
-        }
         Ok(())
+    }
+
+    /// A guest's write to the primary failed on the medium, as far as the probe can tell. Too many of them in
+    /// a row, too far apart for one bad region, and it is the device after all. What the ladders try again is
+    /// not counted: one bad place would stand for many.
+    pub(super) fn count_failed_write(self: &Rc<Self>, errno: Errno, range: SectorRange) -> Result<(), Failure> {
+        if !self.is_storm(range) {
+            return Ok(());
+        }
+        self.breaker.tripped.set(true);
+        Err(self.device_gone(DeviceIndex::PRIMARY, errno).at(range))
     }
 
     /// Ask a device whether it is there, without writing: its identity, and reads of three far places, of
@@ -110,7 +117,9 @@ impl Core {
     /// is remapped for that.
     pub(super) async fn confirm_primary(self: &Rc<Self>) -> Result<(), Failure> {
         self.breaker.probes[usize::from(DeviceIndex::PRIMARY.0)].passed.set(None);
-        self.probe(DeviceIndex::PRIMARY).await.map_err(|errno| self.device_gone(DeviceIndex::PRIMARY, errno))
+        self.probe(DeviceIndex::PRIMARY).await.map_err(|errno| self.device_gone(DeviceIndex::PRIMARY, errno))?;
+        // A storm trips the breaker whatever the probe says.
+        self.refuse_gone(DeviceIndex::PRIMARY)
     }
 
     async fn probe_once(&self, device: DeviceIndex) -> Result<(), Errno> {
@@ -134,7 +143,7 @@ impl Core {
         error
     }
 
-    /// Count a failed write; `true` when 32 in a row failed in far apart places without one success.
+    /// Count it; `true` when 32 in a row failed in far apart places without one success.
     fn is_storm(&self, range: SectorRange) -> bool {
         let successes = self.progress.primary_writes_ok.load(Ordering::Relaxed);
         let mut storm = self.breaker.storm.borrow_mut();

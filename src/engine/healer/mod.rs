@@ -394,10 +394,17 @@ impl Core {
             Why::Failed(_, errno) if class_of(errno) == Class::Ours => None,
             Why::Failed(_, Errno(libc::EOPNOTSUPP)) if zeroing => None,
             // A discard is advice: that it fails says nothing of the medium's taking writes.
-            Why::Failed(device, errno) => match self.diagnose(device, errno, !writes(&handed.request), piece).await {
-                Ok(()) => Some(write::Failed { device, errno, request: piece }),
-                Err(failure) => return self.fail_or_hold(handed, failure),
-            },
+            Why::Failed(device, errno) => {
+                let write = writes(&handed.request);
+                let mut diagnosed = self.diagnose(device, errno, !write, piece).await;
+                if diagnosed.is_ok() && write && device == DeviceIndex::PRIMARY {
+                    diagnosed = self.count_failed_write(errno, piece);
+                }
+                match diagnosed {
+                    Ok(()) => Some(write::Failed { device, errno, request: piece }),
+                    Err(failure) => return self.fail_or_hold(handed, failure),
+                }
+            }
             _ => None,
         };
         let mut start = piece.start;

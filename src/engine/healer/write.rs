@@ -199,6 +199,9 @@ impl Core {
                 }
                 Err(errno) => {
                     self.diagnose(DeviceIndex::PRIMARY, errno, false, part).await?;
+                    if !again {
+                        self.count_failed_write(errno, part)?;
+                    }
                     cause = Some(errno);
                     failing.push(part);
                     if again && part.blocks().len() == 1 {
