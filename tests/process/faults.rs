@@ -71,6 +71,27 @@ fn a_write_that_fails_once_is_rewritten_in_place() {
     assert_eq!(server.blocks("remapped"), [1000]);
 }
 
+/// W1: a rewrite that does not last is not tried twice. R4: it is the write that moves the block, not the read.
+#[test]
+fn a_block_that_fails_a_read_again_after_a_rewrite_moves_with_the_next_write() {
+    let volume = Volume::create(32, 64);
+    let (server, mut guest) = serve(&volume);
+    let mut model = Model::written(&mut guest, 960, 128, 1);
+    let mut rewrite_unreadable = |stamp| {
+        server.fault(&["--ops", "read", "--sectors", "1002", "--until-rewritten"]);
+        assert_eq!(guest.read(1000, 8), Err(Failed::IoErr));
+        assert_eq!((server.blocks("pending"), server.status().blocks.remapped), (vec![1000], 0));
+        let write = model.write(1000, pattern(1000, 8, stamp));
+        guest.queue().one(write).unwrap();
+        model.check_all(guest.queue());
+        let status = server.status();
+        (status.counters.rewritten, status.blocks.remapped, status.blocks.pending)
+    };
+    assert_eq!(rewrite_unreadable(2), (1, 0, 0));
+    assert_eq!(rewrite_unreadable(3), (1, 1, 0));
+    assert_eq!(server.blocks("remapped"), [1000]);
+}
+
 /// Scenario 8: one block fails under several writes at once.
 #[test]
 fn concurrent_failures_of_one_block_take_one_slot() {

@@ -18,7 +18,7 @@ mod read;
 mod write;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -148,7 +148,8 @@ pub(super) struct Core {
     breaker: breaker::Breaker,
     places: place::Places,
     pending: RefCell<pending::PendingSectors>,
-    rewritten: RefCell<BTreeSet<Block>>,
+    /// Blocks rewritten in place after a failure, with the sectors that were (bit mask).
+    rewritten: RefCell<BTreeMap<Block, u8>>,
     /// Percent of the slots whose use the operator was told of last.
     told_used: Cell<u64>,
     tally: RefCell<Tally>,

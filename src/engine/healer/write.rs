@@ -138,16 +138,17 @@ impl Core {
         let map = self.map.borrow().clone();
         let mut on_primary: Vec<SectorRange> = Vec::new();
         let mut in_slots = Vec::new();
+        let mut moving = Vec::new();
         for block in range.blocks().iter().filter(|block| skip.iter().all(|other| other.block != *block)) {
             let part = range.within(block);
             match (map.get(block).slot, on_primary.last_mut()) {
                 (Some(slot), _) => in_slots.push((block, slot)),
+                (None, _) if self.failed_since_rewritten(block) => moving.push(block),
                 (None, Some(last)) if last.end() == part.start => last.count += part.count,
                 (None, _) => on_primary.push(part),
             }
         }
         let failed_on = |device| failed.filter(|failed| failed.device == device);
-        let mut moving = Vec::new();
         for part in on_primary {
             self.refuse_gone(DeviceIndex::PRIMARY)?;
             moving.extend(self.write_in_place(part, copied, failed_on(DeviceIndex::PRIMARY)).await?);
@@ -157,6 +158,15 @@ impl Core {
             moving.extend(self.write_to_slots(range, copied, &in_slots).await?);
         }
         Ok(moving)
+    }
+
+    /// Whether sectors of the block have failed a read since they were rewritten in place: its second failure, which moves it
+    /// (W1) as long as there is somewhere to go.
+    fn failed_since_rewritten(&self, block: Block) -> bool {
+        let failed = self.pending.borrow().mask(block);
+        self.rewritten.borrow().get(&block).is_some_and(|rewritten| rewritten & failed != 0)
+            && self.mode.get().spare_up
+            && self.table.borrow().available() > 0
     }
 
     /// Rewrite a part of the primary, flush, read back; the result is the blocks that failed again, or
@@ -231,7 +241,7 @@ impl Core {
             let middle = Block(blocks.start.0 + blocks.len() / 2).start();
             parts.push((SectorRange { start: middle, count: part.end().0 - middle.0 }, true));
             parts.push((SectorRange { start: part.start, count: middle.0 - part.start.0 }, true));
-        } else if self.rewritten.borrow().contains(&blocks.start) {
+        } else if self.rewritten.borrow().contains_key(&blocks.start) {
             moving.insert(blocks.start);
         } else {
             parts.push((part, true));
@@ -307,8 +317,11 @@ impl Core {
         let action = format!("rewritten in place and read back, blocks: {}", rewritten.len());
         self.event(Severity::Warn, "rewritten", Some(DeviceIndex::PRIMARY), extent, cause, action);
         let mut remembered = self.rewritten.borrow_mut();
-        let room = REWRITTEN_MAX.saturating_sub(remembered.len());
-        remembered.extend(known.into_iter().take(room));
+        for block in known {
+            if remembered.len() < REWRITTEN_MAX || remembered.contains_key(&block) {
+                *remembered.entry(block).or_default() |= range.mask_in(block);
+            }
+        }
     }
 
     /// Write to the slots blocks live in, flush, and clear what is no longer lost; the result is the
