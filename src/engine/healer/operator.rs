@@ -284,7 +284,7 @@ impl Core {
 
     async fn save(self: &Rc<Self>) -> Result<String, String> {
         self.may_write()?;
-        self.save_counters().await.map_err(|errno| format!("spare: {errno}"))?;
+        self.save_counters().await.map_err(|failure| format!("spare: {}", failure.cause))?;
         self.stamp_label().await;
         let flushes = join_all([DeviceIndex::PRIMARY, DeviceIndex::SPARE].map(|device| self.flush(device))).await;
         flushes.into_iter().collect::<Result<(), _>>().map_err(|failure| failure.cause)?;

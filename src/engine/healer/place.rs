@@ -298,14 +298,18 @@ impl Core {
         now.into_iter().zip(base).map(|(now, base)| now.saturating_add(base)).collect()
     }
 
-    /// Write the counters to one place after the other.
-    pub(super) async fn save_counters(&self) -> Result<(), Errno> {
+    /// Write the counters to one place after the other: a power cut tears one of them at most.
+    pub(super) async fn save_counters(self: &Rc<Self>) -> Result<(), Failure> {
         let sequence = self.places.saved_sequence.get() + 1;
         self.places.saved_sequence.set(sequence);
         let saved = SavedCounters { sequence, values: self.lifetime_values() };
-        for place in self.live_places() {
+        for (i, place) in self.live_places().into_iter().enumerate() {
+            if i > 0 {
+                self.flush(DeviceIndex::SPARE).await?;
+            }
             let bytes = saved.encode(self.set, Seat::Spare(place));
-            self.io.write(DeviceIndex::SPARE, self.layout.counters(place), &bytes).await?;
+            let written = self.io.write(DeviceIndex::SPARE, self.layout.counters(place), &bytes).await;
+            written.map_err(|errno| Failure::errno(DeviceIndex::SPARE, errno))?;
         }
         Ok(())
     }
@@ -347,7 +351,7 @@ impl Core {
             self.event(Severity::Error, "close", failure.device, none, &*failure.cause, "left as after a crash");
         })?;
         if self.mode.get().spare_up {
-            self.save_counters().await.map_err(|errno| Failure::errno(DeviceIndex::SPARE, errno))?;
+            self.save_counters().await?;
         }
         self.places.stamped_commits.set(None);
         self.stamp_label().await;
