@@ -3,6 +3,8 @@
 
 #[path = "process/clean.rs"]
 mod clean;
+#[path = "process/degraded.rs"]
+mod degraded;
 #[path = "process/exhaustion.rs"]
 mod exhaustion;
 #[path = "process/faults.rs"]

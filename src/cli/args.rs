@@ -185,6 +185,10 @@ pub struct ServeArgs {
     /// Pass requests straight to the primary: no spare, no metadata, no remaps.
     #[arg(long, conflicts_with_all = ["spare", "create"])]
     pub passthrough: bool,
+    /// The spare is lost: serve what the primary holds, read-only. Blocks that its label lists as remapped
+    /// fail; those that were remapped after the list was written may read as old data.
+    #[arg(long, conflicts_with_all = ["spare", "create", "passthrough", "accept_external"])]
+    pub degraded: bool,
     /// While a device is gone: `fail` requests, or `hold` them, for at most so many seconds.
     #[arg(long, value_name = "fail|hold[=SECONDS]", default_value = "fail")]
     pub on_device_loss: FailOrHold,

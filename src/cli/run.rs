@@ -109,7 +109,7 @@ fn adopt_options(args: AdoptArgs) -> Result<AdoptOptions, CliError> {
 
 pub(super) fn serve_options(args: ServeArgs) -> Result<ServeOptions, CliError> {
     let spare = match args.spare {
-        None if args.passthrough => None,
+        None if args.passthrough || args.degraded => None,
         None => Some(parse::default_spare(&args.primary).map_err(CliError::Usage)?),
         given => given,
     };
@@ -136,6 +136,7 @@ pub(super) fn serve_options(args: ServeArgs) -> Result<ServeOptions, CliError> {
         fault_injection: args.fault_injection,
         accept_external: args.accept_external,
         passthrough: args.passthrough,
+        degraded: args.degraded,
         on_device_loss: args.on_device_loss,
         on_spare_full: args.on_spare_full,
         lock_wait: Duration::from_secs(args.lock_wait),

@@ -138,6 +138,7 @@ fn serve_has_defaults_for_all_but_the_disk_and_the_socket() {
         fault_injection: false,
         accept_external: false,
         passthrough: false,
+        degraded: false,
         on_device_loss: FailOrHold::Fail,
         on_spare_full: FailOrHold::Fail,
         lock_wait: std::time::Duration::from_secs(30),

@@ -106,6 +106,7 @@
 //! ```
 
 pub mod create;
+mod degraded;
 mod errors;
 pub mod event;
 pub mod healer;

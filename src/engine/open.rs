@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use super::create::{CreateParams, new_superblock};
+use super::degraded::open_degraded;
 use super::event::{Event, Severity};
 use super::healer::{Healer, HealerParams, Opened, Tally};
 use super::io::Io;
@@ -127,6 +128,21 @@ pub enum OpenError {
         /// Bytes.
         expected: u32,
     },
+    /// There is no label to serve the primary by without its spare.
+    #[error(
+        "the primary carries no label to go by ({0}): an adopted volume, or one whose label is lost, needs its spare"
+    )]
+    NoLabelToGoBy(String),
+    /// The power went while the label was being written.
+    #[error(
+        "the label's list of remapped blocks is half written: which of them have moved is not known; bring the spare back"
+    )]
+    LabelHalfWritten,
+    /// A page of the label's table is not valid.
+    #[error(
+        "page {0} of the label's list of remapped blocks is damaged: which have moved is not known; bring the spare back"
+    )]
+    LabelPage(u32),
     /// No home of a table page can be used.
     #[error("table page {0} has no valid copy in any of its homes; restore the spare from a dump")]
     TablePage(u32),
@@ -188,6 +204,11 @@ impl Opening {
         Opening(Script::start(|_| async move { Ok(opened) }))
     }
 
+    /// A volume whose spare is lost: read-only, by what its primary's label says.
+    pub fn degraded(primary: DeviceFacts) -> Opening {
+        Opening(Script::start(|io| async move { open_degraded(&io, &primary).await }))
+    }
+
     /// Report what has completed, and get the operations to submit. Finished when [`Opening::is_done`].
     pub fn step(&mut self, now: Time, completions: &[Completion], ops: &mut Vec<Op>) {
         self.0.step(now, completions, ops);
@@ -215,6 +236,7 @@ impl Opening {
             read_only: opened.read_only,
             labelled: superblock.labelled,
             max_remaps: superblock.max_remaps,
+            degraded: opened.stamped,
         };
         Ok((Healer::new(self.0.executor, self.0.io, opened, params), facts))
     }
@@ -235,6 +257,8 @@ pub struct VolumeFacts {
     pub labelled: bool,
     /// Slots.
     pub max_remaps: u32,
+    /// Served without its spare: when the list of remapped blocks was written, seconds since the epoch.
+    pub degraded: Option<u64>,
 }
 
 /// Every sample there can be; see [`sample`].
@@ -368,6 +392,15 @@ fn check_devices(superblock: &Superblock, params: &OpenParams) -> Result<(), Ope
     Ok(())
 }
 
+/// What was found where the primary's label belongs.
+#[derive(Default)]
+struct LabelFound {
+    /// No copy of its superblock can be used.
+    lost: bool,
+    /// When its table was stamped; 0 where that is not known.
+    stamped: u64,
+}
+
 /// Whether the primary is the one the volume was made with.
 async fn check_primary(
     io: &Io,
@@ -375,11 +408,11 @@ async fn check_primary(
     label: Option<LabelLayout>,
     params: &OpenParams,
     live: usize,
-) -> Result<bool, OpenError> {
+) -> Result<LabelFound, OpenError> {
     let facts = &params.primary;
     let same_device = (superblock.primary_inode, superblock.primary_wwn.as_str()) == (facts.inode, facts.wwn.as_str());
     let mut sampled = None;
-    let mut label_lost = false;
+    let mut label_found = LabelFound::default();
     if let Some(label) = label {
         let mut newest: Option<Superblock> = None;
         for copy in 0..2 {
@@ -396,9 +429,9 @@ async fn check_primary(
             Some(found) if found.generation > superblock.generation => {
                 return Err(OpenError::OldSpare { spare: superblock.generation, primary: found.generation });
             }
-            Some(_) => {}
+            Some(found) => label_found.stamped = found.stamped,
             // A creation that ended before its last step, or a label on bad sectors.
-            None if same_device => label_lost = true,
+            None if same_device => label_found.lost = true,
             None => return Err(OpenError::NoLabel(superblock.set)),
         }
     } else if !same_device && !params.accept_external {
@@ -424,7 +457,7 @@ async fn check_primary(
             return Err(OpenError::External("sampled blocks differ", live));
         }
     }
-    Ok(label_lost)
+    Ok(label_found)
 }
 
 /// The homes of all table pages of one place and home, as read; `None` where a page is not valid.
@@ -505,12 +538,16 @@ async fn load_sidecars(
         poisons.extend(page.ok().and_then(|page| Poison::decode(&page, superblock.set, Seat::Label)));
     }
     let saved = counters.into_iter().max_by_key(|saved| saved.sequence).unwrap_or_default();
-    // Without any valid page nobody knows that all is well, so nobody may say so.
-    let unknown = || Poison { poisoned: true, device: DeviceIndex::SPARE.0, errno: libc::EUCLEAN, ..Poison::default() };
-    (poisons.into_iter().max_by_key(|poison| poison.sequence).unwrap_or_else(unknown), saved)
+    let poison = poisons.into_iter().max_by_key(|poison| poison.sequence);
+    (poison.unwrap_or_else(unknown_poison), saved)
 }
 
-fn build_map(table: &Table, capacity: u64) -> Result<(Map, Vec<crate::units::Slot>), OpenError> {
+/// What to go by where no valid page is found: nobody knows that all is well, so nobody may say so.
+pub(super) fn unknown_poison() -> Poison {
+    Poison { poisoned: true, device: DeviceIndex::SPARE.0, errno: libc::EUCLEAN, ..Poison::default() }
+}
+
+pub(super) fn build_map(table: &Table, capacity: u64) -> Result<(Map, Vec<crate::units::Slot>), OpenError> {
     let blocks = capacity.div_ceil(SECTORS_PER_BLOCK);
     let (live, superseded) = table.resolve(u64::MAX);
     let mut map = Map::new(blocks);
@@ -538,7 +575,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         if superblock.labelled { LabelLayout::new(superblock.primary_size, superblock.max_remaps) } else { None };
     let (table, repairs) = load_table(io, &layout, &superblock).await?;
     let (map, superseded) = build_map(&table, superblock.capacity)?;
-    let label_lost = check_primary(io, &superblock, label, params, table.live()).await?;
+    let label_found = check_primary(io, &superblock, label, params, table.live()).await?;
     let (poison, saved) = load_sidecars(io, &layout, &superblock, label).await;
     let unknown = superblock.features[1] & !RO_COMPAT_KNOWN;
     debug_assert_eq!(COMPAT_KNOWN, 0, "unknown compatible features are ignored");
@@ -556,7 +593,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         let cause = format!("read-only compatible features {unknown:#x} are not known here");
         event(&mut events, Severity::Warn, "read-only", spare, cause, "opened read-only");
     }
-    if label_lost {
+    if label_found.lost {
         let cause = "no copy of the label can be read".to_owned();
         event(&mut events, Severity::Warn, "metadata-repaired", DeviceIndex::PRIMARY, cause, "written anew");
     }
@@ -565,8 +602,10 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
             let cause = format!("table page {number} at the {}, home {home:?}", place.name());
             event(&mut events, Severity::Warn, "metadata-repaired", spare, cause, "rewritten from the newest copy");
         }
-        tally.metadata_repairs = repairs.len() as u64 + u64::from(label_lost);
+        tally.metadata_repairs = repairs.len() as u64 + u64::from(label_found.lost);
         let take_over = TakeOver { io, layout: &layout, label, table: &table, poison: &poison };
+        // Until the label is stamped again its list is as old as it was.
+        superblock.stamped = label_found.stamped;
         superblock = take_over.run(&superblock, &repairs, &mut events).await?;
     }
     let slots_start = layout.slots_start;
@@ -578,12 +617,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     };
     let (saved, saved_sequence) = (saved.values, saved.sequence);
     Ok(Opened {
-        geometry,
-        layout,
         label,
-        superblock,
-        table,
-        map,
         superseded,
         poison,
         saved,
@@ -591,6 +625,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         read_only,
         tally,
         events,
+        ..Opened::new(geometry, layout, superblock, table, map)
     })
 }
 
@@ -608,21 +643,10 @@ fn passthrough(primary: &DeviceFacts, serial: [u8; 20], read_only: bool) -> Open
         now: 0,
     };
     let (capacity, logical_block) = (params.capacity, primary.logical_block);
-    Opened {
-        geometry: Geometry { capacity, logical_block, slots_start: 0, slots: 0 },
-        layout,
-        label: None,
-        superblock: new_superblock(&params, &layout, None),
-        table: Table::new(layout.max_remaps),
-        map: Map::new(capacity.div_ceil(SECTORS_PER_BLOCK)),
-        superseded: Vec::new(),
-        poison: Poison::default(),
-        saved: Vec::new(),
-        saved_sequence: 0,
-        read_only,
-        tally: Tally::default(),
-        events: Vec::new(),
-    }
+    let geometry = Geometry { capacity, logical_block, slots_start: 0, slots: 0 };
+    let superblock = new_superblock(&params, &layout, None);
+    let (table, map) = (Table::new(layout.max_remaps), Map::new(capacity.div_ceil(SECTORS_PER_BLOCK)));
+    Opened { read_only, ..Opened::new(geometry, layout, superblock, table, map) }
 }
 
 /// What taking over works with.

@@ -12,6 +12,7 @@ use super::mailbox::Outbox;
 use super::report::{
     BlockReport, Counters, DeviceReport, EventPage, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
 };
+use super::volume::degraded_list;
 use super::worker::Clock;
 use crate::device::DeviceIndex;
 use crate::device::fault::FaultTable;
@@ -127,7 +128,17 @@ impl VolumeHandle {
             let primary = path(DeviceIndex::PRIMARY);
             found.push(("primary-gone", format!("{primary} does not answer: reattach it; see `events` for the error")));
         }
-        if let Some(cause) = &healer.spare_down {
+        let degraded = self.0.opened.facts.degraded;
+        if let Some(stamped) = degraded {
+            let now = self.0.epoch + self.0.clock.now().0 / 1_000_000_000;
+            let list = degraded_list(stamped, now);
+            let primary = path(DeviceIndex::PRIMARY);
+            found.push((
+                "degraded",
+                format!("{primary}: served without its spare: {list}; bring the spare back to have them again"),
+            ));
+        }
+        if let Some(cause) = healer.spare_down.as_ref().filter(|_| degraded.is_none()) {
             let spare = path(DeviceIndex::SPARE);
             found.push((
                 "spare-down",

@@ -100,7 +100,7 @@ pub enum FailOrHold {
 pub struct ServeOptions {
     /// Device or file that holds guest data.
     pub primary: PathBuf,
-    /// Device or file that holds metadata and slots; absent only with `passthrough`.
+    /// Device or file that holds metadata and slots; absent only with `passthrough` and `degraded`.
     pub spare: Option<PathBuf>,
     /// Where front-ends come from.
     pub listen: Listen,
@@ -124,6 +124,8 @@ pub struct ServeOptions {
     pub accept_external: bool,
     /// Whether requests go straight to the primary, without metadata or remaps.
     pub passthrough: bool,
+    /// Whether the spare is lost: the primary is only read, by what its label says.
+    pub degraded: bool,
     /// While a device is gone.
     pub on_device_loss: FailOrHold,
     /// While a write needs a slot and none is free.

@@ -19,11 +19,12 @@ use crate::device::DeviceIndex;
 use crate::device::fault::FaultTable;
 use crate::device::open::{self, DeviceSet, OpenOptions, create_file, same_file};
 use crate::engine::create::{CreateParams, Creation};
+use crate::engine::event::{Event, Severity};
 use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
 use crate::engine::open::{OpenError, OpenParams, Opening};
 use crate::engine::shard::Shard;
 use crate::runtime::options::IoEngine;
-use crate::units::SECTOR_SIZE;
+use crate::units::{SECTOR_SIZE, SectorRange, Time};
 use crate::volume::layout::{label_size, spare_size};
 use crate::volume::superblock::CloseStamp;
 
@@ -41,12 +42,12 @@ pub enum MakeError {
     #[error(transparent)]
     Device(#[from] open::OpenError),
     /// The volume was refused; names the pair it is about.
-    #[error("{}: {}: {error}", primary.display(), spare.display())]
+    #[error("{}: {error}", pair(primary, spare.as_deref()))]
     Volume {
         /// The primary.
         primary: PathBuf,
-        /// The spare.
-        spare: PathBuf,
+        /// The spare, if there is to be one.
+        spare: Option<PathBuf>,
         /// The reason.
         error: OpenError,
     },
@@ -56,6 +57,11 @@ pub enum MakeError {
     /// The host refused something.
     #[error("{0}")]
     Host(#[from] io::Error),
+}
+
+fn pair(primary: &Path, spare: Option<&Path>) -> String {
+    let spare = spare.map_or_else(String::new, |spare| format!(": {}", spare.display()));
+    format!("{}{spare}", primary.display())
 }
 
 fn refused<T>(line: String) -> Result<T, MakeError> {
@@ -185,7 +191,7 @@ fn make(
         result = result.take().or_else(|| creation.result());
         result.is_some()
     });
-    let volume_error = |error| MakeError::Volume { primary: primary.to_owned(), spare: spare.to_owned(), error };
+    let volume_error = |error| MakeError::Volume { primary: primary.to_owned(), spare: Some(spare.to_owned()), error };
     result.expect("driven to its end").map_err(volume_error)?;
     Ok(format!(
         "{}: volume {set}: {capacity} sectors ({} MiB), spare {} with {} slots{}",
@@ -316,7 +322,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
         create_if_absent(options, spare, make.size, &make.shape)?;
     }
     let open_options = OpenOptions {
-        read_only: options.read_only,
+        read_only: options.read_only || options.degraded,
         direct: options.cache == Cache::None,
         lock_wait: options.lock_wait,
     };
@@ -327,6 +333,13 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
     let primary = Arc::new(open::open(&options.primary, &open_options)?);
     let mut devices = vec![primary.clone()];
     if let Some(spare) = spare {
+        if matches!(fs::metadata(spare), Err(error) if error.kind() == io::ErrorKind::NotFound) {
+            return refused(format!(
+                "{}: no such file or device; name the spare with --spare, or read what {} still holds with --degraded",
+                spare.display(),
+                options.primary.display()
+            ));
+        }
         // Metadata is always written with O_DIRECT, whatever the guest's data is.
         let device = Arc::new(open::open(spare, &OpenOptions { direct: true, ..open_options.clone() })?);
         devices.push(device);
@@ -346,13 +359,14 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
     let params = HealerParams { shards: inboxes.len(), policy: policy(options), epoch };
     let setup = HealerSetup { devices: devices.clone(), opening, params, clock, log: log.clone(), shards: to_shards };
     let (healer, opened) = HealerThread::start(setup).map_err(|error| match error {
-        StartError::Open(error) => MakeError::Volume {
-            primary: options.primary.clone(),
-            spare: options.spare.clone().unwrap_or_default(),
-            error,
-        },
+        StartError::Open(error) => {
+            MakeError::Volume { primary: options.primary.clone(), spare: options.spare.clone(), error }
+        }
         StartError::Host(error) => MakeError::Host(error),
     })?;
+    if let Some(stamped) = opened.facts.degraded {
+        log.push(degraded_event(stamped, epoch));
+    }
     let disk = Arc::new(DiskInfo {
         capacity: opened.geometry.capacity,
         logical_block_size: opened.geometry.logical_block,
@@ -396,6 +410,7 @@ fn opening(options: &ServeOptions, devices: &Devices) -> Box<dyn FnOnce() -> Ope
             let params = OpenParams { primary, spare, read_only, accept_external };
             Box::new(move || Opening::new(params))
         }
+        None if options.degraded => Box::new(move || Opening::degraded(primary)),
         None => {
             let mut serial = [0; 20];
             let name = format!("passthrough-{:x}", primary.inode);
@@ -404,6 +419,26 @@ fn opening(options: &ServeOptions, devices: &Devices) -> Box<dyn FnOnce() -> Ope
             Box::new(move || Opening::passthrough(&primary, serial, read_only))
         }
     }
+}
+
+/// Served without its spare since the label's list of remapped blocks was written at `stamped`.
+fn degraded_event(stamped: u64, now: u64) -> Event {
+    Event {
+        time: Time(0),
+        severity: Severity::Error,
+        kind: "degraded",
+        device: Some(DeviceIndex::SPARE),
+        range: SectorRange::default(),
+        cause: "served without it".into(),
+        action: format!("read-only; {}", degraded_list(stamped, now)),
+    }
+}
+
+/// How far a label's list can be trusted that was written at `stamped`.
+pub(super) fn degraded_list(stamped: u64, now: u64) -> String {
+    let date = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(stamped));
+    let age = humantime::format_duration(Duration::from_secs(now.saturating_sub(stamped)));
+    format!("blocks remapped by {date} ({age} ago) fail; those remapped later may read as old data")
 }
 
 fn policy(options: &ServeOptions) -> Policy {

@@ -1,7 +1,7 @@
 //! One run: create, then open, serve and close or crash a few times, then heal everything and look.
 
 use uuid::Uuid;
-use vhost_remap::device::{Completion, DeviceIndex, Op};
+use vhost_remap::device::{Completion, DeviceIndex, Op, OpKind};
 use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::{HealerParams, Order};
 use vhost_remap::engine::open::{DeviceFacts, OpenError, OpenParams, Opening};
@@ -403,8 +403,43 @@ impl World {
         let after = self.events.iter().filter(|event| event.kind == "guest-error").count();
         assert_eq!(errors, after, "what was rewritten and flushed reads");
         self.check_quiet();
+        if self.config.labelled && self.rng.percent(30) {
+            self.lose_spare();
+        }
         self.abandon_flights();
         self.stop();
-        let _ = self.disk(DeviceIndex::PRIMARY);
+    }
+
+    /// Save, crash, and look at the primary without its spare: it is not written, and what the label lists as
+    /// remapped fails; the rest reads.
+    fn lose_spare(&mut self) {
+        self.done = None;
+        self.order(Order::Save);
+        self.settle_down();
+        assert!(matches!(self.done, Some(Ok(_))), "healthy devices take counters and label: {:?}", self.done);
+        let moved: Vec<u64> =
+            self.list().iter().filter(|(_, state, _)| state.slot.is_some()).map(|(block, ..)| block.0).collect();
+        self.crash();
+        self.disk(DeviceIndex::SPARE).gone = true;
+        let mut opening = Opening::degraded(self.facts(0));
+        self.script(None, |world, completions, ops| {
+            opening.step(world.now, completions, ops);
+            assert!(ops.iter().all(|op| op.kind == OpKind::Read && op.device == DeviceIndex::PRIMARY), "{ops:?}");
+            opening.is_done()
+        });
+        let params = HealerParams { shards: self.config.shards, policy: self.config.policy, epoch: 1_000_000 };
+        let (healer, _) = opening.finish(&params).unwrap_or_else(|error| panic!("a whole label is refused: {error}"));
+        self.read_only = true;
+        self.start(healer, false);
+        let changes = self.disks[0].mtime;
+        for block in 0..self.config.capacity.div_ceil(8) {
+            let errors = self.events.len();
+            let (start, count) = (block * 8, (self.config.capacity - block * 8).min(8));
+            self.ask_read(SectorRange { start: Sector(start), count });
+            self.settle_down();
+            let failed = self.events[errors..].iter().any(|event| event.kind == "guest-error");
+            assert_eq!(failed, moved.contains(&block), "block {block}; moved: {moved:?}");
+        }
+        assert_eq!(self.disks[0].mtime, changes, "a volume without its spare is only read");
     }
 }

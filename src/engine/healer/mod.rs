@@ -119,8 +119,32 @@ pub(super) struct Opened {
     pub(super) saved: Vec<u64>,
     pub(super) saved_sequence: u64,
     pub(super) read_only: bool,
+    /// There is no spare, and what has moved is known from a label written then (seconds since the epoch).
+    pub(super) stamped: Option<u64>,
     pub(super) tally: Tally,
     pub(super) events: Vec<Event>,
+}
+
+impl Opened {
+    /// With nothing beside the map that was found.
+    pub(super) fn new(geometry: Geometry, layout: Layout, superblock: Superblock, table: Table, map: Map) -> Opened {
+        Opened {
+            geometry,
+            layout,
+            label: None,
+            superblock,
+            table,
+            map,
+            superseded: Vec::new(),
+            poison: Poison::default(),
+            saved: Vec::new(),
+            saved_sequence: 0,
+            read_only: false,
+            stamped: None,
+            tally: Tally::default(),
+            events: Vec::new(),
+        }
+    }
 }
 
 /// State shared by the healer's tasks, all on one thread.
@@ -193,7 +217,7 @@ impl Healer {
         let mode = Mode {
             poisoned: opened.poison.poisoned,
             primary: PrimaryState::Up,
-            spare_up: true,
+            spare_up: opened.stamped.is_none(),
             read_only: opened.read_only,
         };
         let view = Arc::new(View { map: map.clone(), mode, dense: Arc::default() });

@@ -12,7 +12,7 @@ use crate::engine::open;
 use crate::engine::task::{Permits, join_all};
 use crate::engine::view::Geometry;
 use crate::units::SectorRange;
-use crate::volume::layout::{Home, PAGE, Place};
+use crate::volume::layout::{Home, LabelLayout, PAGE, Place};
 use crate::volume::sidecar::SavedCounters;
 use crate::volume::superblock::{CloseStamp, Seat, Superblock};
 use crate::volume::table::{Page, PageSeat, PageState};
@@ -316,28 +316,48 @@ impl Core {
 
     /// Refresh the label: its superblock and its copy of the table, where commits came since the last
     /// time. Off the path; a failure is only counted.
-    pub(super) async fn stamp_label(&self) {
+    pub(super) async fn stamp_label(self: &Rc<Self>) {
         let Some(label) = self.label else { return };
         let commits = self.tally.borrow().commits;
         let gone = self.refuse_gone(DeviceIndex::PRIMARY).is_err();
         if gone || self.places.stamped_commits.get() == Some(commits) {
             return;
         }
-        let mut superblock = self.superblock.borrow().clone();
-        superblock.stamped = self.wall_seconds();
+        match self.write_label(label).await {
+            Ok(()) => self.places.stamped_commits.set(Some(commits)),
+            Err(_) => self.places.label_failures.set(self.places.label_failures.get() + 1),
+        }
+    }
+
+    /// Write the label's copy of the table. While that is half done, which a power cut could leave so, the
+    /// label says that its list has no date, and nobody goes by it: a block whose entry moved from one page
+    /// to another might be on neither.
+    async fn write_label(self: &Rc<Self>, label: LabelLayout) -> Result<(), Failure> {
+        let primary = DeviceIndex::PRIMARY;
+        let stamp = self.wall_seconds();
+        let pages: Vec<_> = (0..label.table_pages)
+            .map(|number| {
+                let table = self.table.borrow();
+                let page = table.page_with(number, table.page(number).sequence, &[]);
+                (label.table(number), page.encode(self.set, number, PageSeat::Label))
+            })
+            .collect();
+        self.write_label_superblock(label, 0).await?;
+        self.flush(primary).await?;
+        let writes = pages.iter().map(|(offset, bytes)| self.io.write(primary, *offset, bytes));
+        let written: Result<(), Errno> = join_all(writes).await.into_iter().collect();
+        written.map_err(|errno| Failure::errno(primary, errno))?;
+        self.flush(primary).await?;
+        self.write_label_superblock(label, stamp).await
+    }
+
+    /// The superblock goes to the copy of its generation, with the time at which the label's table was true.
+    async fn write_label_superblock(&self, label: LabelLayout, stamped: u64) -> Result<(), Failure> {
+        let superblock = Superblock { stamped, ..self.superblock.borrow().clone() };
         let copy = Superblock::copy_for(superblock.generation);
-        let mut writes = vec![(label.superblock(copy), superblock.encode(Seat::Label, copy))];
-        for number in 0..label.table_pages {
-            let table = self.table.borrow();
-            let page = table.page_with(number, table.page(number).sequence, &[]);
-            writes.push((label.table(number), page.encode(self.set, number, PageSeat::Label)));
-        }
-        let writes = writes.iter().map(|(offset, bytes)| self.io.write(DeviceIndex::PRIMARY, *offset, bytes));
-        if join_all(writes).await.iter().all(Result::is_ok) {
-            self.places.stamped_commits.set(Some(commits));
-        } else {
-            self.places.label_failures.set(self.places.label_failures.get() + 1);
-        }
+        let bytes = superblock.encode(Seat::Label, copy);
+        let written = self.io.write(DeviceIndex::PRIMARY, label.superblock(copy), &bytes).await;
+        written.map_err(|errno| Failure::errno(DeviceIndex::PRIMARY, errno))
     }
 
     /// Close the volume: everything durable, counters and label current. What is left to write is the

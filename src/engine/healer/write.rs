@@ -160,8 +160,8 @@ impl Core {
         Ok(moving)
     }
 
-    /// Whether sectors of the block have failed a read since they were rewritten in place: its second failure, which moves it
-    /// (W1) as long as there is somewhere to go.
+    /// Whether sectors of the block have failed a read since they were rewritten in place: its second failure,
+    /// which moves it (W1) as long as there is somewhere to go.
     fn failed_since_rewritten(&self, block: Block) -> bool {
         let failed = self.pending.borrow().mask(block);
         self.rewritten.borrow().get(&block).is_some_and(|rewritten| rewritten & failed != 0)
