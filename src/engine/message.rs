@@ -101,6 +101,13 @@ pub enum ToHealer {
         /// The queue that is stopping.
         queue: u16,
     },
+    /// A queue that is stopping waits for the requests it hands over from now on: none of them is held.
+    Finish {
+        /// The shard.
+        shard: usize,
+        /// The queue.
+        queue: u16,
+    },
     /// A queue that was stopping is served again.
     Resumed {
         /// The shard.

@@ -106,7 +106,7 @@ impl Shard {
         }
         match first_piece(&request) {
             Some(cursor) => self.serve(request, cursor, out),
-            None => self.finish(request, out),
+            None => self.conclude(request, out),
         }
     }
 
@@ -226,6 +226,12 @@ impl Shard {
         if self.unanswered(queue) > 0 {
             out.to_healer.push(ToHealer::Withdraw { shard: self.index, queue });
         }
+    }
+
+    /// Serve requests of a queue that is stopping to their end: those that come back from [`Shard::withdraw`]
+    /// and can be left nowhere. What would be held is answered with an error instead.
+    pub fn finish(&mut self, queue: u16, out: &mut ShardOut) {
+        out.to_healer.push(ToHealer::Finish { shard: self.index, queue });
     }
 
     /// Take requests of a queue again after [`Shard::withdraw`].
@@ -392,12 +398,12 @@ impl Shard {
         }
         match next_piece(&request, &cursor) {
             Some(next) => self.serve(request, next, out),
-            None => self.finish(request, out),
+            None => self.conclude(request, out),
         }
     }
 
     /// Every piece is done: answer, or see to durability first.
-    fn finish(&mut self, request: Request, out: &mut ShardOut) {
+    fn conclude(&mut self, request: Request, out: &mut ShardOut) {
         if matches!(request.op, RequestOp::Flush) || (request.write_through && is_write(&request)) {
             return self.hand_over(request, Cursor::default(), Why::Durability, out);
         }

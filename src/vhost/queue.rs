@@ -49,7 +49,8 @@ pub struct StartQueue {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopHow {
     /// The front-end asks where to go on (GET_VRING_BASE): the ring is rewound over them. Those with answered
-    /// requests behind them stay in the in-flight region, or are served where there is none.
+    /// requests behind them stay in the in-flight region. Where there is none they are served, or fail if they
+    /// would have to wait for a device.
     Drain,
     /// The front-end is gone: they stay in the in-flight region.
     Leave,

@@ -381,7 +381,7 @@ impl DataPlane {
         if how == StopHow::Drain {
             self.rewind(queue, &mut withdrawn);
             if !queue.is_tracked() && !withdrawn.is_empty() {
-                self.worker.shard.resume(queue.index);
+                self.worker.shard.finish(queue.index, &mut self.out);
                 for request in withdrawn {
                     self.worker.shard.submit(now, request, &mut self.out);
                 }

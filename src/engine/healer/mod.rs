@@ -18,7 +18,7 @@ mod read;
 mod write;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -179,8 +179,8 @@ pub(super) struct Core {
     tally: RefCell<Tally>,
     waiting: RefCell<VecDeque<Handed>>,
     held: RefCell<Vec<Held>>,
-    /// Queues that stop, by shard: none of their requests is held any more.
-    stopping: RefCell<BTreeSet<(usize, u16)>>,
+    /// Queues that stop, by shard.
+    stopping: RefCell<BTreeMap<(usize, u16), Stopping>>,
     running: Cell<usize>,
     to_shards: RefCell<Vec<(usize, ToShard)>>,
     replies: RefCell<Vec<(OrderId, Reply)>>,
@@ -192,6 +192,15 @@ struct Held {
     handed: Handed,
     deadline: Time,
     failure: Failure,
+}
+
+/// What becomes of requests of a stopping queue that would be held.
+#[derive(Clone, Copy, Debug)]
+enum Stopping {
+    /// They go back to their shard.
+    Withdraw,
+    /// They fail: their shard can leave them nowhere.
+    Finish,
 }
 
 /// The healer of one volume: a state machine like the shards.
@@ -282,6 +291,9 @@ impl Healer {
             ToHealer::Clear { shard: _, fence } => self.core.fences.clear(fence),
             ToHealer::Adopted { shard: _, ack } => self.core.adoptions.adopted(ack),
             ToHealer::Withdraw { shard, queue } => self.core.withdraw(shard, queue),
+            ToHealer::Finish { shard, queue } => {
+                self.core.stopping.borrow_mut().insert((shard, queue), Stopping::Finish);
+            }
             ToHealer::Resumed { shard, queue } => _ = self.core.stopping.borrow_mut().remove(&(shard, queue)),
         }
         self.turn(out);
@@ -462,12 +474,13 @@ impl Core {
             failure::Hold::PrimaryGone => self.policy.primary_gone,
             failure::Hold::SpareFull => self.policy.spare_full,
         };
-        match policy {
-            OnLoss::Fail => self.fail(handed, &failure),
-            OnLoss::Hold(_) if self.stopping.borrow().contains(&(handed.shard, handed.request.queue)) => {
+        let stopping = self.stopping.borrow().get(&(handed.shard, handed.request.queue)).copied();
+        match (policy, stopping) {
+            (OnLoss::Fail, _) | (_, Some(Stopping::Finish)) => self.fail(handed, &failure),
+            (_, Some(Stopping::Withdraw)) => {
                 self.send(handed.shard, ToShard::Withdrawn { request: handed.request });
             }
-            OnLoss::Hold(seconds) => {
+            (OnLoss::Hold(seconds), None) => {
                 let core = self.clone();
                 let deadline = self.io.now().plus_secs(seconds);
                 self.held.borrow_mut().push(Held { handed, deadline, failure });
@@ -541,7 +554,7 @@ impl Core {
 
     /// A queue stops: what has not begun goes back to its shard.
     fn withdraw(&self, shard: usize, queue: u16) {
-        self.stopping.borrow_mut().insert((shard, queue));
+        self.stopping.borrow_mut().insert((shard, queue), Stopping::Withdraw);
         let not_begun = |handed: &Handed| {
             handed.shard == shard
                 && handed.request.queue == queue
