@@ -113,10 +113,10 @@
 //! | promise | in short | held by |
 //! |---|---|---|
 //! | R1 | a read is the last completed write, or fails | `every_run_keeps_the_contract` `requests_of_all_sizes_around_remapped_blocks_agree_with_a_model` `all_sizes_and_alignments_read_back_with_io_uring` `a_file_that_shrank_gives_errors_and_not_zeros` `random_requests_faults_and_restarts_agree_with_a_model`; without the spare: `blocks_remapped_after_the_list_was_written_read_as_the_primary_holds_them` |
-//! | R2 | a failing read fails for exactly its bad sectors, within bounds | `a_read_of_a_bad_block_fails_for_exactly_its_sectors`; the bound in time: not yet |
+//! | R2 | a failing read fails for exactly its bad sectors, within bounds | `a_read_of_a_bad_block_fails_for_exactly_its_sectors` `a_read_of_a_disk_that_tries_hard_fails_within_ten_seconds_of_device_time` `a_long_read_of_a_slow_disk_that_reads_in_the_end_succeeds` |
 //! | R3 | pending blocks no later success; lost sectors heal | `a_pending_block_is_healed_in_place_by_a_rewrite` `every_run_keeps_the_contract` `a_lost_sector_is_not_served_from_a_stale_primary` |
 //! | R4 | a read error takes no slot and loses nothing | `a_read_of_a_bad_block_fails_for_exactly_its_sectors` |
-//! | W1 | a failed write is rewritten in place, or moved | `a_write_that_fails_once_is_rewritten_in_place` `a_block_that_fails_a_read_again_after_a_rewrite_moves_with_the_next_write` `a_write_to_a_bad_block_succeeds_and_moves_the_block`; counted as healed by a later pass: not yet, there is no scanner |
+//! | W1 | a failed write is rewritten in place, or moved | `a_write_that_fails_once_is_rewritten_in_place` `a_block_that_fails_a_read_again_after_a_rewrite_moves_with_the_next_write` `a_write_gives_up_rewriting_in_place_within_two_seconds_of_device_time` `a_write_to_a_bad_block_succeeds_and_moves_the_block`; counted as healed by a later pass: not yet, there is no scanner |
 //! | W2 | slot, flush, map, flush, publish, answer | `every_run_keeps_the_contract` |
 //! | W3 | no answer before the mapping is durable; storms share commits | `remaps_survive_a_kill` `sixty_four_blocks_failing_at_once_are_all_moved` `concurrent_failures_of_one_block_take_one_slot` |
 //! | W4 | a partial write merges, and loses only what cannot be read | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read` |

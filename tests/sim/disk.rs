@@ -93,6 +93,8 @@ pub(crate) struct Disk {
     completed: u64,
     pub(crate) bad_reads: BTreeMap<usize, Bad>,
     pub(crate) bad_writes: BTreeMap<usize, Bad>,
+    /// How much longer an operation takes that will fail on a bad sector, in nanoseconds.
+    pub(crate) failing_ns: u64,
     /// Everything fails.
     pub(crate) gone: bool,
     /// So many operations fail with that error, wherever they go.
@@ -139,6 +141,7 @@ impl Disk {
             completed: 0,
             bad_reads: BTreeMap::new(),
             bad_writes: BTreeMap::new(),
+            failing_ns: 0,
             gone: false,
             burst: (0, 0),
             full: 0,
@@ -177,6 +180,17 @@ impl Disk {
         self.bad_reads.clear();
         self.bad_writes.clear();
         (self.gone, self.burst, self.full, self.bad_flushes) = (false, (0, 0), 0, 0);
+    }
+
+    /// How much longer the operation takes for trying hard before it fails.
+    pub(crate) fn hesitation_ns(&self, op: &Op) -> u64 {
+        let marks = match op.kind {
+            OpKind::Read => &self.bad_reads,
+            OpKind::Write => &self.bad_writes,
+            OpKind::Flush | OpKind::Discard | OpKind::WriteZeroes { .. } | OpKind::Identify => return 0,
+        };
+        let (first, last) = sectors(op);
+        if marks.range(first..last).next().is_some() { self.failing_ns } else { 0 }
     }
 
     /// Do an operation; `durable_to` is [`Disk::completed`] as of its submission.

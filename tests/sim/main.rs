@@ -7,6 +7,7 @@
 //! VHOST_REMAP_SEED=7 cargo test --release --test sim -- replay --nocapture
 //! ```
 
+mod bounds;
 mod config;
 mod disk;
 mod faults;

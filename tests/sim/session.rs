@@ -130,7 +130,7 @@ impl World {
     }
 
     /// Open once; `None` where the opening itself was cut by a crash.
-    fn open_once(&mut self, read_only: bool, crash_after: Option<u64>) -> Option<Result<(), OpenError>> {
+    pub(crate) fn open_once(&mut self, read_only: bool, crash_after: Option<u64>) -> Option<Result<(), OpenError>> {
         // What a failed flush dropped and a power cut took differs from the close stamp.
         let accept_external = self.disks[0].reverted;
         let params = OpenParams { primary: self.facts(0), spare: self.facts(1), read_only, accept_external };
@@ -231,7 +231,7 @@ impl World {
     }
 
     /// Run until nothing is under way.
-    fn settle_down(&mut self) {
+    pub(crate) fn settle_down(&mut self) {
         assert!(self.serve(0, None));
     }
 

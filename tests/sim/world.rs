@@ -202,7 +202,7 @@ impl World {
                 !self.read_only || matches!(op.kind, OpKind::Read | OpKind::Identify | OpKind::Flush),
                 "a read-only volume is written: {op:?}"
             );
-            let mut latency = 1 + self.rng.below(20_000);
+            let mut latency = 1 + self.rng.below(20_000) + disk.hesitation_ns(&op);
             if slow && self.rng.percent(3) {
                 latency += self.rng.below(12_000_000_000);
                 trace!(self, "slow: {:?} takes {latency} ns", op);

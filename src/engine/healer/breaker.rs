@@ -12,7 +12,7 @@ use super::{Core, Severity};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::errors::{Class, class_of};
 use crate::engine::message::Refusal;
-use crate::engine::task::{Promise, join_all, promise};
+use crate::engine::task::{Promise, promise};
 use crate::engine::view::PrimaryState;
 use crate::units::{SectorRange, Time};
 use std::sync::atomic::Ordering;
@@ -122,7 +122,7 @@ impl Core {
         self.refuse_gone(DeviceIndex::PRIMARY)
     }
 
-    async fn probe_once(&self, device: DeviceIndex) -> Result<(), Errno> {
+    async fn probe_once(self: &Rc<Self>, device: DeviceIndex) -> Result<(), Errno> {
         self.io.identify(device).await?;
         let size = match device {
             DeviceIndex::PRIMARY => self.geometry.capacity * 512,
@@ -132,15 +132,23 @@ impl Core {
         let last = (size / unit).saturating_sub(1) * unit;
         let places = [0, last / 2 / unit * unit, last];
         let len = usize::try_from(unit).expect("512 or 4096");
-        let reads = join_all(places.map(|place| self.io.read(device, place, len))).await;
-        let mut error = Ok(());
-        for (result, _) in reads {
-            match result {
-                Ok(_) => return Ok(()),
-                Err(errno) => error = Err(errno),
-            }
+        let (first_good, awaited) = promise();
+        let verdict = Rc::new((RefCell::new(Some(first_good)), Cell::new(places.len())));
+        for place in places {
+            let (core, verdict) = (self.clone(), verdict.clone());
+            // Not waited for together: a bad sector may take its time to fail.
+            self.spawn(async move {
+                let (read, _) = core.io.read(device, place, len).await;
+                let (promise, left) = &*verdict;
+                left.set(left.get() - 1);
+                if (read.is_ok() || left.get() == 0)
+                    && let Some(promise) = promise.borrow_mut().take()
+                {
+                    promise.keep(read.map(drop));
+                }
+            });
         }
-        error
+        awaited.await
     }
 
     /// Count it; `true` when 32 in a row failed in far apart places without one success.

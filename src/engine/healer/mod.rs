@@ -43,6 +43,7 @@ use crate::volume::table::Table;
 use failure::Failure;
 pub use flush::PoisonReport;
 pub use operator::{HealerStatus, Order, OrderId, Reply};
+use read::Budget;
 
 /// Repairs under way at a time, at most. Others wait in order; each holds at most [`CHUNK_SECTORS`] of
 /// data, so this bounds the healer's memory too.
@@ -444,6 +445,8 @@ impl Core {
             }
             _ => None,
         };
+        // Of the whole request: what one of its chunks has used up, the next has no more.
+        let budget = if reads(&handed.request) { Budget::of_read() } else { Budget::of_write() };
         let mut start = piece.start;
         while start < piece.end() {
             let limit = CHUNK_SECTORS - start.0 % CHUNK_SECTORS;
@@ -451,10 +454,10 @@ impl Core {
             let from = usize::try_from(chunk.start.0 - piece.start.0).expect("within a request in memory") * 512;
             let done = match &handed.request.op {
                 RequestOp::Read { data, .. } => {
-                    self.read_chunk(chunk, data, from, failed.is_some() && chunk == piece).await
+                    self.read_chunk(chunk, data, from, failed.is_some() && chunk == piece, &budget).await
                 }
-                RequestOp::Write { data, .. } => self.write_chunk(chunk, Some((data, from)), failed).await,
-                RequestOp::WriteZeroes { .. } => self.write_chunk(chunk, None, failed).await,
+                RequestOp::Write { data, .. } => self.write_chunk(chunk, Some((data, from)), failed, &budget).await,
+                RequestOp::WriteZeroes { .. } => self.write_chunk(chunk, None, failed, &budget).await,
                 // Advice that failed on the medium was heard; the event below says so.
                 RequestOp::Discard { .. } => Ok(()),
                 RequestOp::Flush => unreachable!("a flush has no piece to repair"),

@@ -21,12 +21,22 @@ const READ_BUDGET_NS: u64 = 10_000_000_000;
 /// Bad places after which a request has failed well enough; the rest of it is not looked at.
 const BAD_MAX: usize = 64;
 
-/// Device time that is left.
+/// Device time rewriting one request in place may take, in nanoseconds (2 s).
+const IN_PLACE_BUDGET_NS: u64 = 2_000_000_000;
+
+/// Device time that is left for operations that fail. What succeeds is not limited: a long request on a slow
+/// disk is no failing one.
 pub(super) struct Budget(Cell<u64>);
 
 impl Budget {
-    pub(super) fn new(ns: u64) -> Budget {
-        Budget(Cell::new(ns))
+    /// For reading (R2).
+    pub(super) fn of_read() -> Budget {
+        Budget(Cell::new(READ_BUDGET_NS))
+    }
+
+    /// For rewriting in place (W1).
+    pub(super) fn of_write() -> Budget {
+        Budget(Cell::new(IN_PLACE_BUDGET_NS))
     }
 
     pub(super) fn spend(&self, took: Took) {
@@ -90,7 +100,6 @@ impl Core {
             }
             loop {
                 let (result, took) = self.io.read(device, offset + from as u64, len).await;
-                budget.spend(took);
                 let errno = match result {
                     Ok(buf) => {
                         ladder.data[from..from + len].copy_from_slice(&buf);
@@ -98,9 +107,12 @@ impl Core {
                     }
                     Err(errno) => errno,
                 };
+                budget.spend(took);
                 failing.push((from, len));
                 ladder.errno = Some(errno);
+                let asked = self.io.now();
                 self.diagnose(device, errno, true, SectorRange::default()).await?;
+                budget.spend(Took(self.io.now().since_ns(asked)));
                 tries -= 1;
                 if tries > 0 && !budget.is_spent() {
                     continue;
@@ -131,9 +143,10 @@ impl Core {
         guest: &Iovecs,
         from: usize,
         failed: bool,
+        budget: &Budget,
     ) -> Result<(), Failure> {
         let fence = self.fence(range.blocks()).await?;
-        let result = self.read_fenced(range, guest, from, failed).await;
+        let result = self.read_fenced(range, guest, from, failed, budget).await;
         self.lift(fence);
         result
     }
@@ -144,14 +157,14 @@ impl Core {
         guest: &Iovecs,
         from: usize,
         failed: bool,
+        budget: &Budget,
     ) -> Result<(), Failure> {
         self.refuse_doubted(range, false)?;
-        let budget = Budget::new(READ_BUDGET_NS);
         let map = self.map.borrow().clone();
         let mut unreadable: Option<Failure> = None;
         for run in runs(&map, &self.geometry, range) {
             self.refuse_gone(run.device)?;
-            let read = self.read_run(run, failed, &budget).await?;
+            let read = self.read_run(run, failed, budget).await?;
             let at = from + usize::try_from((run.range.start.0 - range.start.0) * SECTOR_SIZE).expect("a chunk fits");
             guest.copy_from(at, &read.data[read.skip..read.skip + bytes(run.range)]);
             for bad in &read.bad {
@@ -162,7 +175,7 @@ impl Core {
         for block in range.blocks().iter() {
             let lost = map.get(block).lost & range.mask_in(block);
             for sector in sectors_of_mask(block, lost) {
-                match self.read_lost(block, sector, &budget).await? {
+                match self.read_lost(block, sector, budget).await? {
                     Some(data) => {
                         let at =
                             from + usize::try_from((sector.0 - range.start.0) * SECTOR_SIZE).expect("a chunk fits");

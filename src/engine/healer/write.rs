@@ -16,10 +16,6 @@ use crate::engine::task::join_all;
 use crate::units::{BLOCK_SIZE, Block, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector, SectorRange, Slot, sector_mask};
 use crate::volume::table::{Change, Entry, SlotState};
 
-/// Device time the attempt in place may take, in nanoseconds (2 s).
-const IN_PLACE_BUDGET_NS: u64 = 2_000_000_000;
-/// Device time for reading what a partial write leaves of its block, in nanoseconds.
-const MERGE_BUDGET_NS: u64 = 10_000_000_000;
 /// Slots tried for one block before the write fails.
 const SLOT_TRIES: usize = 8;
 /// Blocks remembered as rewritten, at most.
@@ -73,9 +69,10 @@ impl Core {
         range: SectorRange,
         guest: Option<(&Iovecs, usize)>,
         failed: Option<Failed>,
+        budget: &Budget,
     ) -> Result<(), Failure> {
         let fence = self.fence(range.blocks()).await?;
-        let result = self.write_fenced(range, guest, failed).await;
+        let result = self.write_fenced(range, guest, failed, budget).await;
         self.lift(fence);
         result
     }
@@ -85,6 +82,7 @@ impl Core {
         range: SectorRange,
         guest: Option<(&Iovecs, usize)>,
         failed: Option<Failed>,
+        budget: &Budget,
     ) -> Result<(), Failure> {
         self.refuse_doubted(range, true)?;
         if self.mode.get().poisoned {
@@ -113,7 +111,7 @@ impl Core {
             }
         }
         let copied = Copied { data: Arc::new(data), start: wide.start };
-        let mut moving = self.write_where_they_live(wide, &copied, failed, &placements).await?;
+        let mut moving = self.write_where_they_live(wide, &copied, failed, &placements, budget).await?;
         moving.retain(|block| placements.iter().all(|placement| placement.block != *block));
         for block in moving {
             placements.push(self.merge(block, wide, &copied).await?);
@@ -134,6 +132,7 @@ impl Core {
         copied: &Copied,
         failed: Option<Failed>,
         skip: &[Placement],
+        budget: &Budget,
     ) -> Result<Vec<Block>, Failure> {
         let map = self.map.borrow().clone();
         let mut on_primary: Vec<SectorRange> = Vec::new();
@@ -151,7 +150,7 @@ impl Core {
         let failed_on = |device| failed.filter(|failed| failed.device == device);
         for part in on_primary {
             self.refuse_gone(DeviceIndex::PRIMARY)?;
-            moving.extend(self.write_in_place(part, copied, failed_on(DeviceIndex::PRIMARY)).await?);
+            moving.extend(self.write_in_place(part, copied, failed_on(DeviceIndex::PRIMARY), budget).await?);
         }
         if !in_slots.is_empty() {
             self.refuse_gone(DeviceIndex::SPARE)?;
@@ -176,8 +175,8 @@ impl Core {
         range: SectorRange,
         copied: &Copied,
         failed: Option<Failed>,
+        budget: &Budget,
     ) -> Result<BTreeSet<Block>, Failure> {
-        let budget = Budget::new(IN_PLACE_BUDGET_NS);
         let pending: Vec<Block> = range.blocks().iter().filter(|block| self.is_pending(*block)).collect();
         let mut moving = BTreeSet::new();
         let mut cause = failed.map(|failed| failed.errno);
@@ -194,28 +193,25 @@ impl Core {
             parts.push((range, false))
         }
         while let Some((part, again)) = parts.pop() {
-            if budget.is_spent() {
-                moving.extend(part.blocks().iter());
-                continue;
-            }
             let (from, len) = (copied.offset(part.start), copied.bytes(part).len());
             let (result, took) =
                 self.io.write_part(DeviceIndex::PRIMARY, part.start.bytes(), &copied.data, from, len).await;
-            budget.spend(took);
             match result {
                 Ok(()) => {
                     self.note_primary_write();
                     written.push(part);
                 }
                 Err(errno) => {
+                    budget.spend(took);
                     self.diagnose(DeviceIndex::PRIMARY, errno, false, part).await?;
                     if !again {
                         self.count_failed_write(errno, part)?;
                     }
                     cause = Some(errno);
                     failing.push(part);
-                    if again && part.blocks().len() == 1 {
-                        moving.insert(part.start.block());
+                    // Out of time: every part is still tried once, but what fails is neither split nor tried again.
+                    if budget.is_spent() || (again && part.blocks().len() == 1) {
+                        moving.extend(part.blocks().iter());
                     } else {
                         self.retry_parts(part, &mut parts, &mut moving);
                     }
@@ -227,7 +223,7 @@ impl Core {
         }
         self.flush(DeviceIndex::PRIMARY).await?;
         for part in &written {
-            moving.extend(self.read_back(*part, copied, &budget).await?);
+            moving.extend(self.read_back(*part, copied).await?);
         }
         self.note_rewritten(range, &pending, &failing, &moving, cause);
         Ok(moving)
@@ -249,15 +245,9 @@ impl Core {
     }
 
     /// Read back what was rewritten and compare; the result is the blocks that differ or do not read.
-    async fn read_back(
-        self: &Rc<Self>,
-        range: SectorRange,
-        copied: &Copied,
-        budget: &Budget,
-    ) -> Result<Vec<Block>, Failure> {
+    async fn read_back(self: &Rc<Self>, range: SectorRange, copied: &Copied) -> Result<Vec<Block>, Failure> {
         let expected = copied.bytes(range);
-        let (read, took) = self.io.read(DeviceIndex::PRIMARY, range.start.bytes(), expected.len()).await;
-        budget.spend(took);
+        let (read, _) = self.io.read(DeviceIndex::PRIMARY, range.start.bytes(), expected.len()).await;
         match read {
             Ok(data) if *data == *expected => {
                 self.note_good(range);
@@ -415,12 +405,19 @@ impl Core {
             Some(slot) => (DeviceIndex::SPARE, self.geometry.slot_offset(slot)),
         };
         self.refuse_gone(device)?;
-        let budget = Budget::new(MERGE_BUDGET_NS);
+        let budget = Budget::of_read();
         let unit = self.geometry.logical_block;
         for (first, last) in extents(wanted, unit) {
             let (from, to) = (first * 512, last * 512);
             let ladder = self.read_ladder(device, base + from as u64, to - from, false, &budget).await?;
             placement.image[from..to].copy_from_slice(&ladder.data);
+            if let Some(bad) = ladder.bad.iter().find(|bad| state.slot.is_some() && !bad.proven) {
+                // Time was up before its last retry. The primary would be asked for a lost sector again later,
+                // but a slot is left for good.
+                let start = Sector(block.start().0 + (from + bad.from) as u64 / SECTOR_SIZE);
+                let range = SectorRange { start, count: bad.len as u64 / SECTOR_SIZE };
+                return Err(Failure::new(Some(device), "reading the rest of its block takes too long").at(range));
+            }
             for bad in &ladder.bad {
                 let first = u32::try_from((from + bad.from) / 512).expect("0 to 7");
                 placement.lost |= sector_mask(first, bad.len as u64 / 512) & wanted;
