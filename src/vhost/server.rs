@@ -12,7 +12,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use super::device::BlkDevice;
 use super::protocol::{Session, is_refusal};
 use super::status::{ServerStatus, WorkerStatus};
-use super::worker::{WorkerThread, spawn};
+use super::worker::{Command, WorkerThread, spawn};
 use crate::runtime::worker::WorkerPort;
 
 /// How long the rest of a message may take: a front-end that stops in the middle of one must not keep a
@@ -26,7 +26,7 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Server {
     listener: Option<UnixListener>,
     device: Arc<BlkDevice>,
-    workers: Vec<WorkerThread>,
+    workers: Vec<WorkerThread<Command>>,
     status: Arc<ServerStatus>,
 }
 
