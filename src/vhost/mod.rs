@@ -13,6 +13,7 @@ pub mod command;
 pub mod config;
 pub mod device;
 pub(crate) mod drive;
+pub mod framework;
 pub mod inflight;
 pub mod memory;
 pub mod protocol;

@@ -128,7 +128,7 @@ fn converse(
 }
 
 /// Wait until `fd` is readable; false if it is `shutdown` that is.
-fn wait_for(fd: BorrowedFd<'_>, shutdown: BorrowedFd<'_>) -> io::Result<bool> {
+pub(super) fn wait_for(fd: BorrowedFd<'_>, shutdown: BorrowedFd<'_>) -> io::Result<bool> {
     loop {
         let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::from_borrowed_fd(shutdown, PollFlags::IN)];
         match poll(&mut fds, None) {
@@ -140,7 +140,8 @@ fn wait_for(fd: BorrowedFd<'_>, shutdown: BorrowedFd<'_>) -> io::Result<bool> {
     }
 }
 
-fn is_passing(error: &io::Error) -> bool {
+/// Whether accepting a front-end may succeed later.
+pub(super) fn is_passing(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::EINTR | libc::ECONNABORTED | libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)

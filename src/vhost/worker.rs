@@ -37,7 +37,7 @@ const POLL_INTERVAL_NS: u64 = 1_000_000;
 
 /// Empty scatter lists kept for reuse: more than this many requests at once are rare, and each list holds a
 /// few hundred bytes.
-const POOL_MAX: usize = 1024;
+pub(super) const POOL_MAX: usize = 1024;
 
 /// A memory change whose requests have not all ended.
 struct Removal {
@@ -127,11 +127,6 @@ impl DataPlane {
         if let Some(queue) = self.queue(index) {
             queue.armed = false;
         }
-    }
-
-    /// Whether nothing is under way and queue `index` has nothing to take, or takes nothing.
-    pub fn is_quiet(&mut self, index: u16) -> bool {
-        self.tokens.len() == 0 && self.queue(index).is_none_or(|queue| queue.armed || !queue.is_running())
     }
 
     /// Requests taken and not yet answered.
@@ -498,7 +493,8 @@ impl Drop for DataPlane {
     }
 }
 
-fn reject(status: &WorkerStatus, queue: u16, head: u16, error: Option<ChainError>) {
+/// Count and tell a chain that is answered before it became a request.
+pub(super) fn reject(status: &WorkerStatus, queue: u16, head: u16, error: Option<ChainError>) {
     status.count_malformed();
     match error {
         Some(error) => log::debug!("queue {queue}: chain {head} is given back unread: {error}"),
