@@ -64,6 +64,7 @@
 //! - [`vhost::ring`], [`vhost::chain`] and [`vhost::request`] turn guest memory into
 //!   [`Request`](engine::request::Request)s, [`vhost::inflight`] is what survives us, [`vhost::worker`] the
 //!   loop of a worker thread, [`vhost::protocol`] the thread that talks to the front-end.
+//!   [`vhost::framework`] serves the same device with rust-vmm's daemon and rings in place of ours, to be compared.
 //! - [`control::api`] is the documents, `control::routes` the addresses, [`control::client`] what `cli` uses.
 //!
 //! # Invariants
@@ -107,8 +108,9 @@
 //!
 //! Most of all `every_run_keeps_the_contract` (`tests/sim`): shards, healer and two faulty disks in one
 //! thread, crashed and reopened, against a model of what each sector may be. Its model has tests of its own.
-//! `tests/process` drives the program over its sockets, `tests/conformance.rs` all devices,
-//! `tests/hostile_chains.rs` a worker. A part that nothing tests is called *not yet*.
+//! `tests/process` drives the program over its sockets and compares its two transports,
+//! `tests/conformance.rs` drives all devices, `tests/hostile_chains.rs` a worker. A part that nothing tests
+//! is called *not yet*.
 //!
 //! | promise | in short | held by |
 //! |---|---|---|
@@ -130,13 +132,13 @@
 //! | O1 | a crash at any point leaves what R1 admits | `every_run_keeps_the_contract` `remaps_survive_a_kill` `ten_runs_after_each_other_lose_nothing` `a_kill_in_the_middle_of_moving_blocks_loses_nothing_that_was_answered`; every point in turn: not yet |
 //! | O2 | a slot serves one block, and is free only when that is durable | `every_slot_is_given_out_once_and_counts_agree` `the_later_incarnation_wins_also_across_the_wrap` `every_run_keeps_the_contract` |
 //! | O3 | a killed backend comes back unnoticed | `with_a_region_they_stay_there_and_are_resubmitted_once` `a_crash_between_publishing_and_clearing_loses_and_repeats_nothing` `a_crash_before_publishing_repeats_the_batch` |
-//! | O4 | nothing is answered before the kernel is done; one owner at a time | `a_dropped_reactor_has_let_go_of_memory_and_locks` `a_successor_gets_the_lock_once_the_holder_is_gone` `qemu_and_we_keep_each_other_out` `a_volume_has_one_server` |
+//! | O4 | nothing is answered before the kernel is done; one owner at a time | `a_dropped_reactor_has_let_go_of_memory_and_locks` `a_stop_with_requests_under_way_closes_cleanly` `a_successor_gets_the_lock_once_the_holder_is_gone` `qemu_and_we_keep_each_other_out` `a_volume_has_one_server` |
 //! | O5 | stops and memory removal wait for the kernel, and only for it | `a_stop_waits_for_the_device_and_shows_the_answers` `a_stop_rewinds_the_ring_over_parked_requests` `memory_goes_when_the_requests_into_it_have_ended` `a_reset_forgets_what_was_parked` `a_write_left_behind_by_a_front_end_does_not_land_in_the_next_session` `a_request_that_hangs_is_named_and_holds_nobody_up` |
 //! | E1 | errors are told apart; a gone device remaps nothing | `a_lost_primary_fails_requests_and_comes_back_by_itself` `a_primary_that_answers_eio_to_everything_is_gone` `a_storm_of_failed_writes_trips_the_breaker_until_the_operator_clears_it` `bad_areas_far_apart_that_are_hit_at_once_are_no_lost_device` `no_space_fails_only_that_write` `held_requests_go_on_when_the_primary_is_back` |
 //! | E2 | a full spare fails only what needs a slot | `a_full_spare_fails_only_writes_that_need_a_slot` `a_write_held_by_a_full_spare_goes_on_when_a_slot_is_free` `a_filling_spare_is_announced_however_fast_it_fills` |
 //! | E3 | a slot that fails writes is retired | `every_run_keeps_the_contract` `a_block_moves_past_slots_that_do_not_take_it` `a_block_whose_slot_fails_moves_to_another_slot` `a_slot_that_does_not_read_fails_exactly_its_sectors_and_loses_nothing` |
 //! | E4 | what does not fit is refused, nothing is overwritten | `a_table_page_without_a_good_home_keeps_the_volume_from_opening` `one_good_home_of_a_table_page_is_enough` `what_cannot_serve_is_refused_with_the_reason` `wrong_devices_are_refused` `devices_that_changed_while_nobody_looked_are_refused` `an_older_spare_is_refused` `a_label_that_is_not_whole_is_not_gone_by` `nothing_is_made_over_something_that_exists` |
-//! | E5 | no guest input panics, hangs or escapes its memory | `broken_structures_come_back_empty` `requests_that_cannot_be_served_fail` `a_ring_that_lies_stops_until_it_is_restarted` `nonsense_in_the_region_is_survived` `requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing`; fuzzing: not yet |
+//! | E5 | no guest input panics, hangs or escapes its memory | `broken_structures_come_back_empty` `requests_that_cannot_be_served_fail` `a_ring_that_lies_stops_until_it_is_restarted` `nonsense_in_the_region_is_survived` `requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing` `both_transports_answer_every_request_alike` `no_ring_that_lies_ends_the_server`; fuzzing: not yet |
 //! | P1 | each error a guest gets has an event | `every_run_keeps_the_contract` `a_full_spare_fails_only_writes_that_need_a_slot` |
 //! | P2 | lost sectors are counted and listed; healed means proven | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read`; export: not yet |
 

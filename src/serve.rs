@@ -10,10 +10,13 @@ use std::sync::Arc;
 use crate::control::server::{self as control, ServedVolume as ControlledVolume};
 use crate::control::socket::{BindError, SocketFile, bind_unix};
 use crate::runtime::handle::{FrontEndState, VolumeHandle};
-use crate::runtime::options::{Cache, Listen, ServeOptions};
+use crate::runtime::options::{Cache, Listen, ServeOptions, Transport};
 use crate::runtime::volume::{MakeError, open_volume};
+use crate::runtime::worker::WorkerPort;
 use crate::vhost::device::BlkDevice;
+use crate::vhost::framework;
 use crate::vhost::server::Server;
+use crate::vhost::status::ServerStatus;
 
 /// Why serving did not start, or ended: one line that names the device, the number and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +35,9 @@ pub enum ServeError {
         /// The reason.
         error: io::Error,
     },
+    /// An inherited descriptor is of no use for the framework's daemon, which accepts for itself.
+    #[error("--fd {0}: is a connected socket; --transport framework takes a listening one")]
+    FdConnected(RawFd),
     /// The host refused a thread or a descriptor.
     #[error("the front-end socket: {0}")]
     Host(#[from] io::Error),
@@ -43,13 +49,56 @@ enum FrontEnd {
     Connected(UnixStream),
 }
 
+/// What serves front-ends.
+enum Serving {
+    /// A listener, or one front-end that is connected already.
+    Own(Server, Option<UnixStream>),
+    Framework(framework::Server),
+}
+
+impl Serving {
+    fn start(
+        transport: Transport,
+        front_end: FrontEnd,
+        device: BlkDevice,
+        ports: Vec<WorkerPort>,
+    ) -> io::Result<Serving> {
+        let device = Arc::new(device);
+        Ok(match (transport, front_end) {
+            (Transport::Framework, FrontEnd::Listener(listener)) => {
+                Serving::Framework(framework::Server::new(listener, device, ports)?)
+            }
+            (_, FrontEnd::Listener(listener)) => Serving::Own(Server::new(Some(listener), device, ports)?, None),
+            (_, FrontEnd::Connected(stream)) => Serving::Own(Server::new(None, device, ports)?, Some(stream)),
+        })
+    }
+
+    fn status(&self) -> Arc<ServerStatus> {
+        match self {
+            Serving::Own(server, _) => server.status(),
+            Serving::Framework(server) => server.status(),
+        }
+    }
+
+    /// Until `stop` becomes readable or, where there is no listener, the front-end leaves.
+    fn run(&mut self, stop: &OwnedFd) -> io::Result<()> {
+        match self {
+            Serving::Own(server, connected) => match connected.take() {
+                Some(stream) => server.serve(stream, stop.as_fd()),
+                None => server.run(stop.as_fd()),
+            },
+            Serving::Framework(server) => server.run(stop.as_fd()),
+        }
+    }
+}
+
 /// Serve until `stop` becomes readable.
 ///
 /// # Errors
 /// When a device or socket cannot be opened, or the volume does not close cleanly.
 pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     // Sockets first: what they refuse costs nothing, and opening a volume for writing changes it.
-    let (front_end, _front_end_file) = front_end(&options.listen)?;
+    let (front_end, _front_end_file) = front_end(options)?;
     let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
     if options.cache == Cache::Writeback {
         log::warn!(
@@ -60,12 +109,8 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     let workers = workers(options);
     let mut volume = open_volume(options, workers)?;
     let handle = volume.handle();
-    let device = Arc::new(BlkDevice::new(volume.disk(), options.num_queues));
-    let (listener, connected) = match front_end {
-        FrontEnd::Listener(listener) => (Some(listener), None),
-        FrontEnd::Connected(stream) => (None, Some(stream)),
-    };
-    let server = Server::new(listener, device, volume.take_ports())?;
+    let device = BlkDevice::new(volume.disk(), options.num_queues);
+    let mut server = Serving::start(options.transport, front_end, device, volume.take_ports())?;
     let (status, clock) = (server.status(), handle.clock());
     handle.set_front_end(move || FrontEndState {
         connected: status.connected(),
@@ -74,10 +119,7 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     });
     let (control, _control_file) = start_control(control, options, &handle)?;
     announce(options, &handle);
-    let served = match connected {
-        Some(stream) => server.serve(stream, stop.as_fd()),
-        None => server.run(stop.as_fd()),
-    };
+    let served = server.run(&stop);
     // The workers first: what they still wait for comes from the healer.
     drop(server);
     drop(control);
@@ -85,8 +127,8 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     Ok(served?)
 }
 
-fn front_end(listen: &Listen) -> Result<(FrontEnd, Option<SocketFile>), ServeError> {
-    match listen {
+fn front_end(options: &ServeOptions) -> Result<(FrontEnd, Option<SocketFile>), ServeError> {
+    match &options.listen {
         Listen::Path(path) => {
             let (listener, file) = bind_unix(path)?;
             Ok((FrontEnd::Listener(listener), Some(file)))
@@ -97,6 +139,9 @@ fn front_end(listen: &Listen) -> Result<(FrontEnd, Option<SocketFile>), ServeErr
             let socket = unsafe { OwnedFd::from_raw_fd(*fd) };
             let listening = rustix::net::sockopt::socket_acceptconn(&socket).map_err(failed)?;
             rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).map_err(failed)?;
+            if !listening && options.transport == Transport::Framework {
+                return Err(ServeError::FdConnected(*fd));
+            }
             let front_end =
                 if listening { FrontEnd::Listener(socket.into()) } else { FrontEnd::Connected(socket.into()) };
             Ok((front_end, None))
@@ -138,7 +183,7 @@ fn announce(options: &ServeOptions, handle: &VolumeHandle) {
     // Whoever started the server may have closed its output; that is no reason not to serve.
     let _ = writeln!(
         io::stdout(),
-        "vhost-remap {}: {}: {} MiB, {format}, remaps {}/{}, {}, {} workers, listening on {listen}{mode}",
+        "vhost-remap {}: {}: {} MiB, {format}, remaps {}/{}, {}, {} workers, {} transport, listening on {listen}{mode}",
         status.version,
         options.primary.display(),
         status.capacity_sectors / 2048,
@@ -146,5 +191,6 @@ fn announce(options: &ServeOptions, handle: &VolumeHandle) {
         status.blocks.remaps_max,
         status.io_engine,
         status.workers,
+        status.transport,
     );
 }

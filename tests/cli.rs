@@ -45,6 +45,7 @@ fn wrong_usage_exits_with_2_and_says_why() {
     check_usage_error(&["serve", "--primary", "p", "--fd", "1"], "1 is not in 3..");
     check_usage_error(&["serve", "--primary", "p", "--fd", "3", "--create"], "--size");
     check_usage_error(&["serve", "--primary", "p", "--fd", "3", "--io-engine", "magic"], "io_uring");
+    check_usage_error(&["serve", "--primary", "p", "--fd", "3", "--transport", "magic"], "framework");
     check_usage_error(&["serve", "--primary", "p", "--fd", "3", "--on-device-loss", "hold=x"], "hold=SECONDS");
     check_usage_error(
         &["serve", "--primary", "p", "--fd", "3", "--passthrough", "--spare", "s"],

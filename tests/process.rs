@@ -1,6 +1,8 @@
 //! The program as a process: a guest on its vhost-user socket, an operator on its control socket, devices
 //! that fail by rule. Numbers of scenarios are those of the predecessor's operators' list.
 
+#[path = "process/chains.rs"]
+mod chains;
 #[path = "process/clean.rs"]
 mod clean;
 #[path = "process/degraded.rs"]
@@ -11,6 +13,10 @@ mod exhaustion;
 mod faults;
 #[path = "process/flush.rs"]
 mod flush;
+#[path = "process/framework.rs"]
+mod framework;
+#[path = "process/frontend.rs"]
+mod frontend;
 #[path = "process/gone.rs"]
 mod gone;
 #[path = "process/guest.rs"]
@@ -33,3 +39,5 @@ mod sessions;
 mod soak;
 #[path = "process/spare.rs"]
 mod spare;
+#[path = "process/transports.rs"]
+mod transports;

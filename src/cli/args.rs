@@ -10,7 +10,7 @@ use super::fault::{self, FaultErrno};
 use super::parse;
 use crate::device::DeviceIndex;
 use crate::device::fault::FaultOp;
-use crate::runtime::options::{Cache, FailOrHold, IoEngine};
+use crate::runtime::options::{Cache, FailOrHold, IoEngine, Transport};
 use crate::runtime::report::ListFilter;
 use crate::units::SectorRange;
 
@@ -155,6 +155,9 @@ pub struct ServeArgs {
     /// Worker threads [default: as many as queues, at most one a core].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub workers: Option<u16>,
+    /// What speaks vhost-user: this program, or rust-vmm's daemon, to compare the two.
+    #[arg(long, hide = true, default_value = "own", value_parser = one_of::<Transport>(&["own", "framework"]))]
+    pub transport: Transport,
     /// Serve a disk that only takes reads, and write nothing to either device.
     #[arg(long, conflicts_with = "create")]
     pub read_only: bool,

@@ -128,6 +128,7 @@ pub(super) fn serve_options(args: ServeArgs) -> Result<ServeOptions, CliError> {
         listen,
         control_path: args.control_path.or(control_default),
         num_queues: args.num_queues,
+        transport: args.transport,
         workers: args.workers,
         read_only: args.read_only,
         create: args.size.filter(|_| args.create).map(|size| CreateIfAbsent { size, shape: new_shape }),

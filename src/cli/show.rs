@@ -28,7 +28,8 @@ pub(super) fn status(report: &StatusReport) -> String {
         ),
     );
     field("Server", &format!("vhost-remap {}, {}", report.version, uptime(report)));
-    field("Front-end", if report.connected { "connected" } else { "not connected" });
+    let connected = if report.connected { "connected" } else { "not connected" };
+    field("Front-end", &format!("{connected}, {} transport", report.transport));
     field("I/O", &io(report));
     out.push('\n');
     out.push_str(&devices(report));
@@ -230,7 +231,7 @@ State     spare-down
           ! spare /srv/disk.img.spare: gone; bring it back
 Disk      10 GiB (20971520 sectors)
 Server    vhost-remap 0.1.0, up 1day 2h 3m 4s, since 2026-01-01T00:00:00Z
-Front-end connected
+Front-end connected, own transport
 I/O       io_uring, cache none, 2 workers
 
 DEVICE   STATE    SIZE  BLOCK  READ ERRORS  WRITE ERRORS  FLUSH ERRORS  PATH

@@ -10,7 +10,9 @@ use crate::control::tests::Running;
 use crate::control::volume::Order;
 use crate::control::volume::scripted::{ScriptedVolume, entry, event};
 use crate::device::fault::FaultTable;
-use crate::runtime::options::{Cache, CreateIfAbsent, FailOrHold, IoEngine, Listen, ServeOptions, VolumeShape};
+use crate::runtime::options::{
+    Cache, CreateIfAbsent, FailOrHold, IoEngine, Listen, ServeOptions, Transport, VolumeShape,
+};
 use crate::units::{Sector, SectorRange};
 
 /// Run `words` with the server's control path in place of `CTL`; the output.
@@ -130,6 +132,7 @@ fn serve_has_defaults_for_all_but_the_disk_and_the_socket() {
         listen: Listen::Path("/run/s".into()),
         control_path: Some("/run/s.ctl".into()),
         num_queues: 64,
+        transport: Transport::Own,
         workers: None,
         read_only: false,
         create: None,
@@ -162,6 +165,8 @@ fn serve_takes_what_it_is_told() {
     assert_eq!(options.on_spare_full, FailOrHold::Hold(Some(std::time::Duration::from_secs(9))));
     assert_eq!((options.num_queues, options.workers), (2, Some(1)));
     assert_eq!(serve_options_of("x serve --primary p --fd 3 --passthrough").spare, None);
+    let framework = serve_options_of("x serve --primary p --fd 3 --transport framework");
+    assert_eq!(framework.transport, Transport::Framework);
 }
 
 fn argv(words: &str) -> Vec<OsString> {
@@ -176,6 +181,15 @@ fn options_without_a_subcommand_mean_serve() {
     check("x -V", "x -V");
     check("x status --json", "x status --json");
     check("x", "x");
+}
+
+#[test]
+fn the_transport_is_no_option_for_users() {
+    let mut command = Args::command();
+    let serve = command.find_subcommand_mut("serve").unwrap();
+    for help in [serve.render_help(), serve.render_long_help()] {
+        assert!(!help.to_string().contains("transport"), "{help}");
+    }
 }
 
 #[test]

@@ -203,6 +203,7 @@ pub(crate) mod scripted {
             io_engine: "io_uring".into(),
             cache: "none".into(),
             workers: 2,
+            transport: "own".into(),
             connected: true,
             oldest_in_flight_ms: 0,
             malformed_requests: 0,

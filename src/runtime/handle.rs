@@ -48,6 +48,7 @@ pub(super) struct Served {
     pub(super) epoch: u64,
     pub(super) cache: &'static str,
     pub(super) workers: u32,
+    pub(super) transport: &'static str,
     pub(super) front_end: OnceLock<Box<dyn Fn() -> FrontEndState + Send + Sync>>,
 }
 
@@ -111,6 +112,7 @@ impl VolumeHandle {
             io_engine: served.devices.engine.clone(),
             cache: served.cache.into(),
             workers: served.workers,
+            transport: served.transport.into(),
             connected: front_end.connected,
             oldest_in_flight_ms: front_end.oldest_in_flight_ms,
             malformed_requests: front_end.malformed_requests,

@@ -85,6 +85,26 @@ pub enum Cache {
     Writeback,
 }
 
+/// What speaks vhost-user and serves the rings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// This crate.
+    #[default]
+    Own,
+    /// rust-vmm's daemon, for comparison.
+    Framework,
+}
+
+impl Transport {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Transport::Own => "own",
+            Transport::Framework => "framework",
+        }
+    }
+}
+
 /// What becomes of requests that cannot be carried out now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FailOrHold {
@@ -108,6 +128,8 @@ pub struct ServeOptions {
     pub control_path: Option<PathBuf>,
     /// Queues offered.
     pub num_queues: u16,
+    /// What speaks vhost-user and serves the rings.
+    pub transport: Transport,
     /// Worker threads; min(queues, cores) where absent.
     pub workers: Option<u16>,
     /// Whether the disk only takes reads and neither device is written.
@@ -156,6 +178,15 @@ impl FromStr for Cache {
             "writeback" => Ok(Cache::Writeback),
             _ => Err(format!("{text:?} is none of none, writeback")),
         }
+    }
+}
+
+impl FromStr for Transport {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = [Transport::Own, Transport::Framework];
+        all.into_iter().find(|it| it.name() == text).ok_or_else(|| format!("{text:?} is none of own, framework"))
     }
 }
 

@@ -40,6 +40,9 @@ pub struct StatusReport {
     pub cache: String,
     /// Worker threads.
     pub workers: u32,
+    /// What speaks vhost-user: `own`, or `framework` for rust-vmm's daemon.
+    #[serde(default)]
+    pub transport: String,
     /// Whether a front-end is connected.
     pub connected: bool,
     /// Oldest request not yet answered, in milliseconds; 0 where there is none.

@@ -397,6 +397,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
         epoch,
         cache: if options.cache == Cache::None { "none" } else { "writeback" },
         workers,
+        transport: options.transport.name(),
         front_end: OnceLock::new(),
     }));
     Ok(ServedVolume { healer, handle, ports, disk, passthrough: options.passthrough })

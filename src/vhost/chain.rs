@@ -36,6 +36,9 @@ pub enum ChainError {
     /// More descriptors than the table has.
     #[error("the chain has a loop")]
     Loop,
+    /// A last descriptor that says it has a next one, or none at all, of an iterator that ends without saying why.
+    #[error("the chain breaks off")]
+    BreaksOff,
     /// An indirect descriptor in an indirect table (virtio 1.3 §2.7.5.3.1).
     #[error("an indirect table refers to another")]
     NestedIndirect,
@@ -172,6 +175,25 @@ impl Scatter {
             }
             index = descriptor.next;
         }
+    }
+
+    /// As [`Scatter::walk`], for descriptors that somebody else finds: of a table that refers to indirect ones,
+    /// only what these hold.
+    ///
+    /// # Errors
+    /// When the structure of the chain is broken.
+    pub(crate) fn gather<'a>(
+        &'a mut self,
+        descriptors: impl Iterator<Item = Descriptor>,
+        memory: &'a Arc<MemoryMap>,
+    ) -> Result<Chain<'a>, ChainError> {
+        self.clear();
+        let mut ends = false;
+        for descriptor in descriptors {
+            ends = descriptor.flags & F_NEXT == 0;
+            self.add(&descriptor, memory)?;
+        }
+        if ends { Ok(Chain { scatter: self, memory }) } else { Err(ChainError::BreaksOff) }
     }
 
     fn clear(&mut self) {

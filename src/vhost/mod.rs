@@ -12,6 +12,8 @@ pub mod chain;
 pub mod command;
 pub mod config;
 pub mod device;
+pub(crate) mod drive;
+pub mod framework;
 pub mod inflight;
 pub mod memory;
 pub mod protocol;
@@ -20,6 +22,7 @@ pub mod request;
 pub mod ring;
 pub mod server;
 pub mod status;
+pub mod thread;
 pub(crate) mod tokens;
 pub mod worker;
 

@@ -30,6 +30,15 @@ use crate::runtime::mailbox::Outbox;
 /// After this long a drain is reported: the device does not return requests.
 const SLOW_DRAIN: Duration = Duration::from_secs(5);
 
+/// Protocol features on offer. Only what works: the crate drops STATUS, and has no sender for what BACKEND_REQ is
+/// good for.
+pub(super) const FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE);
+
 /// What the front-end has said of a queue.
 #[derive(Default)]
 struct QueueSetup {
@@ -179,7 +188,7 @@ fn duplicate(fd: Option<&OwnedFd>) -> Option<OwnedFd> {
 }
 
 /// Wait for a worker, and say so when it takes long. `None` if the worker had nothing to say.
-fn wait<T>(from: &Receiver<T>, what: impl Fn() -> String) -> Option<T> {
+pub(super) fn wait<T>(from: &Receiver<T>, what: impl Fn() -> String) -> Option<T> {
     let mut reported = false;
     loop {
         match from.recv_timeout(SLOW_DRAIN) {
@@ -333,13 +342,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        // Only what works: the crate drops STATUS, and has no sender for what BACKEND_REQ is good for.
-        Ok(VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::RESET_DEVICE)
+        Ok(FEATURES)
     }
 
     fn set_protocol_features(&mut self, _features: u64) -> Result<()> {

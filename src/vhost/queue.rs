@@ -70,16 +70,16 @@ pub(crate) struct Stop {
 /// Heads that are under way: a driver that offers one twice breaks its ring, so a queue never holds more
 /// requests than it has entries.
 #[derive(Debug)]
-struct HeadSet(Vec<u64>);
+pub(super) struct HeadSet(Vec<u64>);
 
 impl HeadSet {
-    fn new(size: u16) -> HeadSet {
+    pub(super) fn new(size: u16) -> HeadSet {
         HeadSet(vec![0; usize::from(size).div_ceil(64)])
     }
 
     /// Whether the head was not there.
     #[inline]
-    fn insert(&mut self, head: u16) -> bool {
+    pub(super) fn insert(&mut self, head: u16) -> bool {
         let (word, bit) = (&mut self.0[usize::from(head / 64)], 1_u64 << (head % 64));
         let new = *word & bit == 0;
         *word |= bit;
@@ -87,7 +87,7 @@ impl HeadSet {
     }
 
     #[inline]
-    fn remove(&mut self, head: u16) {
+    pub(super) fn remove(&mut self, head: u16) {
         self.0[usize::from(head / 64)] &= !(1_u64 << (head % 64));
     }
 }

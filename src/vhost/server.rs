@@ -12,7 +12,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use super::device::BlkDevice;
 use super::protocol::{Session, is_refusal};
 use super::status::{ServerStatus, WorkerStatus};
-use super::worker::{WorkerThread, spawn};
+use super::worker::{Command, WorkerThread, spawn};
 use crate::runtime::worker::WorkerPort;
 
 /// How long the rest of a message may take: a front-end that stops in the middle of one must not keep a
@@ -26,7 +26,7 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Server {
     listener: Option<UnixListener>,
     device: Arc<BlkDevice>,
-    workers: Vec<WorkerThread>,
+    workers: Vec<WorkerThread<Command>>,
     status: Arc<ServerStatus>,
 }
 
@@ -128,7 +128,7 @@ fn converse(
 }
 
 /// Wait until `fd` is readable; false if it is `shutdown` that is.
-fn wait_for(fd: BorrowedFd<'_>, shutdown: BorrowedFd<'_>) -> io::Result<bool> {
+pub(super) fn wait_for(fd: BorrowedFd<'_>, shutdown: BorrowedFd<'_>) -> io::Result<bool> {
     loop {
         let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::from_borrowed_fd(shutdown, PollFlags::IN)];
         match poll(&mut fds, None) {
@@ -140,7 +140,8 @@ fn wait_for(fd: BorrowedFd<'_>, shutdown: BorrowedFd<'_>) -> io::Result<bool> {
     }
 }
 
-fn is_passing(error: &io::Error) -> bool {
+/// Whether accepting a front-end may succeed later.
+pub(super) fn is_passing(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::EINTR | libc::ECONNABORTED | libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)

@@ -7,38 +7,37 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::thread::JoinHandle;
 
 use super::chain::{ChainError, LocalMap, Scatter};
 use super::device::Settings;
+use super::drive::{Drive, TOKEN_FREE};
 use super::memory::{MemoryMap, RegionBits};
 use super::queue::{Kick, Queue, Stop};
 use super::request::{Parsed, S_IOERR, S_OK, parse};
 use super::status::WorkerStatus;
+use super::thread::spawn_worker;
 use super::tokens::{Taken, Tokens};
+use crate::device::Wait;
 use crate::device::buffer::Iovecs;
-use crate::device::{Event, Wait};
-use crate::engine::message::ToShard;
 use crate::engine::request::{Answer, Request, RequestOp, Status};
-use crate::engine::shard::ShardOut;
-use crate::runtime::mailbox::{Inbox, Outbox, mailbox};
+use crate::runtime::mailbox::Inbox;
 use crate::runtime::worker::{Worker, WorkerPort};
 use crate::units::Time;
 
 pub use super::command::Command;
 pub use super::queue::{Kick as QueueKick, StartQueue, StopHow};
+pub use super::thread::WorkerThread;
 
-/// The reactor's name for the command mailbox, the healer's mailbox and the first kick.
-const TOKEN_COMMANDS: u64 = 0;
-const TOKEN_HEALER: u64 = 1;
-const TOKEN_KICKS: u64 = 2;
+/// The reactor's name for the command mailbox and the first kick.
+const TOKEN_COMMANDS: u64 = TOKEN_FREE;
+const TOKEN_KICKS: u64 = TOKEN_FREE + 1;
 
 /// How often queues without a kick eventfd are looked at.
 const POLL_INTERVAL_NS: u64 = 1_000_000;
 
 /// Empty scatter lists kept for reuse: more than this many requests at once are rare, and each list holds a
 /// few hundred bytes.
-const POOL_MAX: usize = 1024;
+pub(super) const POOL_MAX: usize = 1024;
 
 /// A memory change whose requests have not all ended.
 struct Removal {
@@ -50,7 +49,7 @@ struct Removal {
 
 /// A worker's queues and what serves them.
 pub struct DataPlane {
-    worker: Worker,
+    drive: Drive,
     settings: Arc<Settings>,
     status: Arc<WorkerStatus>,
     memory: LocalMap,
@@ -61,22 +60,18 @@ pub struct DataPlane {
     tokens: Tokens,
     removals: Vec<Removal>,
     next_token: u64,
-    healer_wrote: bool,
     commands_wait: bool,
     // Buffers used again in every turn.
     scatter: Scatter,
     pool: Vec<Iovecs>,
-    out: ShardOut,
-    events: Vec<Event>,
-    messages: Vec<ToShard>,
+    ready: Vec<u64>,
 }
 
 impl DataPlane {
     /// A worker without queues.
-    pub fn new(mut worker: Worker, settings: Arc<Settings>, status: Arc<WorkerStatus>) -> DataPlane {
-        worker.reactor.watch(worker.inbox.as_raw_fd(), TOKEN_HEALER);
+    pub fn new(worker: Worker, settings: Arc<Settings>, status: Arc<WorkerStatus>) -> DataPlane {
         DataPlane {
-            worker,
+            drive: Drive::new(worker),
             settings,
             status,
             memory: Rc::new(Arc::new(MemoryMap::new())),
@@ -85,13 +80,10 @@ impl DataPlane {
             tokens: Tokens::new(),
             removals: Vec::new(),
             next_token: TOKEN_KICKS,
-            healer_wrote: true,
             commands_wait: false,
             scatter: Scatter::default(),
             pool: Vec::new(),
-            out: ShardOut::default(),
-            events: Vec::new(),
-            messages: Vec::new(),
+            ready: Vec::new(),
         }
     }
 
@@ -101,7 +93,7 @@ impl DataPlane {
         assert!(self.queue(index).is_none(), "queue {index} is started already");
         match Queue::start(&self.memory, start) {
             Ok(mut queue) => {
-                self.worker.shard.resume(index);
+                self.drive.shard.resume(index);
                 self.watch_kick(&mut queue);
                 if !queue.resubmit.is_empty() {
                     log::info!("queue {index}: {} requests are resubmitted", queue.resubmit.len());
@@ -127,7 +119,7 @@ impl DataPlane {
             }
         }
         queue.stop = Some(Stop { how, withdrawn: Vec::new(), reply });
-        self.worker.shard.withdraw(index, &mut self.out);
+        self.drive.shard.withdraw(index, &mut self.drive.out);
     }
 
     /// Look at a queue in the next turn, as after a kick.
@@ -135,11 +127,6 @@ impl DataPlane {
         if let Some(queue) = self.queue(index) {
             queue.armed = false;
         }
-    }
-
-    /// Whether nothing is under way and queue `index` has nothing to take, or takes nothing.
-    pub fn is_quiet(&mut self, index: u16) -> bool {
-        self.tokens.len() == 0 && self.queue(index).is_none_or(|queue| queue.armed || !queue.is_running())
     }
 
     /// Requests taken and not yet answered.
@@ -163,8 +150,8 @@ impl DataPlane {
 
     /// One round: take what is there, submit, wait (if `may_wait` and there is nothing to do), answer.
     pub fn turn(&mut self, may_wait: bool) {
-        let now = self.worker.clock.now();
-        self.hear_healer(now);
+        let now = self.drive.now();
+        self.drive.hear_healer(now);
         self.take_all(now);
         self.deliver();
         // Whoever waits for a stop may be the caller itself: no sleep after one.
@@ -172,18 +159,15 @@ impl DataPlane {
         self.deliver();
         self.status.set(self.tokens.len(), self.tokens.oldest_start());
         let wait = if self.arm() || settled || !may_wait { Wait::No } else { self.patience(now) };
-        let mut events = std::mem::take(&mut self.events);
-        self.worker.reactor.poll(now, wait, &mut events);
-        let now = self.worker.clock.now();
-        for event in events.drain(..) {
-            match event {
-                Event::Done(completion) => self.worker.shard.completed(now, completion, &mut self.out),
-                Event::Ready(TOKEN_HEALER) => self.healer_wrote = true,
-                Event::Ready(TOKEN_COMMANDS) => self.commands_wait = true,
-                Event::Ready(token) => self.kicked(token),
+        let mut ready = std::mem::take(&mut self.ready);
+        self.drive.poll(now, wait, &mut ready);
+        for token in ready.drain(..) {
+            match token {
+                TOKEN_COMMANDS => self.commands_wait = true,
+                kick => self.kicked(kick),
             }
         }
-        self.events = events;
+        self.ready = ready;
         self.deliver();
     }
 
@@ -197,13 +181,13 @@ impl DataPlane {
             // A new name each time: a report for a kick that is gone must not be taken for the new one's.
             queue.token = self.next_token;
             self.next_token += 1;
-            self.worker.reactor.watch(fd, queue.token);
+            self.drive.watch(fd, queue.token);
         }
     }
 
     fn unwatch_kick(&mut self, queue: &Queue) {
         if queue.kick_fd().is_some() {
-            self.worker.reactor.unwatch(queue.token);
+            self.drive.unwatch(queue.token);
         }
     }
 
@@ -214,18 +198,6 @@ impl DataPlane {
                 return;
             }
         }
-    }
-
-    fn hear_healer(&mut self, now: Time) {
-        if !std::mem::take(&mut self.healer_wrote) {
-            return;
-        }
-        let mut messages = std::mem::take(&mut self.messages);
-        self.worker.inbox.drain(&mut messages);
-        for message in messages.drain(..) {
-            self.worker.shard.message(now, message, &mut self.out);
-        }
-        self.messages = messages;
     }
 
     /// Take what the drivers offer on queues that may have something.
@@ -268,7 +240,7 @@ impl DataPlane {
             return queue.give_back(head, 0);
         };
         let regions = chain.regions().union(queue.ring.regions());
-        match parse(&chain, &self.worker.disk, &mut self.pool) {
+        match parse(&chain, &self.drive.disk, &mut self.pool) {
             Parsed::Done { status: value, written } => {
                 if value == S_IOERR {
                     reject(&self.status, queue.index, head, None);
@@ -284,35 +256,25 @@ impl DataPlane {
                     write_through: self.settings.write_through(),
                     op,
                 };
-                self.worker.shard.submit(now, request, &mut self.out);
+                self.drive.shard.submit(now, request, &mut self.drive.out);
             }
         }
     }
 
     /// Carry out what the shard asked for, then show the drivers their answers.
     fn deliver(&mut self) {
-        for op in self.out.ops.drain(..) {
-            // SAFETY: an operation of the shard borrows memory of the request it belongs to (guest memory, which
-            // the request's scatter list owns a reference to, and that list itself) or of a buffer beside it. The
-            // shard keeps both until it has seen the operation's completion, this worker keeps the shard until
-            // the device has returned everything (Drop), and what the guest does with its memory meanwhile is
-            // the guest's affair.
-            unsafe { self.worker.reactor.submit(op) };
-        }
-        for message in self.out.to_healer.drain(..) {
-            self.worker.healer.send(message);
-        }
-        let mut answers = std::mem::take(&mut self.out.answers);
+        self.drive.carry_out();
+        let mut answers = std::mem::take(&mut self.drive.out.answers);
         for answer in answers.drain(..) {
             self.answer(answer);
         }
-        self.out.answers = answers;
-        let mut withdrawn = std::mem::take(&mut self.out.withdrawn);
+        self.drive.out.answers = answers;
+        let mut withdrawn = std::mem::take(&mut self.drive.out.withdrawn);
         for request in withdrawn.drain(..) {
             let stop = self.queue(request.queue).and_then(|queue| queue.stop.as_mut());
             stop.expect("requests are withdrawn for a queue that stops").withdrawn.push(request);
         }
-        self.out.withdrawn = withdrawn;
+        self.drive.out.withdrawn = withdrawn;
         for index in &self.started {
             if let Some(queue) = self.queues[usize::from(*index)].as_mut() {
                 queue.publish();
@@ -346,7 +308,7 @@ impl DataPlane {
             let index = self.started[at];
             let number = usize::from(index);
             if self.queues[number].as_ref().is_none_or(|queue| queue.stop.is_none())
-                || self.worker.shard.unanswered(index) > 0
+                || self.drive.shard.unanswered(index) > 0
             {
                 at += 1;
                 continue;
@@ -381,9 +343,9 @@ impl DataPlane {
         if how == StopHow::Drain {
             self.rewind(queue, &mut withdrawn);
             if !queue.is_tracked() && !withdrawn.is_empty() {
-                self.worker.shard.finish(queue.index, &mut self.out);
+                self.drive.shard.finish(queue.index, &mut self.drive.out);
                 for request in withdrawn {
-                    self.worker.shard.submit(now, request, &mut self.out);
+                    self.drive.shard.submit(now, request, &mut self.drive.out);
                 }
                 return true;
             }
@@ -437,7 +399,7 @@ impl DataPlane {
                 more |= !queue.armed;
             }
         }
-        more || self.healer_wrote || self.commands_wait
+        more || self.drive.healer_wrote() || self.commands_wait
     }
 
     /// How long to sleep. Adaptive polling would return [`Wait::No`] here for some time after the last request.
@@ -498,7 +460,7 @@ impl DataPlane {
     }
 
     fn run(mut self, mut commands: Inbox<Command>) {
-        self.worker.reactor.watch(commands.as_raw_fd(), TOKEN_COMMANDS);
+        self.drive.watch(commands.as_raw_fd(), TOKEN_COMMANDS);
         let mut orders = Vec::new();
         self.commands_wait = true;
         loop {
@@ -519,58 +481,24 @@ impl Drop for DataPlane {
     /// The device holds addresses of requests: nothing is freed before it has returned them (O4).
     fn drop(&mut self) {
         if std::thread::panicking() {
-            if self.worker.reactor.in_flight() > 0 {
-                // Unwinding would free memory under the kernel's hands.
-                log::error!("a worker failed with requests under way");
-                std::process::abort();
-            }
             return;
         }
         let (reply, _) = std::sync::mpsc::channel();
         for index in self.started.clone() {
             self.stop(index, StopHow::Leave, reply.clone());
         }
-        while self.worker.reactor.in_flight() > 0 || !self.started.is_empty() {
+        while self.drive.in_flight() > 0 || !self.started.is_empty() {
             self.turn(true);
         }
     }
 }
 
-fn reject(status: &WorkerStatus, queue: u16, head: u16, error: Option<ChainError>) {
+/// Count and tell a chain that is answered before it became a request.
+pub(super) fn reject(status: &WorkerStatus, queue: u16, head: u16, error: Option<ChainError>) {
     status.count_malformed();
     match error {
         Some(error) => log::debug!("queue {queue}: chain {head} is given back unread: {error}"),
         None => log::debug!("queue {queue}: chain {head} is no request that can be served"),
-    }
-}
-
-/// A worker that panics takes the process with it: its queues would never be served again, nor their drains
-/// answered, while the supervisor's restart finds every request in the in-flight region.
-struct AbortOnPanic;
-
-impl Drop for AbortOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            std::process::abort();
-        }
-    }
-}
-
-/// A running worker thread.
-pub struct WorkerThread {
-    /// Takes its orders.
-    pub commands: Outbox<Command>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for WorkerThread {
-    fn drop(&mut self) {
-        self.commands.send(Command::Exit);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("a worker thread panicked");
-        }
     }
 }
 
@@ -583,26 +511,10 @@ pub fn spawn(
     port: WorkerPort,
     settings: Arc<Settings>,
     status: Arc<WorkerStatus>,
-) -> io::Result<WorkerThread> {
-    let (commands, inbox) = mailbox()?;
-    let (opened, is_open) = std::sync::mpsc::channel();
-    let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
-        let _guard = AbortOnPanic;
-        let worker = match port.open() {
-            Ok(worker) => worker,
-            Err(error) => {
-                let _ = opened.send(Err(error));
-                return;
-            }
-        };
-        let plane = DataPlane::new(worker, settings, status);
-        // The starter waits for this message.
-        let _ = opened.send(Ok(()));
-        plane.run(inbox);
-    })?;
-    let worker = WorkerThread { commands, thread: Some(thread) };
-    is_open.recv().unwrap_or_else(|_| Err(io::Error::other("the worker thread ended before it began")))?;
-    Ok(worker)
+) -> io::Result<WorkerThread<Command>> {
+    spawn_worker(index, port, Command::Exit, move |worker, commands| {
+        DataPlane::new(worker, settings, status).run(commands);
+    })
 }
 
 #[cfg(test)]

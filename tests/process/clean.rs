@@ -4,7 +4,7 @@ use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioFeatureFlags, VirtioTranspo
 
 use crate::guest::{Io, Shape};
 use crate::model::{Model, Random, pattern};
-use crate::server::{Server, Volume};
+use crate::server::{Server, TRANSPORTS, Volume};
 
 const VOLUME_MIB: u64 = 64;
 const SECTORS: u64 = VOLUME_MIB * 2048;
@@ -56,11 +56,22 @@ fn all_sizes_and_alignments_read_back_with_threads() {
     check_patterns(&volume.serve(&["--io-engine", "threads"]));
 }
 
+#[test]
+fn all_sizes_and_alignments_read_back_with_the_framework() {
+    let volume = Volume::create(VOLUME_MIB, 64);
+    check_patterns(&volume.serve(&["--transport", "framework"]));
+}
+
 /// Scenario 1 with concurrency: each queue has its own stripes of the disk.
 #[test]
 fn four_queues_at_once_do_not_disturb_each_other() {
-    let volume = Volume::create(VOLUME_MIB, 64);
-    let server = volume.serve(&[]);
+    for transport in TRANSPORTS {
+        let volume = Volume::create(VOLUME_MIB, 64);
+        check_four_queues(&volume.serve(&["--transport", transport]));
+    }
+}
+
+fn check_four_queues(server: &Server) {
     let mut guest = server.guest(4);
     std::thread::scope(|scope| {
         for (number, queue) in (0..).zip(&mut guest.queues) {
@@ -92,8 +103,13 @@ fn four_queues_at_once_do_not_disturb_each_other() {
 /// The driver as others use it.
 #[test]
 fn the_stock_virtio_blk_driver_works() {
-    let volume = Volume::create(VOLUME_MIB, 64);
-    let server = volume.serve(&[]);
+    for transport in TRANSPORTS {
+        let volume = Volume::create(VOLUME_MIB, 64);
+        check_stock_driver(&volume.serve(&["--transport", transport]));
+    }
+}
+
+fn check_stock_driver(server: &Server) {
     let features = VirtioFeatureFlags::VERSION_1.bits() | virtio_driver::VirtioBlkFeatureFlags::all().bits();
     let mut transport = VhostUser::new(server.socket.to_str().unwrap(), features).unwrap();
     let mut queues = VirtioBlkQueue::<u32>::setup_queues(&mut transport, 2, 128).unwrap();

@@ -142,6 +142,11 @@ fn the_core_works_with_threads() {
 }
 
 #[test]
+fn the_core_works_with_the_framework() {
+    check_core(&Volume::create(32, 64), &["--transport", "framework"]);
+}
+
+#[test]
 fn the_core_works_with_one_worker() {
     check_core(&Volume::create(32, 64), &["--workers", "1", "--io-engine", "io_uring"]);
 }

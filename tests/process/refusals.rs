@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 
 use crate::model::{Model, pattern};
-use crate::server::{Volume, done, refusal, vhost_remap};
+use crate::server::{TRANSPORTS, Volume, done, refusal, vhost_remap};
 
 fn content(volume: &Volume) -> (Vec<u8>, Vec<u8>) {
     (fs::read(&volume.primary).unwrap_or_default(), fs::read(&volume.spare).unwrap_or_default())
@@ -57,19 +57,24 @@ fn a_volume_has_one_server() {
 
 #[test]
 fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    TRANSPORTS.into_iter().for_each(check_sockets);
+}
+
+fn check_sockets(transport: &str) {
     let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
+    let options = ["--transport", transport];
+    let server = volume.serve(&options);
     server.kill();
     assert!(volume.socket().exists());
-    let server = volume.serve(&[]);
+    let server = volume.serve(&options);
     server.stop();
     assert!(!volume.socket().exists());
     let _somebody = UnixListener::bind(volume.socket()).unwrap();
-    let why = volume.serve_refused(&[]);
+    let why = volume.serve_refused(&options);
     assert!(why.contains("vm.sock"), "{why}");
     fs::remove_file(volume.socket()).unwrap();
     fs::write(volume.socket(), "not a socket").unwrap();
-    let why = volume.serve_refused(&[]);
+    let why = volume.serve_refused(&options);
     assert!(why.contains("vm.sock"), "{why}");
     assert_eq!(fs::read(volume.socket()).unwrap(), b"not a socket");
 }

@@ -21,6 +21,9 @@ use crate::guest::Guest;
 /// Longest any command, start or stop of these tests takes on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// What `--transport` takes.
+pub(crate) const TRANSPORTS: [&str; 2] = ["own", "framework"];
+
 /// Primary and spare in a directory that goes away with this.
 pub(crate) struct Volume {
     pub(crate) dir: TempDir,
@@ -94,8 +97,15 @@ impl Volume {
 
     /// The command line of `serve`.
     pub(crate) fn command(&self, options: &[&str]) -> Command {
+        let mut command = self.command_without_socket(options);
+        command.arg("--socket-path").arg(self.socket());
+        command
+    }
+
+    /// The command line of `serve`, to be told where to listen.
+    pub(crate) fn command_without_socket(&self, options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
-        command.arg("serve").arg("--primary").arg(&self.primary).arg("--socket-path").arg(self.socket()).args(options);
+        command.arg("serve").arg("--primary").arg(&self.primary).args(options);
         command
     }
 

@@ -7,13 +7,17 @@ use virtio_driver::VirtioBlkFeatureFlags;
 
 use crate::guest::{Failed, Guest, Io};
 use crate::model::{Model, Random, pattern};
-use crate::server::Volume;
+use crate::server::{Server, TRANSPORTS, Volume};
 
 /// O5: the next session begins when the old one's requests have come back, so none lands on top of it.
 #[test]
 fn a_write_left_behind_by_a_front_end_does_not_land_in_the_next_session() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
+    for transport in TRANSPORTS {
+        check_left_behind(&Volume::create(32, 64).serve(&["--transport", transport]));
+    }
+}
+
+fn check_left_behind(server: &Server) {
     let mut guest = server.guest(1);
     let mut model = Model::written(&mut guest, 960, 256, 1);
     server.fault(&["--ops", "write", "--delay", "1000", "--sectors", "1000-1007", "--count", "1"]);
@@ -34,8 +38,12 @@ fn a_write_left_behind_by_a_front_end_does_not_land_in_the_next_session() {
 /// F1: who cannot flush gets every write durable, or an error.
 #[test]
 fn a_driver_without_flush_gets_each_write_flushed() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
+    for transport in TRANSPORTS {
+        check_without_flush(&Volume::create(32, 64).serve(&["--transport", transport]));
+    }
+}
+
+fn check_without_flush(server: &Server) {
     let without = VirtioBlkFeatureFlags::all() - VirtioBlkFeatureFlags::FLUSH;
     let mut guest = Guest::connect_with(&server.socket, 1, without);
     guest.write(1000, pattern(1000, 8, 1)).unwrap();
@@ -48,8 +56,14 @@ fn a_driver_without_flush_gets_each_write_flushed() {
 /// O5: a hang is named, and is no reason for others to wait.
 #[test]
 fn a_request_that_hangs_is_named_and_holds_nobody_up() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
+    std::thread::scope(|scope| {
+        for transport in TRANSPORTS {
+            scope.spawn(move || check_hang(&Volume::create(32, 64).serve(&["--transport", transport])));
+        }
+    });
+}
+
+fn check_hang(server: &Server) {
     let mut guest = server.guest(1);
     let model = Model::written(&mut guest, 960, 256, 1);
     server.fault(&["--ops", "read", "--delay", "7000", "--sectors", "1000", "--count", "1"]);

@@ -1,7 +1,7 @@
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 
 use super::*;
-use crate::engine::message::FenceId;
+use crate::engine::message::{FenceId, ToShard};
 use crate::engine::view::{Mode, PrimaryState, View};
 use crate::units::{Block, BlockRange};
 use crate::vhost::inflight::InflightRegion;

@@ -1,0 +1,124 @@
+//! What moves a worker's shard along: the device it submits to and its mailboxes to and from the healer.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use crate::device::{Event, Reactor, Wait};
+use crate::engine::message::{ToHealer, ToShard};
+use crate::engine::shard::{Shard, ShardOut};
+use crate::runtime::mailbox::{Inbox, Outbox};
+use crate::runtime::worker::{Clock, DiskInfo, Worker};
+use crate::units::Time;
+
+/// The reactor's name for the healer's mailbox.
+const TOKEN_HEALER: u64 = 0;
+/// The first name that is free for others.
+pub(crate) const TOKEN_FREE: u64 = 1;
+
+/// A shard and all it works with, on the thread of its worker.
+pub(crate) struct Drive {
+    pub(crate) shard: Shard,
+    /// What the shard asked for since the last [`Drive::carry_out`]; answers and withdrawn requests are for the
+    /// worker to take.
+    pub(crate) out: ShardOut,
+    pub(crate) disk: Arc<DiskInfo>,
+    reactor: Box<dyn Reactor>,
+    inbox: Inbox<ToShard>,
+    healer: Outbox<ToHealer>,
+    clock: Clock,
+    healer_wrote: bool,
+    // Buffers used again in every turn.
+    events: Vec<Event>,
+    messages: Vec<ToShard>,
+}
+
+impl Drive {
+    pub(crate) fn new(worker: Worker) -> Drive {
+        let Worker { shard, mut reactor, inbox, healer, clock, disk } = worker;
+        reactor.watch(inbox.as_raw_fd(), TOKEN_HEALER);
+        Drive {
+            shard,
+            out: ShardOut::default(),
+            disk,
+            reactor,
+            inbox,
+            healer,
+            clock,
+            healer_wrote: true,
+            events: Vec::new(),
+            messages: Vec::new(),
+        }
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        self.clock.now()
+    }
+
+    /// Have [`Drive::poll`] say `token` when `fd` is readable.
+    pub(crate) fn watch(&mut self, fd: RawFd, token: u64) {
+        self.reactor.watch(fd, token);
+    }
+
+    pub(crate) fn unwatch(&mut self, token: u64) {
+        self.reactor.unwatch(token);
+    }
+
+    /// Operations that the device has not returned.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.reactor.in_flight()
+    }
+
+    /// Whether the healer has sent something that the shard has not heard.
+    pub(crate) fn healer_wrote(&self) -> bool {
+        self.healer_wrote
+    }
+
+    /// Let the shard hear what the healer has sent.
+    pub(crate) fn hear_healer(&mut self, now: Time) {
+        if !std::mem::take(&mut self.healer_wrote) {
+            return;
+        }
+        self.inbox.drain(&mut self.messages);
+        for message in self.messages.drain(..) {
+            self.shard.message(now, message, &mut self.out);
+        }
+    }
+
+    /// Submit the shard's operations and send its messages.
+    pub(crate) fn carry_out(&mut self) {
+        for op in self.out.ops.drain(..) {
+            // SAFETY: an operation of the shard borrows memory of the request it belongs to (guest memory, which
+            // the request's scatter list owns a reference to, and that list itself) or of a buffer beside it. The
+            // shard keeps both until it has seen the operation's completion, the worker keeps the shard until
+            // the device has returned everything (its Drop, and ours where it failed), and what the guest does
+            // with its memory meanwhile is the guest's affair.
+            unsafe { self.reactor.submit(op) };
+        }
+        for message in self.out.to_healer.drain(..) {
+            self.healer.send(message);
+        }
+    }
+
+    /// Submit and wait; tell the shard what has ended, and add the names of what is readable to `ready`.
+    pub(crate) fn poll(&mut self, now: Time, wait: Wait, ready: &mut Vec<u64>) {
+        self.reactor.poll(now, wait, &mut self.events);
+        let now = self.clock.now();
+        for event in self.events.drain(..) {
+            match event {
+                Event::Done(completion) => self.shard.completed(now, completion, &mut self.out),
+                Event::Ready(TOKEN_HEALER) => self.healer_wrote = true,
+                Event::Ready(token) => ready.push(token),
+            }
+        }
+    }
+}
+
+impl Drop for Drive {
+    fn drop(&mut self) {
+        if std::thread::panicking() && self.reactor.in_flight() > 0 {
+            // Unwinding would free memory under the kernel's hands.
+            log::error!("a worker failed with requests under way");
+            std::process::abort();
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! A front-end made of single steps: the protocol by the `vhost` crate's front-end half, rings and chains by hand.
+//!
+//! [`Guest`](crate::guest::Guest) is a well-behaved driver. This one writes any descriptor anywhere, also such
+//! as no driver should, and shows what came back byte for byte.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Longest wait for an answer of the protocol.
+const PROTOCOL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Guest memory has three adjacent regions of so many bytes.
+const REGION: u64 = 4 << 20;
+pub(crate) const MEMORY_END: u64 = 3 * REGION;
+/// The front-end's own addresses are not those of the guest.
+const USER: u64 = 0x5500_0000_0000;
+
+/// Rings lie at the start of memory, this far apart.
+const RING_SPAN: u64 = 0x10_0000;
+const AVAIL: u64 = 0x8_0000;
+const USED: u64 = 0xa_0000;
+
+/// Each ring's buffers may lie in so many bytes, which cross from one region into the next.
+pub(crate) const AREA: u64 = 4 << 20;
+
+pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
+pub(crate) const F_INDIRECT: u64 = 1 << 28;
+
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
+
+/// A descriptor as it is written: address, length, flags, next.
+pub(crate) type Raw = (u64, u32, u16, u16);
+
+/// What to negotiate and set up.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Setup {
+    pub(crate) queues: usize,
+    /// Entries of each.
+    pub(crate) size: u16,
+    /// Feature bits to refuse.
+    pub(crate) without: u64,
+}
+
+/// A connection and its rings.
+pub(crate) struct FrontEnd {
+    session: Frontend,
+    pub(crate) setup: Setup,
+    /// What the back-end offers.
+    pub(crate) features: u64,
+    pub(crate) protocol_features: VhostUserProtocolFeatures,
+    pub(crate) rings: Vec<Ring>,
+}
+
+/// The driver's side of one ring.
+pub(crate) struct Ring {
+    memory: Arc<GuestMemoryMmap>,
+    index: usize,
+    base: u64,
+    pub(crate) size: u16,
+    event_idx: bool,
+    avail: u16,
+    used: u16,
+    kick: EventFd,
+    call: EventFd,
+    called: Epoll,
+}
+
+impl FrontEnd {
+    /// Connect, negotiate and start the rings.
+    pub(crate) fn connect(socket: &Path, setup: Setup) -> FrontEnd {
+        FrontEnd::over(UnixStream::connect(socket).expect("a back-end listens"), setup)
+    }
+
+    /// As [`FrontEnd::connect`], over a socket that is connected.
+    pub(crate) fn over(stream: UnixStream, setup: Setup) -> FrontEnd {
+        stream.set_read_timeout(Some(PROTOCOL_LIMIT)).expect("a socket");
+        let mut session = Frontend::from_stream(stream, setup.queues as u64);
+        session.set_owner().unwrap();
+        let features = session.get_features().unwrap();
+        session.set_features(features & !setup.without).unwrap();
+        let protocol_features = session.get_protocol_features().unwrap();
+        session.set_protocol_features(protocol_features - VhostUserProtocolFeatures::INFLIGHT_SHMFD).unwrap();
+        session.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        session.get_queue_num().unwrap();
+        let file = memory_file();
+        let region = |start| VhostUserMemoryRegionInfo {
+            guest_phys_addr: start,
+            memory_size: REGION,
+            userspace_addr: USER + start,
+            mmap_offset: start,
+            mmap_handle: file.as_raw_fd(),
+        };
+        session.set_mem_table(&[region(0), region(REGION), region(2 * REGION)]).unwrap();
+        let part = |start| (GuestAddress(start), REGION as usize, Some(FileOffset::from_arc(file.clone(), start)));
+        let memory = GuestMemoryMmap::from_ranges_with_files([part(0), part(REGION), part(2 * REGION)]);
+        let memory = Arc::new(memory.expect("mappings"));
+        let event_idx = features & !setup.without & F_EVENT_IDX != 0;
+        let rings = (0..setup.queues).map(|index| Ring::new(memory.clone(), index, setup.size, event_idx)).collect();
+        let mut front_end = FrontEnd { session, setup, features, protocol_features, rings };
+        (0..setup.queues).for_each(|queue| front_end.start(queue, 0));
+        front_end
+    }
+
+    /// Start a ring that is stopped, empty, at that entry.
+    pub(crate) fn start(&mut self, queue: usize, base: u16) {
+        let ring = &mut self.rings[queue];
+        ring.restart_at(base);
+        let config = VringConfigData {
+            queue_max_size: ring.size,
+            queue_size: ring.size,
+            flags: 0,
+            desc_table_addr: USER + ring.base,
+            used_ring_addr: USER + ring.base + USED,
+            avail_ring_addr: USER + ring.base + AVAIL,
+            log_addr: None,
+        };
+        self.session.set_vring_num(queue, ring.size).unwrap();
+        self.session.set_vring_addr(queue, &config).unwrap();
+        self.session.set_vring_base(queue, base).unwrap();
+        self.session.set_vring_call(queue, &ring.call).unwrap();
+        self.session.set_vring_kick(queue, &ring.kick).unwrap();
+        self.session.set_vring_enable(queue, true).unwrap();
+    }
+
+    /// Stop a ring; where it goes on.
+    pub(crate) fn stop(&mut self, queue: usize) -> u16 {
+        u16::try_from(self.session.get_vring_base(queue).unwrap()).expect("an entry of a split ring")
+    }
+
+    /// Reset the device and negotiate again; all rings are stopped.
+    pub(crate) fn reset(&mut self) {
+        self.session.reset_device().unwrap();
+        self.session.set_features(self.features & !self.setup.without).unwrap();
+    }
+
+    pub(crate) fn config(&mut self, offset: u32, len: u32) -> Vec<u8> {
+        let buffer = vec![0; len as usize];
+        self.session.get_config(offset, len, VhostUserConfigFlags::empty(), &buffer).unwrap().1
+    }
+
+    /// Whether the back-end says that it has taken it.
+    pub(crate) fn set_config(&mut self, offset: u32, bytes: &[u8]) -> bool {
+        self.session.set_config(offset, VhostUserConfigFlags::empty(), bytes).is_ok()
+    }
+}
+
+/// Start of the memory for a ring's buffers.
+pub(crate) fn area_of(ring: usize) -> u64 {
+    REGION / 2 + ring as u64 * AREA
+}
+
+fn memory_file() -> Arc<File> {
+    let fd = rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
+    let file = File::from(fd);
+    file.set_len(MEMORY_END).expect("memory");
+    Arc::new(file)
+}
+
+impl Ring {
+    fn new(memory: Arc<GuestMemoryMmap>, index: usize, size: u16, event_idx: bool) -> Ring {
+        let (kick, call) = (EventFd::new(0).expect("an eventfd"), EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+        let called = Epoll::new().expect("an epoll instance");
+        let readable = EpollEvent::new(EventSet::IN, 0);
+        called.ctl(ControlOperation::Add, call.as_raw_fd(), readable).expect("an eventfd can be watched");
+        let base = index as u64 * RING_SPAN;
+        Ring { memory, index, base, size, event_idx, avail: 0, used: 0, kick, call, called }
+    }
+
+    fn restart_at(&mut self, base: u16) {
+        (self.avail, self.used) = (base, base);
+        self.write(self.base + AVAIL, &[0, 0]);
+        self.write(self.base + USED, &[0, 0]);
+        self.store(self.base + AVAIL + 2, base);
+        self.store(self.base + USED + 2, base);
+    }
+
+    /// Start of the memory for this ring's buffers.
+    pub(crate) fn area(&self) -> u64 {
+        area_of(self.index)
+    }
+
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(at)).expect("guest memory");
+    }
+
+    pub(crate) fn read(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read_slice(&mut bytes, GuestAddress(at)).expect("guest memory");
+        bytes
+    }
+
+    fn store(&self, at: u64, value: u16) {
+        self.memory.store(value, GuestAddress(at), Ordering::Release).expect("guest memory");
+    }
+
+    fn load(&self, at: u64) -> u16 {
+        self.memory.load(GuestAddress(at), Ordering::Acquire).expect("guest memory")
+    }
+
+    /// Write descriptors to a table at any address.
+    pub(crate) fn table(&self, at: u64, entries: &[Raw]) {
+        let bytes = entries.iter().flat_map(|&(addr, len, flags, next)| {
+            let word = u128::from(addr) | u128::from(len) << 64 | u128::from(flags) << 96 | u128::from(next) << 112;
+            word.to_le_bytes()
+        });
+        self.write(at, &bytes.collect::<Vec<_>>());
+    }
+
+    /// Write one descriptor of the ring's own table.
+    pub(crate) fn descriptor(&self, index: u16, descriptor: Raw) {
+        self.table(self.base + 16 * u64::from(index), &[descriptor]);
+    }
+
+    /// Make a chain available, and kick if the device wants that.
+    pub(crate) fn offer(&mut self, head: u16) {
+        let element = u64::from(self.avail % self.size);
+        self.store(self.base + AVAIL + 4 + 2 * element, head);
+        self.avail = self.avail.wrapping_add(1);
+        self.store(self.base + AVAIL + 2, self.avail);
+        // What the device asks for is read after it can see the entry.
+        fence(Ordering::SeqCst);
+        let wanted = if self.event_idx {
+            // virtio 1.3 §2.7.10: the entry just made available is the one asked for.
+            self.load(self.base + USED + 4 + 8 * u64::from(self.size)) == self.avail.wrapping_sub(1)
+        } else {
+            self.load(self.base + USED) & 1 == 0
+        };
+        if wanted {
+            self.kick();
+        }
+    }
+
+    pub(crate) fn kick(&self) {
+        self.kick.write(1).expect("an eventfd takes a write");
+    }
+
+    /// Claim so many available entries more than there are, or (65535) one less.
+    pub(crate) fn lie(&self, more: u16) {
+        self.store(self.base + AVAIL + 2, self.avail.wrapping_add(more));
+        self.kick();
+    }
+
+    /// Entries used since the start, as the device shows them.
+    pub(crate) fn used_idx(&self) -> u16 {
+        self.load(self.base + USED + 2)
+    }
+
+    /// The next used entry, head and length, within `limit`. Only a notification ends the wait.
+    pub(crate) fn take(&mut self, limit: Duration) -> Option<(u32, u32)> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if self.event_idx {
+                self.store(self.base + AVAIL + 4 + 2 * u64::from(self.size), self.used);
+                // The device may use an entry before it sees that; then it is there now.
+                fence(Ordering::SeqCst);
+            }
+            if self.used_idx() != self.used {
+                let at = self.base + USED + 4 + 8 * u64::from(self.used % self.size);
+                self.used = self.used.wrapping_add(1);
+                let word = |at| u32::from_le_bytes(self.read(at, 4).try_into().expect("four bytes"));
+                return Some((word(at), word(at + 4)));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = i32::try_from(left.as_millis()).expect("seconds");
+            if timeout == 0 {
+                return None;
+            }
+            match self.called.wait(timeout, &mut [EpollEvent::default()]) {
+                Ok(_) => drop(self.call.read()),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => panic!("epoll: {error}"),
+            }
+        }
+    }
+}
