@@ -581,6 +581,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     debug_assert_eq!(COMPAT_KNOWN, 0, "unknown compatible features are ignored");
     let read_only = params.read_only || unknown != 0;
     let mut tally = Tally::default();
+    let mut label_current = false;
     let mut events = Vec::new();
     let spare = DeviceIndex::SPARE;
     for bad in found.iter().filter(|f| !superblock.is_retired(f.place)) {
@@ -604,7 +605,10 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         }
         tally.metadata_repairs = repairs.len() as u64 + u64::from(label_found.lost);
         let take_over = TakeOver { io, layout: &layout, label, table: &table, poison: &poison };
-        // Until the label is stamped again its list is as old as it was.
+        // The spare remembers at a clean close when the label was stamped last; 0 stands for half written. Until
+        // it is stamped again its list is as old as it was.
+        let stamped = label_found.stamped;
+        label_current = superblock.clean && stamped != 0 && stamped == superblock.stamped;
         superblock.stamped = label_found.stamped;
         superblock = take_over.run(&superblock, &repairs, &mut events).await?;
     }
@@ -623,6 +627,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         saved,
         saved_sequence,
         read_only,
+        label_current,
         tally,
         events,
         ..Opened::new(geometry, layout, superblock, table, map)

@@ -1,19 +1,46 @@
 //! The last events of a volume, in memory, for whoever asks; and a line of log for each.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::report::{EventPage, EventRecord};
 use crate::engine::event::{Event, Severity};
+use crate::units::Time;
 
 /// Events kept; older ones are dropped and counted.
 const EVENTS_MAX: usize = 4096;
+/// Lines logged in [`LINES_SECONDS`], at most: a guest can cause as many events as it likes.
+const LINES_MAX: u64 = 500;
+const LINES_SECONDS: u64 = 10;
 
 #[derive(Default)]
 struct Log {
     events: VecDeque<EventRecord>,
     last_seq: u64,
     dropped: u64,
+    lines: Lines,
+}
+
+/// How much was logged lately.
+#[derive(Default)]
+struct Lines {
+    /// Number of the stretch of time, from the volume's start.
+    stretch: u64,
+    events: u64,
+}
+
+impl Lines {
+    /// Count an event at `time`: whether to log it, and how many were left out before.
+    fn count(&mut self, time: Time) -> (bool, u64) {
+        let stretch = time.0 / (LINES_SECONDS * 1_000_000_000);
+        let mut left_out = 0;
+        if stretch > self.stretch {
+            left_out = self.events.saturating_sub(LINES_MAX);
+            *self = Lines { stretch, events: 0 };
+        }
+        self.events += 1;
+        (self.events <= LINES_MAX, left_out)
+    }
 }
 
 /// A bounded log. Its lock is held for copying only, never across I/O.
@@ -28,6 +55,10 @@ impl EventLog {
     /// An empty log of the volume by that name.
     pub fn new(volume: String, epoch: f64) -> EventLog {
         EventLog { volume, epoch, log: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keep an event and log it.
@@ -52,9 +83,15 @@ impl EventLog {
             Some(sector) => format!(" sector {sector}+{}", record.sectors),
             None => String::new(),
         };
-        let EventRecord { kind, device, cause, action, .. } = &record;
-        log::log!(level, "{}: {kind}: {device}{place}: {cause}: {action}", self.volume);
-        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let (in_time, left_out) = self.lock().lines.count(event.time);
+        if left_out > 0 {
+            log::warn!("{}: {left_out} events more than {LINES_MAX} in {LINES_SECONDS} s were not logged", self.volume);
+        }
+        if in_time {
+            let EventRecord { kind, device, cause, action, .. } = &record;
+            log::log!(level, "{}: {kind}: {device}{place}: {cause}: {action}", self.volume);
+        }
+        let mut log = self.lock();
         log.last_seq += 1;
         let seq = log.last_seq;
         log.events.push_back(EventRecord { seq, ..record });
@@ -66,7 +103,7 @@ impl EventLog {
 
     /// Events after number `after`, at most `limit`.
     pub fn page(&self, after: u64, limit: usize) -> EventPage {
-        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let log = self.lock();
         let events: Vec<EventRecord> = log.events.iter().filter(|e| e.seq > after).take(limit).cloned().collect();
         let last_seq = events.last().map_or(after.min(log.last_seq), |event| event.seq);
         EventPage { events, last_seq, dropped: log.dropped }
@@ -74,6 +111,22 @@ impl EventLog {
 
     /// Events dropped because the log was full.
     pub fn dropped(&self) -> u64 {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).dropped
+        self.lock().dropped
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_events_is_logged_in_part_and_says_so() {
+        let mut lines = Lines::default();
+        let second = |n: u64| Time(n * 1_000_000_000);
+        let logged = (0..LINES_MAX + 70).filter(|_| lines.count(second(3)).0).count() as u64;
+        assert_eq!(logged, LINES_MAX);
+        assert_eq!(lines.count(second(9)), (false, 0));
+        assert_eq!(lines.count(second(10)), (true, 71));
+        assert_eq!(lines.count(second(20)), (true, 0));
     }
 }

@@ -97,7 +97,7 @@ impl VolumeHandle {
             devices: self.device_reports(&healer),
             capacity_sectors: served.opened.geometry.capacity,
             blocks: BlockReport {
-                remapped: healer.live as u64,
+                remapped: healer.remapped as u64,
                 remaps_max: u64::from(served.opened.geometry.slots),
                 slots_free: healer.free as u64,
                 slots_retired: healer.retired as u64,
@@ -144,7 +144,7 @@ impl VolumeHandle {
             let spare = path(DeviceIndex::SPARE);
             found.push((
                 "spare-down",
-                format!("{spare}: {cause}: {} remapped blocks cannot be used until it is back", healer.live),
+                format!("{spare}: {cause}: {} remapped blocks cannot be used until it is back", healer.remapped),
             ));
         }
         if healer.free == 0 && healer.live + healer.retired > 0 {

@@ -385,6 +385,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
                 healer: healer.shards.clone(),
                 clock,
                 disk: disk.clone(),
+                log: log.clone(),
             }
         })
         .collect();

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use super::eventlog::EventLog;
 use super::mailbox::{Inbox, Outbox};
 use crate::device::Reactor;
 use crate::engine::message::{ToHealer, ToShard};
@@ -52,6 +53,8 @@ pub struct WorkerPort {
     pub clock: Clock,
     /// What the guest is told of the disk.
     pub disk: Arc<DiskInfo>,
+    /// Where events go.
+    pub log: Arc<EventLog>,
 }
 
 /// A worker's parts, on its thread.
@@ -68,6 +71,8 @@ pub struct Worker {
     pub clock: Clock,
     /// What the guest is told of the disk.
     pub disk: Arc<DiskInfo>,
+    /// Where events go.
+    pub log: Arc<EventLog>,
 }
 
 impl WorkerPort {
@@ -83,6 +88,7 @@ impl WorkerPort {
             healer: self.healer,
             clock: self.clock,
             disk: self.disk,
+            log: self.log,
         })
     }
 }

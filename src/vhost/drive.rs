@@ -3,12 +3,15 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use crate::device::{Event, Reactor, Wait};
+use crate::device::{Event as DeviceEvent, Reactor, Wait};
+use crate::engine::event::{Event, Severity};
 use crate::engine::message::{ToHealer, ToShard};
 use crate::engine::shard::{Shard, ShardOut};
+use crate::runtime::eventlog::EventLog;
 use crate::runtime::mailbox::{Inbox, Outbox};
 use crate::runtime::worker::{Clock, DiskInfo, Worker};
-use crate::units::Time;
+use crate::units::{SectorRange, Time};
+use crate::vhost::status::WorkerStatus;
 
 /// The reactor's name for the healer's mailbox.
 const TOKEN_HEALER: u64 = 0;
@@ -26,15 +29,16 @@ pub(crate) struct Drive {
     inbox: Inbox<ToShard>,
     healer: Outbox<ToHealer>,
     clock: Clock,
+    log: Arc<EventLog>,
     healer_wrote: bool,
     // Buffers used again in every turn.
-    events: Vec<Event>,
+    events: Vec<DeviceEvent>,
     messages: Vec<ToShard>,
 }
 
 impl Drive {
     pub(crate) fn new(worker: Worker) -> Drive {
-        let Worker { shard, mut reactor, inbox, healer, clock, disk } = worker;
+        let Worker { shard, mut reactor, inbox, healer, clock, disk, log } = worker;
         reactor.watch(inbox.as_raw_fd(), TOKEN_HEALER);
         Drive {
             shard,
@@ -44,6 +48,7 @@ impl Drive {
             inbox,
             healer,
             clock,
+            log,
             healer_wrote: true,
             events: Vec::new(),
             messages: Vec::new(),
@@ -52,6 +57,26 @@ impl Drive {
 
     pub(crate) fn now(&self) -> Time {
         self.clock.now()
+    }
+
+    /// Count and report a request that was answered with an error before the engine saw it (P1), or a chain that
+    /// was no request at all.
+    #[cold]
+    pub(crate) fn reject(&self, status: &WorkerStatus, queue: u16, head: u16, got_error: bool, cause: &str) {
+        status.count_malformed();
+        let (kind, action) = match got_error {
+            true => ("guest-error", "the guest's request failed"),
+            false => ("malformed", "its chain was given back unread"),
+        };
+        self.log.push(Event {
+            time: self.now(),
+            severity: Severity::Warn,
+            kind,
+            device: None,
+            range: SectorRange::default(),
+            cause: format!("queue {queue}, descriptor {head}: {cause}"),
+            action: action.to_owned(),
+        });
     }
 
     /// Have [`Drive::poll`] say `token` when `fd` is readable.
@@ -105,9 +130,9 @@ impl Drive {
         let now = self.clock.now();
         for event in self.events.drain(..) {
             match event {
-                Event::Done(completion) => self.shard.completed(now, completion, &mut self.out),
-                Event::Ready(TOKEN_HEALER) => self.healer_wrote = true,
-                Event::Ready(token) => ready.push(token),
+                DeviceEvent::Done(completion) => self.shard.completed(now, completion, &mut self.out),
+                DeviceEvent::Ready(TOKEN_HEALER) => self.healer_wrote = true,
+                DeviceEvent::Ready(token) => ready.push(token),
             }
         }
     }

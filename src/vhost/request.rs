@@ -46,18 +46,31 @@ pub enum Parsed {
         /// The used length of success.
         written: u32,
     },
-    /// The answer is known.
+    /// The answer is OK already.
     Done {
-        /// The status byte.
-        status: u8,
         /// The used length.
         written: u32,
     },
+    /// It cannot be served; the used length is that of the status byte.
+    Refused(Refused),
 }
 
-impl Parsed {
-    fn failed(status: u8) -> Parsed {
-        Parsed::Done { status, written: 1 }
+/// A request that is answered before it comes to the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// The status byte.
+    pub status: u8,
+    /// For people.
+    pub cause: &'static str,
+}
+
+impl Refused {
+    fn io_err(cause: &'static str) -> Refused {
+        Refused { status: S_IOERR, cause }
+    }
+
+    fn unsupported(cause: &'static str) -> Refused {
+        Refused { status: S_UNSUPP, cause }
     }
 }
 
@@ -65,36 +78,36 @@ impl Parsed {
 pub fn parse(chain: &Chain<'_>, disk: &DiskInfo, pool: &mut Vec<Iovecs>) -> Parsed {
     let mut header = [0_u8; 16];
     if chain.is_faulty() || !chain.read_at(0, &mut header) {
-        return Parsed::failed(S_IOERR);
+        return Parsed::Refused(Refused::io_err("its buffers are not all in guest memory, or hold no header"));
     }
     let header = u128::from_le_bytes(header);
     let kind = u32::try_from(header & 0xffff_ffff).expect("masked");
     let sector = Sector(u64::try_from(header >> 64).expect("sixty-four bits are left"));
     let parsed = match kind {
         T_IN => read(chain, sector, pool),
-        T_OUT | T_DISCARD | T_WRITE_ZEROES if disk.read_only => Err(S_IOERR),
+        T_OUT | T_DISCARD | T_WRITE_ZEROES if disk.read_only => Err(Refused::io_err("the disk is read-only")),
         T_OUT => write(chain, sector, pool),
         // UEFI firmware flushes read-only disks too and takes an error for a broken disk.
-        T_FLUSH if disk.read_only => Ok(Parsed::Done { status: S_OK, written: 1 }),
+        T_FLUSH if disk.read_only => Ok(Parsed::Done { written: 1 }),
         T_FLUSH => Ok(Parsed::Submit { op: RequestOp::Flush, written: 1 }),
         T_GET_ID => Ok(get_id(chain, disk)),
         T_DISCARD => discard(chain),
         T_WRITE_ZEROES => write_zeroes(chain),
-        _ => Err(S_UNSUPP),
+        _ => Err(Refused::unsupported("its type is unknown")),
     };
-    parsed.unwrap_or_else(Parsed::failed)
+    parsed.unwrap_or_else(Parsed::Refused)
 }
 
-fn read(chain: &Chain<'_>, sector: Sector, pool: &mut Vec<Iovecs>) -> Result<Parsed, u8> {
+fn read(chain: &Chain<'_>, sector: Sector, pool: &mut Vec<Iovecs>) -> Result<Parsed, Refused> {
     let len = chain.writable_len() - 1;
     let range = sectors(sector, len, chain)?;
     let mut data = pool.pop().unwrap_or_default();
     chain.writable_into(len, &mut data);
-    let written = u32::try_from(len + 1).map_err(|_| S_IOERR)?;
+    let written = u32::try_from(len + 1).map_err(|_| Refused::io_err("it is too long"))?;
     Ok(Parsed::Submit { op: RequestOp::Read { range, data }, written })
 }
 
-fn write(chain: &Chain<'_>, sector: Sector, pool: &mut Vec<Iovecs>) -> Result<Parsed, u8> {
+fn write(chain: &Chain<'_>, sector: Sector, pool: &mut Vec<Iovecs>) -> Result<Parsed, Refused> {
     let len = chain.readable_len() - HEADER_SIZE;
     let range = sectors(sector, len, chain)?;
     let mut data = pool.pop().unwrap_or_default();
@@ -103,11 +116,11 @@ fn write(chain: &Chain<'_>, sector: Sector, pool: &mut Vec<Iovecs>) -> Result<Pa
 }
 
 /// The sectors of a transfer of `len` bytes.
-fn sectors(start: Sector, len: u64, chain: &Chain<'_>) -> Result<SectorRange, u8> {
+fn sectors(start: Sector, len: u64, chain: &Chain<'_>) -> Result<SectorRange, Refused> {
     let range = SectorRange { start, count: len / SECTOR_SIZE };
     let whole = len.is_multiple_of(SECTOR_SIZE) && len <= CHAIN_BYTES_MAX;
     if !whole || !is_addressable(range) || chain.pieces() > IOVECS_MAX {
-        return Err(S_IOERR);
+        return Err(Refused::io_err("it is not in whole sectors, too long, or beyond any disk"));
     }
     Ok(range)
 }
@@ -121,22 +134,22 @@ fn is_addressable(range: SectorRange) -> bool {
 /// length gets what fits.
 fn get_id(chain: &Chain<'_>, disk: &DiskInfo) -> Parsed {
     let copied = chain.write_data(&disk.serial);
-    Parsed::Done { status: S_OK, written: 1 + u32::try_from(copied).expect("at most twenty") }
+    Parsed::Done { written: 1 + u32::try_from(copied).expect("at most twenty") }
 }
 
-fn discard(chain: &Chain<'_>) -> Result<Parsed, u8> {
+fn discard(chain: &Chain<'_>) -> Result<Parsed, Refused> {
     let segments = segments(chain, DISCARD_SEG_MAX, DISCARD_SECTORS_MAX, 0)?;
     let ranges: Vec<_> = segments.into_iter().map(|(range, _)| range).collect();
     Ok(submit_or_done(ranges.is_empty(), RequestOp::Discard { ranges }))
 }
 
-fn write_zeroes(chain: &Chain<'_>) -> Result<Parsed, u8> {
+fn write_zeroes(chain: &Chain<'_>) -> Result<Parsed, Refused> {
     let ranges = segments(chain, WRITE_ZEROES_SEG_MAX, WRITE_ZEROES_SECTORS_MAX, SEGMENT_UNMAP)?;
     Ok(submit_or_done(ranges.is_empty(), RequestOp::WriteZeroes { ranges }))
 }
 
 fn submit_or_done(nothing: bool, op: RequestOp) -> Parsed {
-    if nothing { Parsed::Done { status: S_OK, written: 1 } } else { Parsed::Submit { op, written: 1 } }
+    if nothing { Parsed::Done { written: 1 } } else { Parsed::Submit { op, written: 1 } }
 }
 
 /// The segments of a discard or zeroing that have any sector, with their unmap flag. A flag outside of
@@ -146,35 +159,38 @@ fn segments(
     segments_max: u32,
     sectors_max: u32,
     flags: u32,
-) -> Result<Vec<(SectorRange, bool)>, u8> {
+) -> Result<Vec<(SectorRange, bool)>, Refused> {
     let len = chain.readable_len() - HEADER_SIZE;
     let count = len / SEGMENT_SIZE;
     if len == 0 || !len.is_multiple_of(SEGMENT_SIZE) || count > u64::from(segments_max) {
-        return Err(S_IOERR);
+        return Err(Refused::io_err("it has no whole segments, or too many"));
     }
     let mut found = Vec::new();
-    let mut status = S_OK;
+    let mut impossible = false;
     for i in 0..count {
         let mut bytes = [0_u8; 16];
         if !chain.read_at(HEADER_SIZE + i * SEGMENT_SIZE, &mut bytes) {
-            return Err(S_IOERR);
+            return Err(Refused::io_err("its segments are not in guest memory"));
         }
         let word = u128::from_le_bytes(bytes);
         let start = Sector(u64::try_from(word & u128::from(u64::MAX)).expect("masked"));
         let sectors = u32::try_from((word >> 64) & 0xffff_ffff).expect("masked");
         let segment_flags = u32::try_from(word >> 96).expect("thirty-two bits are left");
         if segment_flags & !flags != 0 {
-            return Err(S_UNSUPP);
+            return Err(Refused::unsupported("a segment has a flag that is unknown"));
         }
         let range = SectorRange { start, count: u64::from(sectors) };
         if sectors > sectors_max || !is_addressable(range) {
             // Looked at to the end: an unknown flag in a later segment has precedence.
-            status = S_IOERR;
+            impossible = true;
         } else if sectors > 0 {
             found.push((range, segment_flags & SEGMENT_UNMAP != 0));
         }
     }
-    if status == S_OK { Ok(found) } else { Err(status) }
+    if impossible {
+        return Err(Refused::io_err("a segment is too long, or beyond any disk"));
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -201,7 +217,8 @@ mod tests {
         let (mut scatter, map, ring) = (Scatter::default(), guest.map(), guest.ring());
         let chain = scatter.walk(&ring, &map, head).unwrap();
         match parse(&chain, disk, &mut Vec::new()) {
-            Parsed::Done { status, written } => format!("status {status}, {written}"),
+            Parsed::Done { written } => format!("status 0, {written}"),
+            Parsed::Refused(refused) => format!("status {}, 1", refused.status),
             Parsed::Submit { op, written } => format!("{op:?}, {written}"),
         }
     }
@@ -309,6 +326,7 @@ mod tests {
         let head = chain_of(&guest, &[readable(DATA, 15), writable(STATUS, 1)]);
         let (mut scatter, map, ring) = (Scatter::default(), guest.map(), guest.ring());
         let chain = scatter.walk(&ring, &map, head).unwrap();
-        assert!(matches!(parse(&chain, &disk(false), &mut Vec::new()), Parsed::Done { status: S_IOERR, written: 1 }));
+        let parsed = parse(&chain, &disk(false), &mut Vec::new());
+        assert!(matches!(parsed, Parsed::Refused(Refused { status: S_IOERR, .. })), "{parsed:?}");
     }
 }

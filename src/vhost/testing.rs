@@ -12,6 +12,7 @@ use crate::device::memory::MemoryDisks;
 use crate::engine::message::{Outcome, ToHealer, ToShard, Why};
 use crate::engine::shard::Shard;
 use crate::engine::view::{Geometry, Mode, PrimaryState, Progress, View};
+use crate::runtime::eventlog::EventLog;
 use crate::runtime::mailbox::{Inbox, Outbox, mailbox};
 use crate::runtime::worker::{Clock, DiskInfo, WorkerPort};
 use crate::vhost::device::BlkDevice;
@@ -200,6 +201,7 @@ fn port(index: usize, device: &BlkDevice, disks: &MemoryDisks) -> (WorkerPort, O
         healer,
         clock: Clock::start(),
         disk: Arc::new(device.disk().clone()),
+        log: Arc::new(EventLog::new("a disk in memory".into(), 0.0)),
     };
     (port, to_shard, from_shard)
 }

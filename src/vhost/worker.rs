@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use super::chain::{ChainError, LocalMap, Scatter};
+use super::chain::{LocalMap, Scatter};
 use super::device::Settings;
 use super::drive::{Drive, TOKEN_FREE};
 use super::memory::{MemoryMap, RegionBits};
@@ -231,22 +231,26 @@ impl DataPlane {
         let chain = match self.scatter.walk(&queue.ring, &self.memory, head) {
             Ok(chain) => chain,
             Err(error) => {
-                reject(&self.status, queue.index, head, Some(error));
+                self.drive.reject(&self.status, queue.index, head, false, &error.to_string());
                 return queue.give_back(head, 0);
             }
         };
         let Some(status) = chain.status_byte(&self.memory) else {
-            reject(&self.status, queue.index, head, None);
+            self.drive.reject(&self.status, queue.index, head, false, "it has no room for a status");
             return queue.give_back(head, 0);
         };
         let regions = chain.regions().union(queue.ring.regions());
         match parse(&chain, &self.drive.disk, &mut self.pool) {
-            Parsed::Done { status: value, written } => {
-                if value == S_IOERR {
-                    reject(&self.status, queue.index, head, None);
-                }
-                status.write(value);
+            Parsed::Done { written } => {
+                status.write(S_OK);
                 queue.give_back(head, written);
+            }
+            Parsed::Refused(refused) => {
+                if refused.status == S_IOERR {
+                    self.drive.reject(&self.status, queue.index, head, true, refused.cause);
+                }
+                status.write(refused.status);
+                queue.give_back(head, 1);
             }
             Parsed::Submit { op, written } => {
                 let taken = Taken { queue: queue.index, head, position, status, written, started: now, regions };
@@ -490,15 +494,6 @@ impl Drop for DataPlane {
         while self.drive.in_flight() > 0 || !self.started.is_empty() {
             self.turn(true);
         }
-    }
-}
-
-/// Count and tell a chain that is answered before it became a request.
-pub(super) fn reject(status: &WorkerStatus, queue: u16, head: u16, error: Option<ChainError>) {
-    status.count_malformed();
-    match error {
-        Some(error) => log::debug!("queue {queue}: chain {head} is given back unread: {error}"),
-        None => log::debug!("queue {queue}: chain {head} is no request that can be served"),
     }
 }
 

@@ -129,6 +129,10 @@ fn requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing() {
     ] {
         assert_eq!(queue.one(io.clone()), Err(Failed::IoErr), "{io:?}");
     }
+    // P1: one event for each, wherever it was refused.
+    let events = server.events();
+    let reported: Vec<_> = events.iter().filter(|event| event.kind == "guest-error").collect();
+    assert!(reported.len() == 15 && reported.iter().all(|event| !event.cause.is_empty()), "{events:?}");
     for io in [
         raw(99, 0, 0, 0),
         Io::Discard(vec![(end - 8, 8, 1)]),

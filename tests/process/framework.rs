@@ -13,12 +13,12 @@ use crate::guest::Io;
 use crate::model::{Model, pattern};
 use crate::server::{Server, TRANSPORTS, Volume, refusal};
 
-const SETUP: Setup = Setup { queues: 2, size: 16, without: 0 };
+pub(crate) const SETUP: Setup = Setup { queues: 2, size: 16, without: 0 };
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// Write the header of a request on one sector and a chain for it, from that descriptor on. Buffers are 4 KiB apart
 /// for each descriptor, so that several may be under way.
-fn chain(ring: &Ring, first: u16, kind: u32, sector: u64) {
+pub(crate) fn chain(ring: &Ring, first: u16, kind: u32, sector: u64) {
     let at = ring.area() + u64::from(first) * 4096;
     ring.write(at, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes(), &[0xff]].concat());
     let data = if kind == 0 { NEXT | WRITE } else { NEXT };
@@ -27,7 +27,7 @@ fn chain(ring: &Ring, first: u16, kind: u32, sector: u64) {
     ring.descriptor(first + 2, (at + 16, 1, WRITE, 0));
 }
 
-fn status(ring: &Ring, first: u16) -> u8 {
+pub(crate) fn status(ring: &Ring, first: u16) -> u8 {
     ring.read(ring.area() + u64::from(first) * 4096 + 16, 1)[0]
 }
 

@@ -311,6 +311,19 @@ impl Server {
         panic!("no event {kind:?} within {LIMIT:?}: {}", self.log_text());
     }
 
+    /// Wait for a status like that.
+    #[track_caller]
+    pub(crate) fn await_status(&self, wanted: impl Fn(&StatusReport) -> bool) -> StatusReport {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let status = self.status();
+            if wanted(&status) {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "not within {LIMIT:?}: {status:?}");
+        }
+    }
+
     /// Blocks in a state of `list`, by their first sector.
     pub(crate) fn blocks(&self, state: &str) -> Vec<u64> {
         let list = self.list();

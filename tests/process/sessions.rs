@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use virtio_driver::VirtioBlkFeatureFlags;
 
-use crate::guest::{Failed, Guest, Io};
+use crate::framework::{SETUP, chain, status};
+use crate::frontend::FrontEnd;
+use crate::guest::{ANSWER_LIMIT, Failed, Guest, Io};
 use crate::model::{Model, Random, pattern};
 use crate::server::{Server, TRANSPORTS, Volume};
 
@@ -146,4 +148,35 @@ fn check_stamps(guest: &mut Guest, start: u64, admissible: &mut [Vec<u64>]) {
         let stamp = stamp.unwrap_or_else(|| panic!("sector {sector}: {:x?} is none of {stamps:?}", &found[..16]));
         *stamps = vec![stamp];
     }
+}
+
+/// O5: held requests that the ring cannot be rewound over, as one behind them is answered, hold up no stop.
+#[test]
+fn a_stop_without_a_region_answers_what_is_held() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&["--on-device-loss", "hold"]);
+    Model::written(&mut server.guest(1), 960, 64, 1);
+    server.order(&["remap", "960-967"]);
+    server.fault(&["--ops", "read,write,flush,discard,identify", "--errno", "ENODEV"]);
+    let mut front_end = FrontEnd::connect(&server.socket, SETUP);
+    let ring = &mut front_end.rings[0];
+    chain(ring, 0, 0, 1000);
+    ring.offer(0);
+    server.await_event("device-gone");
+    // What lives on the spare is answered.
+    chain(ring, 3, 0, 960);
+    ring.offer(3);
+    assert_eq!(ring.take(ANSWER_LIMIT), Some((3, 513)));
+    assert_eq!(ring.take(Duration::ZERO), None);
+    assert_eq!(front_end.stop(0), 2);
+    let ring = &mut front_end.rings[0];
+    assert_eq!(ring.take(ANSWER_LIMIT), Some((0, 1)));
+    assert_eq!((status(ring, 0), status(ring, 3)), (1, 0));
+    // The next session is held for as ever.
+    front_end.start(0, 2);
+    let ring = &mut front_end.rings[0];
+    chain(ring, 0, 0, 1000);
+    ring.offer(0);
+    server.no_faults();
+    assert_eq!(ring.take(ANSWER_LIMIT), Some((0, 513)));
 }

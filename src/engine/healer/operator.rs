@@ -62,6 +62,8 @@ pub struct HealerStatus {
     pub errors: [[u64; 3]; 2],
     /// Slots in use.
     pub live: usize,
+    /// Blocks that live in a slot.
+    pub remapped: usize,
     /// Slots that can be given out.
     pub free: usize,
     /// Slots that failed.
@@ -126,24 +128,27 @@ impl Core {
     fn status(&self) -> HealerStatus {
         let table = self.table.borrow();
         let map = self.map.borrow();
-        let (mut lost_sectors, mut in_doubt) = (0, 0);
+        let (mut remapped, mut lost_sectors, mut in_doubt) = (0, 0, 0);
         for (_, state) in map.iter_from(Block(0)) {
+            // Not the table's live entries: a block that moves has two for a while.
+            remapped += usize::from(state.slot.is_some());
             lost_sectors += u64::from(state.lost.count_ones());
             in_doubt += u64::from(state.in_doubt);
         }
-        let live = self.live_places();
+        let places = self.live_places();
         HealerStatus {
             mode: self.mode.get(),
             poison: self.poison_report(),
             spare_down: self.spare_down_cause(),
             retired_places: crate::volume::layout::Place::ALL
                 .into_iter()
-                .filter(|place| !live.contains(place))
+                .filter(|place| !places.contains(place))
                 .map(|place| place.name())
                 .collect(),
             tally: self.tally.borrow().clone(),
             lifetime: self.lifetime_values(),
             errors: *self.io.errors.borrow(),
+            remapped,
             live: table.live(),
             free: table.available(),
             retired: table.retired(),

@@ -43,11 +43,11 @@ pub(super) struct Places {
 }
 
 impl Places {
-    pub(super) fn new(base: Vec<u64>, saved_sequence: u64) -> Places {
+    pub(super) fn new(base: Vec<u64>, saved_sequence: u64, label_current: bool) -> Places {
         Places {
             base,
             saved_sequence: Cell::new(saved_sequence),
-            stamped_commits: Cell::new(None),
+            stamped_commits: Cell::new(label_current.then_some(0)),
             label_failures: Cell::new(0),
             returning: Cell::new(false),
             down_cause: RefCell::default(),
@@ -342,13 +342,16 @@ impl Core {
                 (label.table(number), page.encode(self.set, number, PageSeat::Label))
             })
             .collect();
+        self.superblock.borrow_mut().stamped = 0;
         self.write_label_superblock(label, 0).await?;
         self.flush(primary).await?;
         let writes = pages.iter().map(|(offset, bytes)| self.io.write(primary, *offset, bytes));
         let written: Result<(), Errno> = join_all(writes).await.into_iter().collect();
         written.map_err(|errno| Failure::errno(primary, errno))?;
         self.flush(primary).await?;
-        self.write_label_superblock(label, stamp).await
+        self.write_label_superblock(label, stamp).await?;
+        self.superblock.borrow_mut().stamped = stamp;
+        Ok(())
     }
 
     /// The superblock goes to the copy of its generation, with the time at which the label's table was true.

@@ -26,7 +26,7 @@ use crate::vhost::request::{Parsed, S_IOERR, S_OK, parse};
 use crate::vhost::ring::Descriptor;
 use crate::vhost::status::WorkerStatus;
 use crate::vhost::tokens::{Taken, Tokens};
-use crate::vhost::worker::{POOL_MAX, StopHow, reject};
+use crate::vhost::worker::{POOL_MAX, StopHow};
 
 /// The reactor's name for the mailbox of orders.
 const TOKEN_ORDERS: u64 = TOKEN_FREE;
@@ -235,23 +235,27 @@ impl Lane {
         let chain = match self.scatter.gather(descriptors, map) {
             Ok(chain) => chain,
             Err(error) => {
-                reject(&self.status, number, head, Some(error));
+                self.drive.reject(&self.status, number, head, false, &error.to_string());
                 queue.give_back(vring, head, 0);
                 return Ok(());
             }
         };
         let Some(status) = chain.status_byte(map) else {
-            reject(&self.status, number, head, None);
+            self.drive.reject(&self.status, number, head, false, "it has no room for a status");
             queue.give_back(vring, head, 0);
             return Ok(());
         };
         match parse(&chain, &self.drive.disk, &mut self.pool) {
-            Parsed::Done { status: value, written } => {
-                if value == S_IOERR {
-                    reject(&self.status, number, head, None);
-                }
-                status.write(value);
+            Parsed::Done { written } => {
+                status.write(S_OK);
                 queue.give_back(vring, head, written);
+            }
+            Parsed::Refused(refused) => {
+                if refused.status == S_IOERR {
+                    self.drive.reject(&self.status, number, head, true, refused.cause);
+                }
+                status.write(refused.status);
+                queue.give_back(vring, head, 1);
             }
             Parsed::Submit { op, written } => {
                 let regions = RegionBits::default();
