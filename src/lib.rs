@@ -107,6 +107,7 @@
 //!
 //! Most of all `every_run_keeps_the_contract` (`tests/sim`): shards, healer and two faulty disks in one
 //! thread, crashed and reopened, against a model of what each sector may be. Its model has tests of its own.
+//! `tests/metadata` damages, tears and interrupts all that is on the disks beside data.
 //! `tests/process` drives the program over its sockets, `tests/conformance.rs` all devices,
 //! `tests/hostile_chains.rs` a worker. A part that nothing tests is called *not yet*.
 //!
@@ -117,17 +118,17 @@
 //! | R3 | pending blocks no later success; lost sectors heal | `a_pending_block_is_healed_in_place_by_a_rewrite` `every_run_keeps_the_contract` `a_lost_sector_is_not_served_from_a_stale_primary` |
 //! | R4 | a read error takes no slot and loses nothing | `a_read_of_a_bad_block_fails_for_exactly_its_sectors` |
 //! | W1 | a failed write is rewritten in place, or moved | `a_write_that_fails_once_is_rewritten_in_place` `a_write_to_a_bad_block_succeeds_and_moves_the_block`; counted as healed by a later pass: not yet, there is no scanner |
-//! | W2 | slot, flush, map, flush, publish, answer | `every_run_keeps_the_contract` |
-//! | W3 | no answer before the mapping is durable; storms share commits | `remaps_survive_a_kill` `sixty_four_blocks_failing_at_once_are_all_moved` `concurrent_failures_of_one_block_take_one_slot` |
+//! | W2 | slot, flush, map, flush, publish, answer | `every_run_keeps_the_contract` `a_second_commit_waits_for_the_second_home_of_the_first` |
+//! | W3 | no answer before the mapping is durable; storms share commits | `remaps_survive_a_kill` `sixty_four_blocks_failing_at_once_are_all_moved` `concurrent_failures_of_one_block_take_one_slot` `a_second_commit_to_a_page_never_endangers_the_first` |
 //! | W4 | a partial write merges, and loses only what cannot be read | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read` |
 //! | W5 | healing works from one copy and overwrites nothing newer | `every_run_keeps_the_contract` |
 //! | W6 | zeroing is a write, discard skips, release verifies | `zeroing_several_ranges_over_remapped_blocks_leaves_zeros` `a_discard_skips_remapped_and_pending_blocks` `blocks_are_moved_and_moved_back_by_hand` |
 //! | W7 | a failed write leaves each sector old or new | `every_run_keeps_the_contract` `a_failed_write_is_old_or_new_until_it_is_read` |
-//! | W8 | a commit in doubt is neither used nor undone | `every_run_keeps_the_contract` `metadata_that_cannot_be_written_anywhere_fails_the_write` |
+//! | W8 | a commit in doubt is neither used nor undone | `every_run_keeps_the_contract` `metadata_that_cannot_be_written_anywhere_fails_the_write` `a_commit_that_failed_half_way_is_old_or_new_after_a_restart` `a_commit_in_doubt_fails_its_block_until_the_spare_is_back` `a_commit_in_doubt_is_decided_once_by_a_restart` |
 //! | F1 | a flush covers all that was answered, on both devices | `every_run_keeps_the_contract` `write_through_follows_the_driver` `a_power_cut_takes_what_no_flush_has_covered` `a_driver_without_flush_gets_each_write_flushed` |
-//! | F2 | a failed flush poisons until the operator has looked | `a_failed_flush_poisons_the_volume_until_the_operator_has_looked` `a_poison_that_no_device_keeps_is_called_not_persistent` `a_poisoned_volume_does_not_close_cleanly` |
+//! | F2 | a failed flush poisons until the operator has looked | `a_failed_flush_poisons_the_volume_until_the_operator_has_looked` `a_poison_that_no_device_keeps_is_called_not_persistent` `a_poisoned_volume_does_not_close_cleanly` `a_flush_that_fails_at_opening_poisons_and_forgets_no_earlier_note` |
 //! | F3 | a clean spare that fails is down; the primary goes on | `a_spare_that_fails_to_flush_while_clean_is_down_and_the_primary_goes_on` `a_spare_that_fails_to_flush_while_dirty_poisons_the_volume` `a_lost_spare_costs_only_remapped_blocks_until_it_is_back` |
-//! | O1 | a crash at any point leaves what R1 admits | `every_run_keeps_the_contract` `remaps_survive_a_kill` `ten_runs_after_each_other_lose_nothing` `a_kill_in_the_middle_of_moving_blocks_loses_nothing_that_was_answered`; every point in turn: not yet |
+//! | O1 | a crash at any point leaves what R1 admits | `every_run_keeps_the_contract` `remaps_survive_a_kill` `ten_runs_after_each_other_lose_nothing` `a_kill_in_the_middle_of_moving_blocks_loses_nothing_that_was_answered` `a_torn_group_commit_leaves_each_page_old_or_new` `an_interrupted_opening_is_taken_up_by_the_next_one` `an_interrupted_close_loses_nothing`; every point in turn: of creation, opening, commits and closing; of other work: not yet |
 //! | O2 | a slot serves one block, and is free only when that is durable | `every_slot_is_given_out_once_and_counts_agree` `the_later_incarnation_wins_also_across_the_wrap` `every_run_keeps_the_contract` |
 //! | O3 | a killed backend comes back unnoticed | `with_a_region_they_stay_there_and_are_resubmitted_once` `a_crash_between_publishing_and_clearing_loses_and_repeats_nothing` `a_crash_before_publishing_repeats_the_batch` |
 //! | O4 | nothing is answered before the kernel is done; one owner at a time | `a_dropped_reactor_has_let_go_of_memory_and_locks` `a_successor_gets_the_lock_once_the_holder_is_gone` `qemu_and_we_keep_each_other_out` `a_volume_has_one_server` |
@@ -135,8 +136,8 @@
 //! | E1 | errors are told apart; a gone device remaps nothing | `a_lost_primary_fails_requests_and_comes_back_by_itself` `a_primary_that_answers_eio_to_everything_is_gone` `no_space_fails_only_that_write` `held_requests_go_on_when_the_primary_is_back` |
 //! | E2 | a full spare fails only what needs a slot | `a_full_spare_fails_only_writes_that_need_a_slot` `a_write_held_by_a_full_spare_goes_on_when_a_slot_is_free` `a_filling_spare_is_announced_however_fast_it_fills` |
 //! | E3 | a slot that fails writes is retired | `every_run_keeps_the_contract` `a_block_moves_past_slots_that_do_not_take_it` `a_block_whose_slot_fails_moves_to_another_slot` `a_slot_that_does_not_read_fails_exactly_its_sectors_and_loses_nothing` |
-//! | E4 | what does not fit is refused, nothing is overwritten | `a_table_page_without_a_good_home_keeps_the_volume_from_opening` `one_good_home_of_a_table_page_is_enough` `what_cannot_serve_is_refused_with_the_reason` `wrong_devices_are_refused` `devices_that_changed_while_nobody_looked_are_refused` `an_older_spare_is_refused` `nothing_is_made_over_something_that_exists` |
-//! | E5 | no guest input panics, hangs or escapes its memory | `broken_structures_come_back_empty` `requests_that_cannot_be_served_fail` `a_ring_that_lies_stops_until_it_is_restarted` `nonsense_in_the_region_is_survived` `requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing`; fuzzing: not yet |
+//! | E4 | what does not fit is refused, nothing is overwritten | `a_table_page_without_a_good_home_keeps_the_volume_from_opening` `one_good_home_of_a_table_page_is_enough` `what_cannot_serve_is_refused_with_the_reason` `wrong_devices_are_refused` `devices_that_changed_while_nobody_looked_are_refused` `an_older_spare_is_refused` `nothing_is_made_over_something_that_exists` `any_one_damaged_copy_is_repaired_from_the_others` `any_two_damaged_copies_after_a_crash_are_repaired_or_refused` `with_no_whole_copy_left_the_volume_is_refused_or_poisoned` `a_label_tells_an_older_spare_from_a_damaged_one` `an_interrupted_creation_leaves_nothing_or_a_complete_empty_volume` `a_creation_over_an_old_volume_never_leaves_half_of_the_old_one` |
+//! | E5 | no guest input panics, hangs or escapes its memory | `broken_structures_come_back_empty` `requests_that_cannot_be_served_fail` `a_ring_that_lies_stops_until_it_is_restarted` `nonsense_in_the_region_is_survived` `requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing` `what_a_guest_writes_is_not_taken_for_a_superblock`; fuzzing: not yet |
 //! | P1 | each error a guest gets has an event | `every_run_keeps_the_contract` `a_full_spare_fails_only_writes_that_need_a_slot` |
 //! | P2 | lost sectors are counted and listed; healed means proven | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read`; export: not yet |
 
