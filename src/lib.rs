@@ -107,7 +107,7 @@
 //!
 //! Most of all `every_run_keeps_the_contract` (`tests/sim`): shards, healer and two faulty disks in one
 //! thread, crashed and reopened, against a model of what each sector may be. Its model has tests of its own.
-//! `tests/metadata` damages, tears and interrupts all that is on the disks beside data.
+//! `tests/metadata` damages, tears and interrupts all that is on the disks beside data, and holds golden images.
 //! `tests/process` drives the program over its sockets, `tests/conformance.rs` all devices,
 //! `tests/hostile_chains.rs` a worker. A part that nothing tests is called *not yet*.
 //!
