@@ -31,3 +31,5 @@ mod sessions;
 mod soak;
 #[path = "process/spare.rs"]
 mod spare;
+#[path = "process/upgrade.rs"]
+mod upgrade;

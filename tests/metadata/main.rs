@@ -9,6 +9,7 @@ mod crash;
 mod damage;
 mod engine;
 mod expect;
+mod features;
 mod golden;
 mod interrupted;
 mod matrix;
