@@ -41,3 +41,5 @@ mod soak;
 mod spare;
 #[path = "process/transports.rs"]
 mod transports;
+#[path = "process/upgrade.rs"]
+mod upgrade;

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use super::io::Io;
-use super::open::{DeviceFacts, OpenError, io_error};
+use super::open::{DeviceFacts, OpenError, io_error, tail_starts};
 use super::script::Script;
 use super::task::join_all;
 use crate::device::buffer::AlignedBuf;
@@ -11,7 +11,7 @@ use crate::device::{Completion, DeviceIndex, Errno, Op};
 use crate::units::{BLOCK_SIZE, SECTOR_SIZE, Time};
 use crate::volume::layout::{Home, LabelLayout, Layout, PAGE, PAGE_SIZE, Place, label_size};
 use crate::volume::sidecar::{Poison, SavedCounters};
-use crate::volume::superblock::{CloseStamp, Region, Seat, Superblock};
+use crate::volume::superblock::{CloseStamp, MAGIC, Region, Seat, Superblock};
 use crate::volume::table::{PageSeat, Table};
 
 /// How to make a volume.
@@ -76,6 +76,7 @@ async fn create(io: &Io, params: &CreateParams) -> Result<(), OpenError> {
     let superblock = new_superblock(params, &layout, label);
     let spare = DeviceIndex::SPARE;
     let failed = io_error(spare, "writing zeros over the new spare");
+    forget_old_volume(io, params.spare.size).await.map_err(&failed)?;
     io.write_zeroes(spare, 0, params.spare.size / PAGE_SIZE * PAGE_SIZE).await.map_err(&failed)?;
     let failed = io_error(spare, "writing new metadata");
     let table = Table::new(params.max_remaps);
@@ -109,6 +110,23 @@ async fn create(io: &Io, params: &CreateParams) -> Result<(), OpenError> {
         io.write(primary, label.superblock(copy), &bytes).await.map_err(&failed)?;
     }
     io.flush(primary).await.map_err(&failed)
+}
+
+/// Make sure that nobody finds a volume on the spare any more before anything else of it goes: a creation
+/// that is cut short must not leave an old map over slots that are zeros.
+async fn forget_old_volume(io: &Io, spare_size: u64) -> Result<(), Errno> {
+    let spare = DeviceIndex::SPARE;
+    let mut found = false;
+    for start in std::iter::once(0).chain(tail_starts(spare_size)) {
+        for offset in [start, start + PAGE_SIZE] {
+            let (page, _) = io.read(spare, offset, PAGE).await;
+            if !page.is_ok_and(|page| !page.starts_with(&MAGIC)) {
+                io.write_zeroes(spare, offset, PAGE_SIZE).await?;
+                found = true;
+            }
+        }
+    }
+    if found { io.flush(spare).await } else { Ok(()) }
 }
 
 /// Write one home of a place in large pieces.

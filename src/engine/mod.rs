@@ -106,7 +106,6 @@
 //! ```
 
 pub mod create;
-mod degraded;
 mod errors;
 pub mod event;
 pub mod healer;

@@ -1,25 +1,29 @@
 //! Opening a volume: find its superblocks, check the devices, take the newest of every page, repair.
 
-use std::collections::BTreeMap;
+mod degraded;
+mod pages;
+mod repair;
+mod superblocks;
+mod take_over;
 
 use uuid::Uuid;
 
 use super::create::{CreateParams, new_superblock};
-use super::degraded::open_degraded;
 use super::event::{Event, Severity};
 use super::healer::{Healer, HealerParams, Opened, Tally};
 use super::io::Io;
 use super::script::Script;
 use super::view::Geometry;
 use crate::device::{Completion, DeviceIndex, Errno, Op};
-use crate::units::{SECTOR_SIZE, SECTORS_PER_BLOCK, SectorRange, Time};
-use crate::volume::layout::{Home, LabelLayout, Layout, LayoutError, PAGE, PAGE_SIZE, Place, REGION_ALIGN, REMAPS_MAX};
+use crate::units::{SECTOR_SIZE, SECTORS_PER_BLOCK, SectorRange, Slot, Time};
+use crate::volume::layout::{Layout, LayoutError, PAGE, REMAPS_MIN};
 use crate::volume::map::{BlockState, Map};
-use crate::volume::sidecar::{Poison, SavedCounters};
-use crate::volume::superblock::{
-    COMPAT_KNOWN, INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Seat, Superblock, SuperblockError, VERSION,
-};
-use crate::volume::table::{Page, PageSeat, Table};
+use crate::volume::superblock::{COMPAT_KNOWN, CloseStamp, Superblock, VERSION};
+use crate::volume::table::Table;
+use repair::{Newest, Repair};
+use superblocks::Label;
+pub(super) use superblocks::tail_starts;
+use take_over::TakeOver;
 
 /// What the caller knows of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,11 +63,23 @@ pub enum OpenError {
     #[error("no superblock of the spare can be used: {0}; put back a copy of the spare")]
     NoSuperblock(String),
     /// Made by a later program.
-    #[error("the spare has format version {0} and this program knows version {VERSION}; use a newer program")]
-    Version(u32),
+    #[error("the {device} has format version {found} and this program knows version {VERSION}; use a newer program")]
+    Version {
+        /// The device.
+        device: DeviceIndex,
+        /// Its version.
+        found: u32,
+    },
     /// Features this program does not know.
-    #[error("the volume uses incompatible features {0:#x} that this program does not know; use a newer program")]
-    Features(u64),
+    #[error(
+        "the {device} names incompatible features {unknown:#x} that this program does not know; use a newer program"
+    )]
+    Features {
+        /// The device.
+        device: DeviceIndex,
+        /// A bit each.
+        unknown: u64,
+    },
     /// Superblocks of several volumes on one spare.
     #[error("the spare's superblocks belong to two volumes, {0} and {1}; it was overwritten in part")]
     Mixed(Uuid, Uuid),
@@ -206,7 +222,7 @@ impl Opening {
 
     /// A volume whose spare is lost: read-only, by what its primary's label says.
     pub fn degraded(primary: DeviceFacts) -> Opening {
-        Opening(Script::start(|io| async move { open_degraded(&io, &primary).await }))
+        Opening(Script::start(|io| async move { degraded::open(&io, &primary).await }))
     }
 
     /// Report what has completed, and get the operations to submit. Finished when [`Opening::is_done`].
@@ -294,87 +310,11 @@ fn event(
     events.push(Event { time, severity, kind, device: Some(device), range, cause, action: action.into() });
 }
 
-/// A superblock as found: where, and whether it is whole.
-struct Found {
-    place: Place,
-    offset: u64,
-    result: Result<Superblock, String>,
-    ours: bool,
-}
-
-async fn read_superblock(io: &Io, place: Place, offset: u64, copy: u8) -> Result<Found, OpenError> {
-    let (page, _) = io.read(DeviceIndex::SPARE, offset, PAGE).await;
-    let (result, ours) = match page {
-        Err(errno) => (Err(errno.to_string()), true),
-        Ok(page) => match Superblock::decode(&page, Seat::Spare(place), copy) {
-            Ok(superblock) => (Ok(superblock), true),
-            Err(SuperblockError::Version(version)) => return Err(OpenError::Version(version)),
-            Err(error) => {
-                let ours = error != SuperblockError::NotOurs;
-                (Err(error.to_string()), ours)
-            }
-        },
-    };
-    Ok(Found { place, offset, result, ours })
-}
-
-/// All superblocks of the spare. Where the head has none, the tail place is looked for at every start
-/// its size allows.
-async fn find_superblocks(io: &Io, spare_size: u64) -> Result<Vec<Found>, OpenError> {
-    let mut found = Vec::new();
-    for copy in 0..2 {
-        found.push(read_superblock(io, Place::Head, u64::from(copy) * PAGE_SIZE, copy).await?);
-    }
-    let known = found.iter().filter_map(|f| f.result.as_ref().ok()).max_by_key(|s| s.generation);
-    if let Some(known) = known {
-        if spare_size < known.spare_size {
-            let (device, expected) = (DeviceIndex::SPARE, known.spare_size);
-            return Err(OpenError::Shrunk { device, found: spare_size, expected });
-        }
-        let start = Layout::new(known.spare_size, known.max_remaps)?.place_start(Place::Tail);
-        for copy in 0..2 {
-            found.push(read_superblock(io, Place::Tail, start + u64::from(copy) * PAGE_SIZE, copy).await?);
-        }
-        return Ok(found);
-    }
-    let smallest = Layout::new(u64::MAX / 2, crate::volume::layout::REMAPS_MIN)?.place_len();
-    let largest = Layout::new(u64::MAX / 2, REMAPS_MAX)?.place_len();
-    let end = spare_size / REGION_ALIGN * REGION_ALIGN;
-    let mut len = smallest;
-    while len <= largest && len <= end {
-        for copy in 0..2 {
-            let at = read_superblock(io, Place::Tail, end - len + u64::from(copy) * PAGE_SIZE, copy).await?;
-            if at.result.is_ok() {
-                found.push(at);
-            }
-        }
-        len += REGION_ALIGN;
-    }
-    Ok(found)
-}
-
-fn choose(found: &[Found]) -> Result<Superblock, OpenError> {
-    let valid: Vec<&Superblock> = found.iter().filter_map(|f| f.result.as_ref().ok()).collect();
-    let Some(newest) = valid.iter().max_by_key(|superblock| superblock.generation) else {
-        if found.iter().all(|f| !f.ours) {
-            return Err(OpenError::NotAVolume);
-        }
-        let causes: Vec<String> = found
-            .iter()
-            .filter_map(|f| Some(format!("{} at byte {}: {}", f.place.name(), f.offset, f.result.as_ref().err()?)))
-            .collect();
-        return Err(OpenError::NoSuperblock(causes.join("; ")));
-    };
-    if let Some(other) = valid.iter().find(|superblock| superblock.set != newest.set) {
-        return Err(OpenError::Mixed(newest.set, other.set));
-    }
-    Ok((*newest).clone())
-}
-
+/// Refuse devices of other sizes than the volume was made with.
 fn check_devices(superblock: &Superblock, params: &OpenParams) -> Result<(), OpenError> {
-    let unknown = superblock.features[2] & !INCOMPAT_KNOWN;
-    if unknown != 0 {
-        return Err(OpenError::Features(unknown));
+    let (found, expected) = (params.spare.size, superblock.spare_size);
+    if found < expected {
+        return Err(OpenError::Shrunk { device: DeviceIndex::SPARE, found, expected });
     }
     let (found, expected) = (params.primary.size, superblock.primary_size);
     if found < expected {
@@ -392,162 +332,45 @@ fn check_devices(superblock: &Superblock, params: &OpenParams) -> Result<(), Ope
     Ok(())
 }
 
-/// What was found where the primary's label belongs.
-#[derive(Default)]
-struct LabelFound {
-    /// No copy of its superblock can be used.
-    lost: bool,
-    /// When its table was stamped; 0 where that is not known.
-    stamped: u64,
-}
-
-/// Whether the primary is the one the volume was made with.
-async fn check_primary(
+/// Refuse a primary that is not the adopted one, or that somebody else has changed since the last clean close
+/// while blocks of it are remapped.
+async fn check_content(
     io: &Io,
     superblock: &Superblock,
-    label: Option<LabelLayout>,
+    labelled: bool,
     params: &OpenParams,
     live: usize,
-) -> Result<LabelFound, OpenError> {
+) -> Result<(), OpenError> {
     let facts = &params.primary;
-    let same_device = (superblock.primary_inode, superblock.primary_wwn.as_str()) == (facts.inode, facts.wwn.as_str());
+    let same_device = superblocks::same_device(superblock, facts);
     let mut sampled = None;
-    let mut label_found = LabelFound::default();
-    if let Some(label) = label {
-        let mut newest: Option<Superblock> = None;
-        for copy in 0..2 {
-            let (page, _) = io.read(DeviceIndex::PRIMARY, label.superblock(copy), PAGE).await;
-            let found = page.ok().and_then(|page| Superblock::decode(&page, Seat::Label, copy).ok());
-            if found.as_ref().map(|s| s.generation) > newest.as_ref().map(|s| s.generation) {
-                newest = found;
-            }
-        }
-        match newest {
-            Some(found) if found.set != superblock.set => {
-                return Err(OpenError::WrongPrimary { found: found.set, expected: superblock.set });
-            }
-            Some(found) if found.generation > superblock.generation => {
-                return Err(OpenError::OldSpare { spare: superblock.generation, primary: found.generation });
-            }
-            Some(found) => label_found.stamped = found.stamped,
-            // A creation that ended before its last step, or a label on bad sectors.
-            None if same_device => label_found.lost = true,
-            None => return Err(OpenError::NoLabel(superblock.set)),
-        }
-    } else if !same_device && !params.accept_external {
+    if !labelled && !same_device && !params.accept_external {
         let found = sample(io, superblock.capacity, superblock.logical_block, superblock.sampled).await;
         sampled = Some(found);
         if superblock.stamp.is_none_or(|stamp| (stamp.sample_crc, superblock.sampled) != found) {
             return Err(OpenError::NotAdopted(superblock.set));
         }
     }
-    if let Some(stamp) = superblock.stamp.filter(|_| superblock.clean && live > 0 && !params.accept_external) {
-        if stamp.size != facts.size {
-            return Err(OpenError::External("its size differs", live));
-        }
-        if stamp.mtime_ns != 0 && same_device && stamp.mtime_ns != facts.mtime_ns {
-            return Err(OpenError::External("its modification time differs", live));
-        }
-        let (crc, readable) = match sampled {
-            Some(found) => found,
-            None => sample(io, superblock.capacity, superblock.logical_block, superblock.sampled).await,
-        };
-        // Where a sample has become unreadable since, nothing can be said.
-        if readable == superblock.sampled && stamp.sample_crc != crc {
-            return Err(OpenError::External("sampled blocks differ", live));
-        }
+    let unchanged = |_: &CloseStamp| superblock.clean && live > 0 && !params.accept_external;
+    let Some(stamp) = superblock.stamp.filter(unchanged) else { return Ok(()) };
+    if stamp.size != facts.size {
+        return Err(OpenError::External("its size differs", live));
     }
-    Ok(label_found)
+    if stamp.mtime_ns != 0 && same_device && stamp.mtime_ns != facts.mtime_ns {
+        return Err(OpenError::External("its modification time differs", live));
+    }
+    let (crc, readable) = match sampled {
+        Some(found) => found,
+        None => sample(io, superblock.capacity, superblock.logical_block, superblock.sampled).await,
+    };
+    // Where a sample has become unreadable since, nothing can be said.
+    if readable == superblock.sampled && stamp.sample_crc != crc {
+        return Err(OpenError::External("sampled blocks differ", live));
+    }
+    Ok(())
 }
 
-/// The homes of all table pages of one place and home, as read; `None` where a page is not valid.
-async fn read_homes(io: &Io, layout: &Layout, set: Uuid, place: Place, home: Home) -> Vec<Option<Page>> {
-    const PAGES_AT_ONCE: u32 = 256;
-    let mut pages = Vec::new();
-    let mut first = 0;
-    while first < layout.table_pages {
-        let count = PAGES_AT_ONCE.min(layout.table_pages - first);
-        let len = usize::try_from(u64::from(count) * PAGE_SIZE).expect("1 MiB");
-        let (bulk, _) = io.read(DeviceIndex::SPARE, layout.table(place, home, first), len).await;
-        for number in first..first + count {
-            let seat = PageSeat::Spare(place, home);
-            let page = match &bulk {
-                Ok(bulk) => {
-                    let at = usize::try_from(u64::from(number - first) * PAGE_SIZE).expect("within 1 MiB");
-                    Page::decode(&bulk[at..at + PAGE], set, number, seat)
-                }
-                Err(_) => {
-                    let (page, _) = io.read(DeviceIndex::SPARE, layout.table(place, home, number), PAGE).await;
-                    page.ok().and_then(|page| Page::decode(&page, set, number, seat))
-                }
-            };
-            pages.push(page);
-        }
-        first += count;
-    }
-    pages
-}
-
-/// The table from the newest valid homes, with the homes that lack their page's newest.
-type Repairs = Vec<(Place, Home, u32)>;
-
-async fn load_table(io: &Io, layout: &Layout, superblock: &Superblock) -> Result<(Table, Repairs), OpenError> {
-    let places: Vec<Place> = Place::ALL.into_iter().filter(|place| !superblock.is_retired(*place)).collect();
-    let mut homes = BTreeMap::new();
-    for (place, home) in places.iter().flat_map(|place| Home::ALL.map(|home| (*place, home))) {
-        let pages = read_homes(io, layout, superblock.set, place, home).await;
-        homes.insert((place, home.number()), (home, pages));
-    }
-    let mut table = Table::new(superblock.max_remaps);
-    let mut repairs = Vec::new();
-    for number in 0..layout.table_pages {
-        let index = number as usize;
-        let newest = homes
-            .values()
-            .filter_map(|(home, pages)| Some((*home, pages[index].as_ref()?)))
-            .max_by_key(|(_, page)| page.sequence);
-        let (anchor, page) = newest.ok_or(OpenError::TablePage(number))?;
-        for ((place, _), (home, pages)) in &homes {
-            if pages[index].as_ref() != Some(page) {
-                repairs.push((*place, *home, number));
-            }
-        }
-        table.load_page(number, page, anchor);
-    }
-    Ok((table, repairs))
-}
-
-async fn load_sidecars(
-    io: &Io,
-    layout: &Layout,
-    superblock: &Superblock,
-    label: Option<LabelLayout>,
-) -> (Poison, SavedCounters) {
-    let mut poisons = Vec::new();
-    let mut counters = Vec::new();
-    // Retired places too: a poison may have found no other that took it.
-    for place in Place::ALL {
-        let seat = Seat::Spare(place);
-        let (page, _) = io.read(DeviceIndex::SPARE, layout.poison(place), PAGE).await;
-        poisons.extend(page.ok().and_then(|page| Poison::decode(&page, superblock.set, seat)));
-        let (page, _) = io.read(DeviceIndex::SPARE, layout.counters(place), PAGE).await;
-        counters.extend(page.ok().and_then(|page| SavedCounters::decode(&page, superblock.set, seat)));
-    }
-    if let Some(label) = label {
-        let (page, _) = io.read(DeviceIndex::PRIMARY, label.poison(), PAGE).await;
-        poisons.extend(page.ok().and_then(|page| Poison::decode(&page, superblock.set, Seat::Label)));
-    }
-    let saved = counters.into_iter().max_by_key(|saved| saved.sequence).unwrap_or_default();
-    let poison = poisons.into_iter().max_by_key(|poison| poison.sequence);
-    (poison.unwrap_or_else(unknown_poison), saved)
-}
-
-/// What to go by where no valid page is found: nobody knows that all is well, so nobody may say so.
-pub(super) fn unknown_poison() -> Poison {
-    Poison { poisoned: true, device: DeviceIndex::SPARE.0, errno: libc::EUCLEAN, ..Poison::default() }
-}
-
-pub(super) fn build_map(table: &Table, capacity: u64) -> Result<(Map, Vec<crate::units::Slot>), OpenError> {
+fn build_map(table: &Table, capacity: u64) -> Result<(Map, Vec<Slot>), OpenError> {
     let blocks = capacity.div_ceil(SECTORS_PER_BLOCK);
     let (live, superseded) = table.resolve(u64::MAX);
     let mut map = Map::new(blocks);
@@ -566,68 +389,81 @@ pub(super) fn build_map(table: &Table, capacity: u64) -> Result<(Map, Vec<crate:
     Ok((map, superseded))
 }
 
-async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
-    let found = find_superblocks(io, params.spare.size).await?;
-    let mut superblock = choose(&found)?;
-    check_devices(&superblock, params)?;
-    let layout = Layout::new(superblock.spare_size, superblock.max_remaps)?;
-    let label =
-        if superblock.labelled { LabelLayout::new(superblock.primary_size, superblock.max_remaps) } else { None };
-    let (table, repairs) = load_table(io, &layout, &superblock).await?;
-    let (map, superseded) = build_map(&table, superblock.capacity)?;
-    let label_found = check_primary(io, &superblock, label, params, table.live()).await?;
-    let (poison, saved) = load_sidecars(io, &layout, &superblock, label).await;
-    let unknown = superblock.features[1] & !RO_COMPAT_KNOWN;
-    debug_assert_eq!(COMPAT_KNOWN, 0, "unknown compatible features are ignored");
-    let read_only = params.read_only || unknown != 0;
-    let mut tally = Tally::default();
-    let mut label_current = false;
+/// What the operator has to know of the volume as it was found: features that are not known here, and that
+/// nobody can say whether a flush had failed.
+fn first_events(unknown: u64, poison_unknown: bool) -> Vec<Event> {
     let mut events = Vec::new();
-    let spare = DeviceIndex::SPARE;
-    for bad in found.iter().filter(|f| !superblock.is_retired(f.place)) {
-        if let (Err(cause), true) = (&bad.result, bad.ours) {
-            let cause = format!("superblock at byte {}: {cause}", bad.offset);
-            event(&mut events, Severity::Warn, "metadata-repaired", spare, cause, "another copy is used");
-        }
-    }
     if unknown != 0 {
         let cause = format!("read-only compatible features {unknown:#x} are not known here");
-        event(&mut events, Severity::Warn, "read-only", spare, cause, "opened read-only");
+        event(&mut events, Severity::Warn, "read-only", DeviceIndex::SPARE, cause, "opened read-only");
     }
-    if label_found.lost {
-        let cause = "no copy of the label can be read".to_owned();
-        event(&mut events, Severity::Warn, "metadata-repaired", DeviceIndex::PRIMARY, cause, "written anew");
+    if poison_unknown {
+        let cause = "no copy of the poison page can be read".to_owned();
+        let action = "writes and flushes fail until `clear`";
+        event(&mut events, Severity::Error, "poisoned", DeviceIndex::SPARE, cause, action);
     }
-    if !read_only {
-        for (place, home, number) in &repairs {
-            let cause = format!("table page {number} at the {}, home {home:?}", place.name());
-            event(&mut events, Severity::Warn, "metadata-repaired", spare, cause, "rewritten from the newest copy");
+    events
+}
+
+async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
+    let found = superblocks::find(io, params.spare.size).await?;
+    let mut superblock = superblocks::choose(&found)?;
+    let mut unknown = superblocks::check_features(&superblock, DeviceIndex::SPARE)?;
+    check_devices(&superblock, params)?;
+    let label = superblocks::read_label(io, &superblock).await?;
+    if let Some(label) = &label {
+        superblock = label.compare(&found, superblock, &params.primary)?;
+        if let Some(newest) = label.newest() {
+            unknown |= superblocks::check_features(newest, DeviceIndex::PRIMARY)?;
+            // Until the label is stamped again its list is as old as it was.
+            superblock.stamped = newest.stamped;
         }
-        tally.metadata_repairs = repairs.len() as u64 + u64::from(label_found.lost);
-        let take_over = TakeOver { io, layout: &layout, label, table: &table, poison: &poison };
-        // The spare remembers at a clean close when the label was stamped last; 0 stands for half written. Until
-        // it is stamped again its list is as old as it was.
-        let stamped = label_found.stamped;
-        label_current = superblock.clean && stamped != 0 && stamped == superblock.stamped;
-        superblock.stamped = label_found.stamped;
-        superblock = take_over.run(&superblock, &repairs, &mut events).await?;
     }
-    let slots_start = layout.slots_start;
+    let layout = Layout::new(superblock.spare_size, superblock.max_remaps)?;
+    let label_layout = label.as_ref().map(|label| label.layout);
+    let (table, page_repairs) = pages::load_table(io, &layout, &superblock).await?;
+    let (map, superseded) = build_map(&table, superblock.capacity)?;
+    check_content(io, &superblock, label.is_some(), params, table.live()).await?;
+    let sidecars = pages::load_sidecars(io, &layout, &superblock, label_layout).await;
+    let mut repairs = superblocks::repairs(&found, &superblock);
+    repairs.extend(page_repairs);
+    repairs.extend(sidecars.repairs);
+    repairs.extend(label.iter().flat_map(Label::repairs));
+    debug_assert_eq!(COMPAT_KNOWN, 0, "unknown compatible features are ignored");
+    let mut events = first_events(unknown, sidecars.poison_unknown);
+    let read_only = params.read_only || unknown != 0;
+    let mut tally = Tally::default();
+    let (poison, saved) = (sidecars.poison, sidecars.counters);
+    if read_only {
+        for Repair { what, cause } in repairs {
+            let action = "another copy is used; nothing is written to a read-only volume";
+            event(&mut events, Severity::Warn, "metadata-damaged", what.device(), cause, action);
+        }
+    } else {
+        let newest = Newest {
+            layout: &layout,
+            label: label_layout,
+            superblock: &superblock,
+            table: &table,
+            poison: &poison,
+            counters: &saved,
+        };
+        (superblock, tally.metadata_repairs) = TakeOver::new(io, newest, &repairs, &mut events).run().await?;
+    }
     let geometry = Geometry {
         capacity: superblock.capacity,
         logical_block: superblock.logical_block,
-        slots_start,
+        slots_start: layout.slots_start,
         slots: superblock.max_remaps,
     };
     let (saved, saved_sequence) = (saved.values, saved.sequence);
     Ok(Opened {
-        label,
+        label: label_layout,
         superseded,
         poison,
         saved,
         saved_sequence,
         read_only,
-        label_current,
         tally,
         events,
         ..Opened::new(geometry, layout, superblock, table, map)
@@ -635,7 +471,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
 }
 
 fn passthrough(primary: &DeviceFacts, serial: [u8; 20], read_only: bool) -> Opened {
-    let layout = Layout::new(u64::MAX / 2, crate::volume::layout::REMAPS_MIN).expect("a spare that large holds it");
+    let layout = Layout::new(u64::MAX / 2, REMAPS_MIN).expect("a spare that large holds it");
     let params = CreateParams {
         primary: primary.clone(),
         spare: primary.clone(),
@@ -652,173 +488,4 @@ fn passthrough(primary: &DeviceFacts, serial: [u8; 20], read_only: bool) -> Open
     let superblock = new_superblock(&params, &layout, None);
     let (table, map) = (Table::new(layout.max_remaps), Map::new(capacity.div_ceil(SECTORS_PER_BLOCK)));
     Opened { read_only, ..Opened::new(geometry, layout, superblock, table, map) }
-}
-
-/// What taking over works with.
-struct TakeOver<'a> {
-    io: &'a Io,
-    layout: &'a Layout,
-    label: Option<LabelLayout>,
-    table: &'a Table,
-    poison: &'a Poison,
-}
-
-impl TakeOver<'_> {
-    /// Bring every live place to the newest state, flush, and only then begin a new generation, the spare
-    /// first. A place that does not take a write is retired while there is another; one that was retired is
-    /// written in full and counts again if it takes that.
-    async fn run(
-        &self,
-        superblock: &Superblock,
-        repairs: &Repairs,
-        events: &mut Vec<Event>,
-    ) -> Result<Superblock, OpenError> {
-        // What a killed process left in the device's cache may be the newest there is: before anything is
-        // overwritten for its sake it must be durable. The slots' last writes are waiting there too.
-        self.flush(superblock).await?;
-        let mut next = superblock.next_generation();
-        next.clean = false;
-        (next.stamp, next.sampled) = (None, 0);
-        self.repair(superblock, repairs, &mut next, events).await?;
-        for place in Place::ALL.into_iter().filter(|place| superblock.is_retired(*place)) {
-            if restore_place(self.io, self.layout, superblock, self.table, place).await.is_ok() {
-                self.flush(superblock).await?;
-                next.retired &= !(1 << place.number());
-            }
-        }
-        let copy = self.begin(&mut next, events).await?;
-        self.flush(superblock).await?;
-        if let Some(label) = self.label {
-            // Not a place: a label that cannot be written costs only the degraded mode.
-            let bytes = next.encode(Seat::Label, copy);
-            let _ = self.io.write(DeviceIndex::PRIMARY, label.superblock(copy), &bytes).await;
-        }
-        Ok(next)
-    }
-
-    /// Rewrite the homes that lack their page's newest: first those of the same name in other places, so
-    /// that the only home that has it is never the only one whole for long.
-    async fn repair(
-        &self,
-        superblock: &Superblock,
-        repairs: &Repairs,
-        next: &mut Superblock,
-        events: &mut Vec<Event>,
-    ) -> Result<(), OpenError> {
-        for anchors in [true, false] {
-            let mut written = false;
-            for (place, home, number) in repairs {
-                if (*home == self.table.page(*number).anchor) != anchors || next.is_retired(*place) {
-                    continue;
-                }
-                written = true;
-                let seat = (*place, *home, *number);
-                if let Err(errno) = write_page(self.io, self.layout, superblock, self.table, seat).await {
-                    retire(next, *place, errno, "rewriting damaged metadata", events)?;
-                }
-            }
-            if written {
-                self.flush(superblock).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Write the new generation's superblock to every live place; the copy it went to.
-    async fn begin(&self, next: &mut Superblock, events: &mut Vec<Event>) -> Result<u8, OpenError> {
-        'again: loop {
-            let copy = Superblock::copy_for(next.generation);
-            for place in Place::ALL.into_iter().filter(|place| !next.is_retired(*place)) {
-                let bytes = next.encode(Seat::Spare(place), copy);
-                let written = self.io.write(DeviceIndex::SPARE, self.layout.superblock(place, copy), &bytes).await;
-                if let Err(errno) = written {
-                    retire(next, place, errno, "writing the superblock", events)?;
-                    // No two superblocks of one generation may differ; the older copy stays as it is.
-                    next.generation += 2;
-                    continue 'again;
-                }
-            }
-            return Ok(copy);
-        }
-    }
-
-    /// Flush the spare. A failure is noted wherever that is possible: who opens next must not take the
-    /// next flush's success for the last one's (F2).
-    async fn flush(&self, superblock: &Superblock) -> Result<(), OpenError> {
-        let Err(errno) = self.io.flush(DeviceIndex::SPARE).await else { return Ok(()) };
-        let failed = io_error(DeviceIndex::SPARE, "flushing its metadata")(errno);
-        if superblock.clean {
-            // Nothing of the guest's was waiting for it.
-            return Err(failed);
-        }
-        let note = Poison {
-            sequence: self.poison.sequence + 1,
-            poisoned: true,
-            device: DeviceIndex::SPARE.0,
-            errno: errno.0,
-            ..Poison::default()
-        };
-        for place in Place::ALL {
-            let bytes = note.encode(superblock.set, Seat::Spare(place));
-            let _ = self.io.write(DeviceIndex::SPARE, self.layout.poison(place), &bytes).await;
-        }
-        let _ = self.io.flush(DeviceIndex::SPARE).await;
-        if let Some(label) = self.label {
-            let bytes = note.encode(superblock.set, Seat::Label);
-            let _ = self.io.write(DeviceIndex::PRIMARY, label.poison(), &bytes).await;
-            let _ = self.io.flush(DeviceIndex::PRIMARY).await;
-        }
-        Err(failed)
-    }
-}
-
-/// Count `place` no longer, unless it is the last.
-fn retire(
-    superblock: &mut Superblock,
-    place: Place,
-    errno: Errno,
-    what: &'static str,
-    events: &mut Vec<Event>,
-) -> Result<(), OpenError> {
-    superblock.retired |= 1 << place.number();
-    if Place::ALL.into_iter().all(|place| superblock.is_retired(place)) {
-        return Err(io_error(DeviceIndex::SPARE, what)(errno));
-    }
-    let cause = format!("{what} at the spare's {}: {errno}", place.name());
-    event(
-        events,
-        Severity::Error,
-        "place-retired",
-        DeviceIndex::SPARE,
-        cause,
-        "retired; the other place goes on alone",
-    );
-    Ok(())
-}
-
-async fn write_page(
-    io: &Io,
-    layout: &Layout,
-    superblock: &Superblock,
-    table: &Table,
-    (place, home, number): (Place, Home, u32),
-) -> Result<(), Errno> {
-    let page = table.page_with(number, table.page(number).sequence, &[]);
-    let bytes = page.encode(superblock.set, number, PageSeat::Spare(place, home));
-    io.write(DeviceIndex::SPARE, layout.table(place, home, number), &bytes).await
-}
-
-async fn restore_place(
-    io: &Io,
-    layout: &Layout,
-    superblock: &Superblock,
-    table: &Table,
-    place: Place,
-) -> Result<(), Errno> {
-    for home in Home::ALL {
-        for number in 0..layout.table_pages {
-            write_page(io, layout, superblock, table, (place, home, number)).await?;
-        }
-    }
-    Ok(())
 }

@@ -159,7 +159,8 @@ pub struct EventRecord {
     /// `info`, `warn` or `error`.
     pub severity: String,
     /// What kind: `remapped`, `rewritten`, `lost`, `read-error`, `guest-error`, `flush-failed`, `poisoned`,
-    /// `device-gone`, `device-back`, `spare-down`, `spare-full`, `metadata-repaired`, ...
+    /// `device-gone`, `device-back`, `spare-down`, `spare-full`, `metadata-repaired`, `metadata-damaged`,
+    /// `place-retired`, `place-restored`, ...
     pub kind: String,
     /// `primary`, `spare`, or empty.
     pub device: String,

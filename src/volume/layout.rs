@@ -131,7 +131,8 @@ fn table_pages(max_remaps: u32) -> u32 {
     max_remaps.div_ceil(ENTRIES_PER_PAGE)
 }
 
-fn place_len(max_remaps: u32) -> u64 {
+/// Bytes of a place.
+pub fn place_len(max_remaps: u32) -> u64 {
     align_up((FIXED_PAGES + 2 * u64::from(table_pages(max_remaps))) * PAGE_SIZE)
 }
 

@@ -35,7 +35,8 @@ use uuid::Uuid;
 
 use super::layout::{PAGE, Place};
 
-const MAGIC: [u8; 8] = *b"VHREMAP1";
+/// What every superblock begins with.
+pub const MAGIC: [u8; 8] = *b"VHREMAP1";
 /// The format's version.
 pub const VERSION: u32 = 1;
 /// compat bits this program knows; others are ignored.
@@ -155,6 +156,9 @@ pub enum SuperblockError {
     /// Made by a later program.
     #[error("format version {0}, and this program knows version {VERSION}")]
     Version(u32),
+    /// Of a primary where a spare's belongs, or the other way round.
+    #[error("a superblock of another kind of device")]
+    Role,
     /// In the wrong place.
     #[error("a superblock that belongs elsewhere (misdirected write)")]
     Misplaced,
@@ -267,6 +271,9 @@ impl Superblock {
         }
         if f.u32(8) != VERSION {
             return Err(SuperblockError::Version(f.u32(8)));
+        }
+        if page[72] != seat.bytes()[0] {
+            return Err(SuperblockError::Role);
         }
         if f.array(72) != seat.bytes() || page[74] != copy {
             return Err(SuperblockError::Misplaced);
@@ -386,9 +393,10 @@ mod tests {
     #[test]
     fn a_superblock_from_elsewhere_is_misplaced() {
         let page = sample().encode(Seat::Spare(Place::Head), 0);
-        for (seat, copy) in [(Seat::Spare(Place::Tail), 0), (Seat::Spare(Place::Head), 1), (Seat::Label, 0)] {
+        for (seat, copy) in [(Seat::Spare(Place::Tail), 0), (Seat::Spare(Place::Head), 1)] {
             assert_eq!(Superblock::decode(&page, seat, copy), Err(SuperblockError::Misplaced));
         }
+        assert_eq!(Superblock::decode(&page, Seat::Label, 0), Err(SuperblockError::Role));
     }
 
     #[test]

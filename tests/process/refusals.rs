@@ -13,7 +13,7 @@ fn content(volume: &Volume) -> (Vec<u8>, Vec<u8>) {
 
 /// Refused with these words in the reason, and the files are as before.
 #[track_caller]
-fn check_refused(volume: &Volume, options: &[&str], words: &[&str]) {
+pub(crate) fn check_refused(volume: &Volume, options: &[&str], words: &[&str]) {
     let before = content(volume);
     let why = volume.serve_refused(options);
     for word in words {
@@ -24,7 +24,7 @@ fn check_refused(volume: &Volume, options: &[&str], words: &[&str]) {
 }
 
 /// A volume that was used and closed: with a remapped block.
-fn used() -> Volume {
+pub(crate) fn used() -> Volume {
     let volume = Volume::create(32, 64);
     let server = volume.serve(&[]);
     let mut guest = server.guest(1);

@@ -51,7 +51,11 @@ impl Volume {
     /// Serve it with faults to be injected, and more options.
     pub(crate) fn serve(&self, options: &[&str]) -> Server {
         let fixed = ["--fault-injection", "--spare", self.spare.to_str().expect("UTF-8")];
-        self.serve_with(&[&fixed[..], options].concat())
+        let server = self.serve_with(&[&fixed[..], options].concat());
+        // The label is written at each start, off the path, with flushes: not when a test has made those fail. What
+        // takes no writes refuses this, and has no such flushes.
+        server.ask(&["save"]);
+        server
     }
 
     /// Serve it with nothing but these options.

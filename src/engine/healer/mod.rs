@@ -122,8 +122,6 @@ pub(super) struct Opened {
     pub(super) read_only: bool,
     /// There is no spare, and what has moved is known from a label written then (seconds since the epoch).
     pub(super) stamped: Option<u64>,
-    /// The label's list is what the table says.
-    pub(super) label_current: bool,
     pub(super) tally: Tally,
     pub(super) events: Vec<Event>,
 }
@@ -144,7 +142,6 @@ impl Opened {
             saved_sequence: 0,
             read_only: false,
             stamped: None,
-            label_current: false,
             tally: Tally::default(),
             events: Vec::new(),
         }
@@ -254,7 +251,7 @@ impl Healer {
             flushes: flush::Flushes::new(opened.poison),
             commits: commit::Commits::default(),
             breaker: breaker::Breaker::default(),
-            places: place::Places::new(opened.saved, opened.saved_sequence, opened.label_current),
+            places: place::Places::new(opened.saved, opened.saved_sequence),
             pending: RefCell::default(),
             rewritten: RefCell::default(),
             told_used: Cell::new(0),

@@ -29,6 +29,8 @@ pub(super) struct Places {
     saved_sequence: Cell<u64>,
     /// Commits when the label was last stamped.
     stamped_commits: Cell<Option<u64>>,
+    /// Held while the label is written: one after the other.
+    label: Permits,
     /// Refreshes of the label that failed.
     label_failures: Cell<u64>,
     returning: Cell<bool>,
@@ -43,11 +45,12 @@ pub(super) struct Places {
 }
 
 impl Places {
-    pub(super) fn new(base: Vec<u64>, saved_sequence: u64, label_current: bool) -> Places {
+    pub(super) fn new(base: Vec<u64>, saved_sequence: u64) -> Places {
         Places {
             base,
             saved_sequence: Cell::new(saved_sequence),
-            stamped_commits: Cell::new(label_current.then_some(0)),
+            stamped_commits: Cell::new(None),
+            label: Permits::new(1),
             label_failures: Cell::new(0),
             returning: Cell::new(false),
             down_cause: RefCell::default(),
@@ -241,25 +244,30 @@ impl Core {
 
     /// Say on the returned spare which places count, where that is not what its newest superblock may say:
     /// `places` took everything, and an attempt to retire one may have been left half done.
-    async fn settle_superblock(self: &Rc<Self>, mut places: Vec<Place>) -> Result<(), Failure> {
-        let known = self.superblock.borrow().clone();
+    async fn settle_superblock(self: &Rc<Self>, places: Vec<Place>) -> Result<(), Failure> {
+        if places == self.live_places() && self.places.tried.get() <= self.superblock.borrow().generation {
+            return Ok(());
+        }
+        let next = self.write_next_superblock(places, |_| {}).await?;
+        self.flush_returning_spare().await?;
+        self.use_superblock(next);
+        Ok(())
+    }
+
+    /// Write a superblock of the next generation to `places`, as `change` makes it. Places that are not among
+    /// them, or do not take it, are retired by it; this fails only when none is left.
+    async fn write_next_superblock(
+        &self,
+        mut places: Vec<Place>,
+        change: impl Fn(&mut Superblock),
+    ) -> Result<Superblock, Failure> {
         loop {
-            let lost: Vec<Place> = self.live_places().into_iter().filter(|place| !places.contains(place)).collect();
-            if lost.is_empty() && self.places.tried.get() <= known.generation {
-                return Ok(());
-            }
             let mut next = self.next_superblock();
-            lost.iter().for_each(|place| next.retired |= 1 << place.number());
+            change(&mut next);
+            let lost = self.live_places().into_iter().filter(|place| !places.contains(place));
+            lost.for_each(|place| next.retired |= 1 << place.number());
             match self.write_superblock_pages(&next, &places).await {
-                Ok(()) => {
-                    self.flush_returning_spare().await?;
-                    *self.superblock.borrow_mut() = next;
-                    for place in lost {
-                        let cause = format!("metadata at the spare's {} is not taken", place.name());
-                        self.place_retired(cause);
-                    }
-                    return Ok(());
-                }
+                Ok(()) => return Ok(next),
                 Err((place, errno)) => {
                     places.retain(|other| *other != place);
                     if places.is_empty() {
@@ -267,6 +275,15 @@ impl Core {
                     }
                 }
             }
+        }
+    }
+
+    /// A superblock is durable: it is the volume's, and what it retires is retired.
+    fn use_superblock(&self, next: Superblock) {
+        let before = self.live_places();
+        *self.superblock.borrow_mut() = next;
+        for place in before.into_iter().filter(|place| self.superblock.borrow().is_retired(*place)) {
+            self.place_retired(format!("metadata at the spare's {} is not taken", place.name()));
         }
     }
 
@@ -298,29 +315,43 @@ impl Core {
         now.into_iter().zip(base).map(|(now, base)| now.saturating_add(base)).collect()
     }
 
-    /// Write the counters to one place after the other: a power cut tears one of them at most.
+    /// Write the counters to one place after the other: a power cut tears one of them at most. A place that
+    /// does not take them does without; this fails only when none takes them.
     pub(super) async fn save_counters(self: &Rc<Self>) -> Result<(), Failure> {
         let sequence = self.places.saved_sequence.get() + 1;
         self.places.saved_sequence.set(sequence);
         let saved = SavedCounters { sequence, values: self.lifetime_values() };
-        for (i, place) in self.live_places().into_iter().enumerate() {
-            if i > 0 {
+        let mut saved_somewhere = Err(Failure::spare_down());
+        for place in self.live_places() {
+            if saved_somewhere.is_ok() {
                 self.flush(DeviceIndex::SPARE).await?;
             }
             let bytes = saved.encode(self.set, Seat::Spare(place));
-            let written = self.io.write(DeviceIndex::SPARE, self.layout.counters(place), &bytes).await;
-            written.map_err(|errno| Failure::errno(DeviceIndex::SPARE, errno))?;
+            match self.io.write(DeviceIndex::SPARE, self.layout.counters(place), &bytes).await {
+                Ok(()) => saved_somewhere = Ok(()),
+                Err(errno) if saved_somewhere.is_err() => {
+                    saved_somewhere = Err(Failure::errno(DeviceIndex::SPARE, errno));
+                }
+                Err(_) => {}
+            }
         }
-        Ok(())
+        saved_somewhere
     }
 
     /// Refresh the label: its superblock and its copy of the table, where commits came since the last
     /// time. Off the path; a failure is only counted.
     pub(super) async fn stamp_label(self: &Rc<Self>) {
         let Some(label) = self.label else { return };
+        self.places.label.acquire().await;
+        self.stamp_in_turn(label).await;
+        self.places.label.release();
+    }
+
+    async fn stamp_in_turn(self: &Rc<Self>, label: LabelLayout) {
         let commits = self.tally.borrow().commits;
-        let gone = self.refuse_gone(DeviceIndex::PRIMARY).is_err();
-        if gone || self.places.stamped_commits.get() == Some(commits) {
+        // While the volume is poisoned nothing is flushed, and nothing moves either.
+        let impossible = self.refuse_gone(DeviceIndex::PRIMARY).is_err() || self.mode.get().poisoned;
+        if impossible || self.places.stamped_commits.get() == Some(commits) {
             return;
         }
         match self.write_label(label).await {
@@ -342,16 +373,13 @@ impl Core {
                 (label.table(number), page.encode(self.set, number, PageSeat::Label))
             })
             .collect();
-        self.superblock.borrow_mut().stamped = 0;
         self.write_label_superblock(label, 0).await?;
         self.flush(primary).await?;
         let writes = pages.iter().map(|(offset, bytes)| self.io.write(primary, *offset, bytes));
         let written: Result<(), Errno> = join_all(writes).await.into_iter().collect();
         written.map_err(|errno| Failure::errno(primary, errno))?;
         self.flush(primary).await?;
-        self.write_label_superblock(label, stamp).await?;
-        self.superblock.borrow_mut().stamped = stamp;
-        Ok(())
+        self.write_label_superblock(label, stamp).await
     }
 
     /// The superblock goes to the copy of its generation, with the time at which the label's table was true.
@@ -373,8 +401,10 @@ impl Core {
         self.flush_volume().await.inspect_err(|failure| {
             self.event(Severity::Error, "close", failure.device, none, &*failure.cause, "left as after a crash");
         })?;
-        if self.mode.get().spare_up {
-            self.save_counters().await?;
+        if self.mode.get().spare_up
+            && let Err(failure) = self.save_counters().await
+        {
+            self.event(Severity::Warn, "close", failure.device, none, failure.cause, "counters are not saved");
         }
         self.places.stamped_commits.set(None);
         self.stamp_label().await;
@@ -398,13 +428,14 @@ impl Core {
             return Err(Failure::refused(Refusal::ReadOnly));
         }
         self.places.turn.acquire().await;
-        let mut last = self.next_superblock();
-        last.clean = true;
-        (last.stamp, last.sampled) = (Some(stamp), self.places.sampled.get());
-        let written = self.write_superblock(&last, &self.live_places()).await;
-        if written.is_ok() {
-            *self.superblock.borrow_mut() = last;
-        }
+        let sampled = self.places.sampled.get();
+        let written = self.write_next_superblock(self.live_places(), |last| {
+            (last.clean, last.stamp, last.sampled) = (true, Some(stamp), sampled);
+        });
+        let written = match written.await {
+            Ok(last) => self.flush(DeviceIndex::SPARE).await.map(|()| self.use_superblock(last)),
+            Err(failure) => Err(failure),
+        };
         self.places.turn.release();
         written
     }

@@ -2,15 +2,16 @@
 //! that the label's copy of the table says have moved. Blocks that moved after that copy was written are the
 //! one exception to R1: the primary may hold older data there.
 
-use super::healer::Opened;
-use super::io::Io;
-use super::open::{DeviceFacts, OpenError, build_map, io_error, unknown_poison};
-use super::view::Geometry;
+use super::pages::unknown_poison;
+use super::{DeviceFacts, OpenError, build_map, io_error, superblocks};
 use crate::device::DeviceIndex;
+use crate::engine::healer::Opened;
+use crate::engine::io::Io;
+use crate::engine::view::Geometry;
 use crate::units::SECTOR_SIZE;
 use crate::volume::layout::{Home, LabelLayout, Layout, PAGE, PAGE_SIZE, REGION_ALIGN, REMAPS_MAX, label_size};
 use crate::volume::sidecar::Poison;
-use crate::volume::superblock::{INCOMPAT_KNOWN, Seat, Superblock, SuperblockError};
+use crate::volume::superblock::{Seat, Superblock};
 use crate::volume::table::{Page, PageSeat, Table};
 
 /// The label and where it lies, from the primary alone. Its start depends on its own size, so it is looked
@@ -20,37 +21,20 @@ async fn find_label(io: &Io, primary: &DeviceFacts) -> Result<(LabelLayout, Supe
     let mut damaged = None;
     for len in (1..=label_size(REMAPS_MAX) / REGION_ALIGN).map(|regions| regions * REGION_ALIGN) {
         let Some(start) = end.checked_sub(len) else { break };
-        let mut newest: Option<Superblock> = None;
-        for copy in 0..2 {
-            let (page, _) = io.read(DeviceIndex::PRIMARY, start + u64::from(copy) * PAGE_SIZE, PAGE).await;
-            let decoded = match page {
-                Ok(page) => Superblock::decode(&page, Seat::Label, copy),
-                // A bad sector, which would say nothing of what it was.
-                Err(_) => continue,
-            };
-            match decoded {
-                Ok(found) if newest.as_ref().is_none_or(|newest| newest.generation < found.generation) => {
-                    newest = Some(found);
-                }
-                Ok(_) | Err(SuperblockError::NotOurs) => {}
-                Err(SuperblockError::Version(version)) => return Err(OpenError::Version(version)),
-                Err(error) => damaged = damaged.or(Some(error.to_string())),
+        let found = superblocks::read_pair(io, Seat::Label, start).await?;
+        if let Some(superblock) = superblocks::newest(&found) {
+            let label = LabelLayout::new(primary.size, superblock.max_remaps);
+            if let Some(label) = label.filter(|label| label.start == start) {
+                return Ok((label, superblock.clone()));
             }
         }
-        let Some(superblock) = newest else { continue };
-        let label = LabelLayout::new(primary.size, superblock.max_remaps);
-        if let Some(label) = label.filter(|label| label.start == start) {
-            return Ok((label, superblock));
-        }
+        damaged = damaged.or_else(|| superblocks::damage(&found));
     }
     Err(OpenError::NoLabelToGoBy(damaged.unwrap_or_else(|| "there is none at its end".to_owned())))
 }
 
 fn check(primary: &DeviceFacts, label: &LabelLayout, superblock: &Superblock) -> Result<(), OpenError> {
-    let unknown = superblock.features[2] & !INCOMPAT_KNOWN;
-    if unknown != 0 {
-        return Err(OpenError::Features(unknown));
-    }
+    superblocks::check_features(superblock, DeviceIndex::PRIMARY)?;
     let (found, expected) = (primary.size, superblock.primary_size);
     if found > expected {
         return Err(OpenError::Grown { found, expected });
@@ -82,7 +66,7 @@ async fn read_table(io: &Io, label: &LabelLayout, superblock: &Superblock) -> Re
     Ok(table)
 }
 
-pub(super) async fn open_degraded(io: &Io, primary: &DeviceFacts) -> Result<Opened, OpenError> {
+pub(super) async fn open(io: &Io, primary: &DeviceFacts) -> Result<Opened, OpenError> {
     let (label, superblock) = find_label(io, primary).await?;
     check(primary, &label, &superblock)?;
     let table = read_table(io, &label, &superblock).await?;

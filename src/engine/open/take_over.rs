@@ -1,0 +1,223 @@
+//! Taking over a volume for writing: repairs first, then a new generation.
+
+use super::repair::{Newest, Repair, What};
+use super::{OpenError, event, io_error};
+use crate::device::{DeviceIndex, Errno};
+use crate::engine::event::{Event, Severity};
+use crate::engine::io::Io;
+use crate::volume::layout::{Home, Place};
+use crate::volume::sidecar::Poison;
+use crate::volume::superblock::{Seat, Superblock};
+
+/// A volume being taken over.
+pub(super) struct TakeOver<'a> {
+    io: &'a Io,
+    newest: Newest<'a>,
+    repairs: &'a [Repair],
+    /// The superblock of the generation that begins.
+    next: Superblock,
+    events: &'a mut Vec<Event>,
+    /// Copies written anew.
+    repaired: u64,
+}
+
+impl<'a> TakeOver<'a> {
+    pub(super) fn new(
+        io: &'a Io,
+        newest: Newest<'a>,
+        repairs: &'a [Repair],
+        events: &'a mut Vec<Event>,
+    ) -> TakeOver<'a> {
+        let mut next = newest.superblock.next_generation();
+        next.clean = false;
+        (next.stamp, next.sampled) = (None, 0);
+        TakeOver { io, newest, repairs, next, events, repaired: 0 }
+    }
+
+    /// Bring every live place to the newest state, flush, and only then begin a new generation, the spare
+    /// first. A place that does not take a write is retired while there is another; one that was retired is
+    /// written in full and counts again if it takes that. The new superblock, and how much was repaired.
+    pub(super) async fn run(mut self) -> Result<(Superblock, u64), OpenError> {
+        // What a killed process left in the device's cache may be the newest there is: before anything is
+        // overwritten for its sake it must be durable. The slots' last writes are waiting there too.
+        self.flush().await?;
+        // Before the repairs: who fails those may have to make room for a place that is back.
+        self.restore_retired().await?;
+        self.repair_spare().await?;
+        self.begin().await?;
+        self.flush().await?;
+        self.renew_label().await;
+        Ok((self.next, self.repaired))
+    }
+
+    /// Rewrite the copies that lack the newest. Of table pages, first the homes of the same name in other
+    /// places, so that the only home that has it is never the only one whole for long.
+    async fn repair_spare(&mut self) -> Result<(), OpenError> {
+        let new_copy = Superblock::copy_for(self.next.generation);
+        let repairs = self.repairs;
+        for first in [true, false] {
+            let mut written = false;
+            for repair in repairs {
+                let goes_first = match repair.what {
+                    What::Page(_, home, number) => home == self.newest.table.page(number).anchor,
+                    // Written in the end, or with the new generation.
+                    What::Superblock(Seat::Label, _) | What::Poison(Seat::Label) => continue,
+                    What::Superblock(_, copy) if copy == new_copy => continue,
+                    What::Superblock(..) | What::Poison(_) | What::Counters(_) => true,
+                };
+                if goes_first == first && !repair.what.needed_by().is_some_and(|place| self.next.is_retired(place)) {
+                    written = true;
+                    self.repair(repair).await?;
+                }
+            }
+            if written {
+                self.flush().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn repair(&mut self, repair: &Repair) -> Result<(), OpenError> {
+        match (self.newest.write(self.io, repair.what).await, repair.what.needed_by()) {
+            (Ok(()), _) => self.repaired(repair),
+            (Err(errno), Some(place)) => self.retire(place, errno, "rewriting damaged metadata")?,
+            (Err(errno), None) => self.not_repaired(repair, errno),
+        }
+        Ok(())
+    }
+
+    fn repaired(&mut self, repair: &Repair) {
+        self.repaired += 1;
+        let (cause, device) = (repair.cause.clone(), repair.what.device());
+        event(self.events, Severity::Warn, "metadata-repaired", device, cause, "rewritten from the newest copy");
+    }
+
+    fn not_repaired(&mut self, repair: &Repair, errno: Errno) {
+        let (cause, device) = (repair.cause.clone(), repair.what.device());
+        let action = format!("another copy is used; it cannot be rewritten: {errno}");
+        event(self.events, Severity::Warn, "metadata-damaged", device, cause, &action);
+    }
+
+    /// Count `place` no longer, unless it is the last.
+    fn retire(&mut self, place: Place, errno: Errno, what: &'static str) -> Result<(), OpenError> {
+        let spare = DeviceIndex::SPARE;
+        self.next.retired |= 1 << place.number();
+        if Place::ALL.into_iter().all(|place| self.next.is_retired(place)) {
+            return Err(io_error(spare, what)(errno));
+        }
+        let cause = format!("{what} at the spare's {}: {errno}", place.name());
+        let action = "retired; the other place goes on alone";
+        event(self.events, Severity::Error, "place-retired", spare, cause, action);
+        Ok(())
+    }
+
+    async fn restore_retired(&mut self) -> Result<(), OpenError> {
+        for place in Place::ALL.into_iter().filter(|place| self.newest.superblock.is_retired(*place)) {
+            if self.restore(place).await.is_err() {
+                continue;
+            }
+            let counters = Repair::new(What::Counters(place), "retired until now".to_owned());
+            if let Err(errno) = self.newest.write(self.io, counters.what).await {
+                self.not_repaired(&counters, errno);
+            }
+            self.flush().await?;
+            self.next.retired &= !(1 << place.number());
+            let cause = format!("the spare's {} takes writes again", place.name());
+            let action = "written in full; it counts again";
+            event(self.events, Severity::Info, "place-restored", DeviceIndex::SPARE, cause, action);
+        }
+        Ok(())
+    }
+
+    /// Write everything a place has to take. Both superblocks too: a place without one of them would be
+    /// retired again with the next generation or the one after.
+    async fn restore(&self, place: Place) -> Result<(), Errno> {
+        for copy in 0..2 {
+            self.newest.write(self.io, What::Superblock(Seat::Spare(place), copy)).await?;
+        }
+        for home in Home::ALL {
+            for number in 0..self.newest.layout.table_pages {
+                self.newest.write(self.io, What::Page(place, home, number)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Write the new generation's superblock to every live place.
+    async fn begin(&mut self) -> Result<(), OpenError> {
+        let copy = Superblock::copy_for(self.next.generation);
+        'again: loop {
+            for place in Place::ALL.into_iter().filter(|place| !self.next.is_retired(*place)) {
+                let bytes = self.next.encode(Seat::Spare(place), copy);
+                let offset = self.newest.layout.superblock(place, copy);
+                if let Err(errno) = self.io.write(DeviceIndex::SPARE, offset, &bytes).await {
+                    self.retire(place, errno, "writing the superblock")?;
+                    // No two superblocks of one generation may differ; the older copy stays as it is.
+                    self.next.generation += 2;
+                    continue 'again;
+                }
+            }
+            break;
+        }
+        for repair in self.repairs {
+            let What::Superblock(Seat::Spare(place), of) = repair.what else { continue };
+            if of == copy && !self.next.is_retired(place) {
+                self.repaired(repair);
+            }
+        }
+        Ok(())
+    }
+
+    /// Write the new generation to the label, and whatever else of it is damaged. Not a place: what cannot
+    /// be written costs only the degraded mode.
+    async fn renew_label(&mut self) {
+        let Some(label) = self.newest.label else { return };
+        let copy = Superblock::copy_for(self.next.generation);
+        let bytes = self.next.encode(Seat::Label, copy);
+        let written = self.io.write(DeviceIndex::PRIMARY, label.superblock(copy), &bytes).await;
+        for repair in self.repairs.iter().filter(|repair| repair.what.device() == DeviceIndex::PRIMARY) {
+            let done = match repair.what {
+                What::Superblock(_, of) if of == copy => written,
+                what => self.newest.write(self.io, what).await,
+            };
+            match done {
+                Ok(()) => self.repaired(repair),
+                Err(errno) => self.not_repaired(repair, errno),
+            }
+        }
+    }
+
+    /// Flush the spare. A failure is noted wherever that is possible: who opens next must not take the
+    /// next flush's success for the last one's (F2).
+    async fn flush(&self) -> Result<(), OpenError> {
+        let Err(errno) = self.io.flush(DeviceIndex::SPARE).await else { return Ok(()) };
+        let failed = io_error(DeviceIndex::SPARE, "flushing its metadata")(errno);
+        let Newest { layout, label, superblock, poison, .. } = self.newest;
+        if superblock.clean && !poison.poisoned {
+            // Nothing of the guest's was waiting for it.
+            return Err(failed);
+        }
+        let note = match poison.poisoned {
+            // What it says of earlier writes stays true.
+            true => Poison { sequence: poison.sequence + 1, ..poison.clone() },
+            false => Poison {
+                sequence: poison.sequence + 1,
+                poisoned: true,
+                device: DeviceIndex::SPARE.0,
+                errno: errno.0,
+                ..Poison::default()
+            },
+        };
+        for place in Place::ALL {
+            let bytes = note.encode(superblock.set, Seat::Spare(place));
+            let _ = self.io.write(DeviceIndex::SPARE, layout.poison(place), &bytes).await;
+        }
+        let _ = self.io.flush(DeviceIndex::SPARE).await;
+        if let Some(label) = label {
+            let bytes = note.encode(superblock.set, Seat::Label);
+            let _ = self.io.write(DeviceIndex::PRIMARY, label.poison(), &bytes).await;
+            let _ = self.io.flush(DeviceIndex::PRIMARY).await;
+        }
+        Err(failed)
+    }
+}

@@ -1,0 +1,215 @@
+//! The volume while it is open: healer, shard, guest and operator in one thread.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use vhost_remap::device::buffer::{AlignedBuf, Iovecs};
+use vhost_remap::engine::event::Event;
+use vhost_remap::engine::healer::{Healer, HealerOut, HealerStatus, Order, OrderId, Reply};
+use vhost_remap::engine::message::{ToHealer, ToShard};
+use vhost_remap::engine::request::{Answer, Request, RequestOp, Status, Token};
+use vhost_remap::engine::shard::{Shard, ShardOut};
+use vhost_remap::units::{Block, Time};
+use vhost_remap::volume::superblock::CloseStamp;
+
+use crate::rig::{Cut, MTIME, Rig, range_of};
+use crate::seat::Entry;
+
+/// The open volume.
+pub(crate) struct Engine {
+    healer: Healer,
+    shard: Shard,
+    to_healer: VecDeque<ToHealer>,
+    to_shard: VecDeque<ToShard>,
+    answers: Vec<Answer>,
+    replies: Vec<(OrderId, Reply)>,
+    pub(crate) events: Vec<Event>,
+    now: Time,
+    asked: u32,
+}
+
+impl Engine {
+    pub(crate) fn new(healer: Healer) -> Engine {
+        let shard = Shard::new(0, healer.geometry(), healer.view(), healer.progress());
+        Engine {
+            healer,
+            shard,
+            to_healer: VecDeque::new(),
+            to_shard: VecDeque::new(),
+            answers: Vec::new(),
+            replies: Vec::new(),
+            events: Vec::new(),
+            now: Time(0),
+            asked: 0,
+        }
+    }
+
+    /// The first turn, to the end of what it began.
+    pub(crate) fn start(&mut self, rig: &mut Rig) {
+        self.pass(rig, 0).expect("no end was set");
+    }
+
+    fn take_healer(&mut self, rig: &mut Rig, mut out: HealerOut) {
+        rig.submit(0, &mut out.ops);
+        self.to_shard.extend(out.to_shards.into_iter().map(|(_, message)| message));
+        self.replies.append(&mut out.replies);
+        self.events.append(&mut out.events);
+    }
+
+    fn take_shard(&mut self, rig: &mut Rig, mut out: ShardOut) {
+        rig.submit(1, &mut out.ops);
+        self.to_healer.extend(out.to_healer);
+        self.answers.append(&mut out.answers);
+    }
+
+    /// One message or one operation; `false` where there is neither.
+    fn step(&mut self, rig: &mut Rig) -> Result<bool, Cut> {
+        let (mut rare, mut fast) = (HealerOut::default(), ShardOut::default());
+        if let Some(message) = self.to_healer.pop_front() {
+            self.healer.message(self.now, message, &mut rare);
+        } else if let Some(message) = self.to_shard.pop_front() {
+            self.shard.message(self.now, message, &mut fast);
+        } else if rig.disks.pending_len() > 0 {
+            match rig.perform()? {
+                (0, completion) => self.healer.completed(self.now, completion, &mut rare),
+                (_, completion) => self.shard.completed(self.now, completion, &mut fast),
+            }
+        } else {
+            return Ok(false);
+        }
+        self.take_healer(rig, rare);
+        self.take_shard(rig, fast);
+        Ok(true)
+    }
+
+    /// Go on until nothing is under way.
+    pub(crate) fn settle(&mut self, rig: &mut Rig) -> Result<(), Cut> {
+        while self.step(rig)? {}
+        Ok(())
+    }
+
+    /// Let time pass.
+    pub(crate) fn pass(&mut self, rig: &mut Rig, seconds: u64) -> Result<(), Cut> {
+        self.now = self.now.plus_secs(seconds);
+        let mut out = HealerOut::default();
+        self.healer.tick(self.now, &mut out);
+        self.take_healer(rig, out);
+        self.settle(rig)
+    }
+
+    fn submit(&mut self, rig: &mut Rig, op: RequestOp) -> Token {
+        self.asked += 1;
+        let token = Token(self.asked);
+        let mut out = ShardOut::default();
+        self.shard.submit(self.now, Request { token, queue: 0, write_through: false, op }, &mut out);
+        self.take_shard(rig, out);
+        token
+    }
+
+    /// Submit a write without waiting for it.
+    pub(crate) fn begin_write(&mut self, rig: &mut Rig, sector: u64, bytes: &[u8]) -> Token {
+        let (range, len) = (range_of(sector, bytes.len()), bytes.len());
+        let data = Iovecs::of_buffer(&Arc::new(AlignedBuf::copy_of(bytes)), 0, len);
+        self.submit(rig, RequestOp::Write { range, data })
+    }
+
+    /// How a request ended, if it has.
+    pub(crate) fn answer(&self, token: Token) -> Option<Status> {
+        self.answers.iter().find(|answer| answer.request.token == token).map(|answer| answer.status)
+    }
+
+    /// Go on until a request is answered, and no further.
+    pub(crate) fn await_answer(&mut self, rig: &mut Rig, token: Token) -> Result<Status, Cut> {
+        loop {
+            if let Some(status) = self.answer(token) {
+                return Ok(status);
+            }
+            assert!(self.step(rig)?, "request {token:?} is never answered");
+        }
+    }
+
+    pub(crate) fn write(&mut self, rig: &mut Rig, sector: u64, bytes: &[u8]) -> Result<Status, Cut> {
+        let token = self.begin_write(rig, sector, bytes);
+        let status = self.await_answer(rig, token)?;
+        self.settle(rig)?;
+        Ok(status)
+    }
+
+    pub(crate) fn flush(&mut self, rig: &mut Rig) -> Result<Status, Cut> {
+        let token = self.submit(rig, RequestOp::Flush);
+        let status = self.await_answer(rig, token)?;
+        self.settle(rig)?;
+        Ok(status)
+    }
+
+    /// What a read gives; `None` where it fails.
+    pub(crate) fn read(&mut self, rig: &mut Rig, sector: u64, count: u64) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(count * 512).expect("small")];
+        let data = Iovecs::of_buffer(&Arc::new(AlignedBuf::zeroed(bytes.len())), 0, bytes.len());
+        let token = self.submit(rig, RequestOp::Read { range: range_of(sector, bytes.len()), data });
+        self.settle(rig).expect("no end was set");
+        let answer = self.answers.iter().find(|answer| answer.request.token == token).expect("settled");
+        let RequestOp::Read { data, .. } = &answer.request.op else { panic!("the request comes back as it went") };
+        data.copy_to(0, &mut bytes);
+        (answer.status == Status::Ok).then_some(bytes)
+    }
+
+    pub(crate) fn order(&mut self, rig: &mut Rig, order: Order) -> Result<Reply, Cut> {
+        self.asked += 1;
+        let id = OrderId(u64::from(self.asked));
+        let mut out = HealerOut::default();
+        self.healer.order(self.now, id, order, &mut out);
+        self.take_healer(rig, out);
+        self.settle(rig)?;
+        let at = self.replies.iter().position(|(of, _)| *of == id).expect("an order is answered");
+        Ok(self.replies.remove(at).1)
+    }
+
+    /// An order that must be carried out.
+    pub(crate) fn done(&mut self, rig: &mut Rig, order: Order) {
+        match self.order(rig, order).expect("no end was set") {
+            Reply::Done(result) => _ = result.unwrap_or_else(|why| panic!("refused: {why}")),
+            reply => panic!("{reply:?}"),
+        }
+    }
+
+    pub(crate) fn status(&mut self, rig: &mut Rig) -> HealerStatus {
+        match self.order(rig, Order::Status).expect("asks no device") {
+            Reply::Status(status) => *status,
+            reply => panic!("{reply:?}"),
+        }
+    }
+
+    /// Close cleanly.
+    pub(crate) fn close(&mut self, rig: &mut Rig) -> Result<Result<(), String>, Cut> {
+        let sample_crc = match self.order(rig, Order::Settle)? {
+            Reply::Settled(Ok(crc)) => crc,
+            Reply::Settled(Err(why)) => return Ok(Err(why)),
+            reply => panic!("{reply:?}"),
+        };
+        let stamp = CloseStamp { size: rig.shape.sizes()[0], mtime_ns: MTIME, sample_crc };
+        match self.order(rig, Order::Seal(stamp))? {
+            Reply::Done(result) => Ok(result.map(drop)),
+            reply => panic!("{reply:?}"),
+        }
+    }
+
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.healer.view().mode.poisoned
+    }
+
+    /// The map as (block, slot, lost sectors, primary stale), in the order of blocks.
+    pub(crate) fn map(&self) -> Vec<Entry> {
+        let view = self.healer.view();
+        let entries = view
+            .map
+            .iter_from(Block(0))
+            .filter_map(|(block, state)| Some((block.0, state.slot?.0, state.lost, state.primary_stale)));
+        entries.collect()
+    }
+
+    /// Causes of the events of a kind.
+    pub(crate) fn causes(&self, kind: &str) -> Vec<&str> {
+        self.events.iter().filter(|event| event.kind == kind).map(|event| &*event.cause).collect()
+    }
+}

@@ -1,0 +1,18 @@
+//! Metadata: what becomes of a volume whose superblocks, tables and notes are damaged, torn or half written,
+//! and that its format stays what it is.
+//!
+//! Everything runs on disks in memory, so that all combinations fit into seconds, and what is expected is
+//! derived from the damage and the documented format, never by the code under test.
+
+mod commits;
+mod crash;
+mod damage;
+mod engine;
+mod expect;
+mod features;
+mod golden;
+mod interrupted;
+mod matrix;
+mod rig;
+mod seat;
+mod story;
