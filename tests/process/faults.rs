@@ -13,7 +13,7 @@ fn serve(volume: &Volume) -> (Server, Guest) {
 }
 
 /// Sectors of a read that fail, one at a time.
-fn failing(guest: &mut Guest, sectors: std::ops::Range<u64>) -> Vec<u64> {
+pub(crate) fn failing(guest: &mut Guest, sectors: std::ops::Range<u64>) -> Vec<u64> {
     let reads: Vec<Io> = sectors.clone().map(|sector| Io::Read { sector, count: 1 }).collect();
     let replies = guest.queue().run(&reads);
     sectors.zip(replies).filter(|(_, reply)| reply.is_err()).map(|(sector, _)| sector).collect()
