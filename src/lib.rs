@@ -140,7 +140,7 @@
 //! | E4 | what does not fit is refused, nothing is overwritten | `a_table_page_without_a_good_home_keeps_the_volume_from_opening` `one_good_home_of_a_table_page_is_enough` `what_cannot_serve_is_refused_with_the_reason` `wrong_devices_are_refused` `devices_that_changed_while_nobody_looked_are_refused` `an_older_spare_is_refused` `a_label_that_is_not_whole_is_not_gone_by` `nothing_is_made_over_something_that_exists` |
 //! | E5 | no guest input panics, hangs or escapes its memory | `broken_structures_come_back_empty` `requests_that_cannot_be_served_fail` `a_ring_that_lies_stops_until_it_is_restarted` `nonsense_in_the_region_is_survived` `requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing` `both_transports_answer_every_request_alike` `no_ring_that_lies_ends_the_server`; fuzzing: not yet |
 //! | P1 | each error a guest gets has an event | `every_run_keeps_the_contract` `a_full_spare_fails_only_writes_that_need_a_slot` `requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing` `a_flood_of_events_is_logged_in_part_and_says_so` |
-//! | P2 | lost sectors are counted and listed; healed means proven | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read`; export: not yet |
+//! | P2 | lost sectors are counted and listed; healed means proven | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read` `the_file_on_a_lost_sector_of_ext4_is_named_and_metadata_is_not_called_a_file` `the_file_on_a_lost_sector_of_xfs_is_named_and_metadata_is_not_called_a_file`; export: not yet |
 
 pub mod cli;
 pub mod control;

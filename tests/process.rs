@@ -49,3 +49,5 @@ mod soak;
 mod spare;
 #[path = "process/transports.rs"]
 mod transports;
+#[path = "process/which_file.rs"]
+mod which_file;

@@ -356,7 +356,7 @@ fn losetup(options: &[&str], path: &Path) -> Result<String, String> {
 }
 
 /// What a program printed; or why it did not do it.
-fn run(command: &mut Command) -> Result<String, String> {
+pub(crate) fn run(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = try_output_of(command).map_err(|error| format!("{program}: {error}"))?;
     match output.status.success() {
