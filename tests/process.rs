@@ -7,6 +7,8 @@ mod chains;
 mod clean;
 #[path = "process/degraded.rs"]
 mod degraded;
+#[path = "process/disks.rs"]
+mod disks;
 #[path = "process/exhaustion.rs"]
 mod exhaustion;
 #[path = "process/faults.rs"]
@@ -27,6 +29,12 @@ mod model;
 mod modes;
 #[path = "process/operator.rs"]
 mod operator;
+#[path = "process/real_devices.rs"]
+mod real_devices;
+#[path = "process/real_errors.rs"]
+mod real_errors;
+#[path = "process/real_spare.rs"]
+mod real_spare;
 #[path = "process/refusals.rs"]
 mod refusals;
 #[path = "process/restart.rs"]
@@ -43,3 +51,5 @@ mod spare;
 mod transports;
 #[path = "process/upgrade.rs"]
 mod upgrade;
+#[path = "process/which_file.rs"]
+mod which_file;

@@ -159,22 +159,23 @@ pub(super) fn bytes(bytes: u64) -> String {
 
 /// The head of `list`.
 pub(super) fn list_head() -> String {
-    list_row("SECTORS", "STATE", "SLOT", "LOST SECTORS")
+    list_row("SECTORS", "STATE", "SLOT", "PENDING SECTORS", "LOST SECTORS")
 }
 
 /// One row of `list`.
 pub(super) fn list_entry(entry: &ListEntry) -> String {
     let slot = entry.slot.map_or("-".into(), |slot| slot.to_string());
-    let mut lost = if entry.lost.is_empty() { "-".into() } else { sector_runs(&entry.lost) };
+    let runs = |list: &[u64]| if list.is_empty() { "-".into() } else { sector_runs(list) };
+    let (pending, mut lost) = (runs(&entry.pending), runs(&entry.lost));
     if entry.primary_stale {
         lost.push_str(" (primary stale)");
     }
-    list_row(&sectors(entry.sector, u64::from(entry.sectors)), &entry.state.join(","), &slot, &lost)
+    list_row(&sectors(entry.sector, u64::from(entry.sectors)), &entry.state.join(","), &slot, &pending, &lost)
 }
 
 /// Fixed widths, as rows are printed while more come.
-fn list_row(sectors: &str, state: &str, slot: &str, lost: &str) -> String {
-    format!("{sectors:<23}  {state:<16}  {slot:>8}  {lost}")
+fn list_row(sectors: &str, state: &str, slot: &str, pending: &str, lost: &str) -> String {
+    format!("{sectors:<23}  {state:<16}  {slot:>8}  {pending:<23}  {lost}")
 }
 
 /// `count` sectors from `start`, as they are typed.
@@ -278,10 +279,19 @@ writes                    377     54321
     fn list_rows_line_up_and_join_neighbouring_lost_sectors() {
         let mut entry = scripted::entry(8, "remapped", &[9, 11, 12]);
         entry.primary_stale = true;
-        assert_eq!(list_head(), "SECTORS                  STATE                 SLOT  LOST SECTORS");
-        assert_eq!(list_entry(&entry), "8-15                     remapped                 7  9,11-12 (primary stale)");
-        let entry = scripted::entry(16, "pending", &[]);
-        assert_eq!(list_entry(&entry), "16-23                    pending                  -  -");
+        assert_eq!(
+            list_head(),
+            "SECTORS                  STATE                 SLOT  PENDING SECTORS          LOST SECTORS"
+        );
+        let row =
+            "8-15                     remapped                 7  -                        9,11-12 (primary stale)";
+        assert_eq!(list_entry(&entry), row);
+        let mut entry = scripted::entry(16, "pending", &[]);
+        entry.pending = vec![18, 19];
+        assert_eq!(
+            list_entry(&entry),
+            "16-23                    pending                  -  18-19                    -"
+        );
     }
 
     #[test]

@@ -147,6 +147,7 @@ pub(crate) mod scripted {
             state: vec![state.into()],
             slot: (state == "remapped").then_some(7),
             lost: lost.to_vec(),
+            pending: Vec::new(),
             primary_stale: false,
         }
     }

@@ -41,6 +41,7 @@ const NAMES: &[(i32, &str)] = &[
     (libc::ENOTCONN, "ENOTCONN"),
     (libc::ESHUTDOWN, "ESHUTDOWN"),
     (libc::ETIMEDOUT, "ETIMEDOUT"),
+    (libc::ECONNABORTED, "ECONNABORTED"),
     (libc::ECONNRESET, "ECONNRESET"),
     (libc::ESTALE, "ESTALE"),
     (libc::EUCLEAN, "EUCLEAN"),

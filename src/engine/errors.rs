@@ -29,6 +29,8 @@ pub(super) fn class_of(errno: Errno) -> Class {
         libc::ENODEV | libc::ENXIO | libc::ENOTCONN | libc::ESTALE | libc::ENOLINK | libc::EROFS | libc::ETIMEDOUT => {
             Class::Gone
         }
+        // What was under way to a FUSE server when it died; whatever comes after it gets ENOTCONN.
+        libc::ECONNABORTED => Class::Gone,
         libc::ENOSPC | libc::EDQUOT | libc::EFBIG => Class::Space,
         libc::EREMOTEIO | libc::EOPNOTSUPP => Class::Target,
         libc::EINVAL | libc::EFAULT | libc::EAGAIN | libc::ENOMEM | libc::ECANCELED => Class::Ours,

@@ -226,7 +226,7 @@ impl VolumeHandle {
             };
             let Some((last, _, _)) = page.last() else { return entries };
             from = Sector(last.start().0 + 8);
-            for (block, state, _) in page {
+            for (block, state, pending) in page {
                 let wanted = match filter {
                     ListFilter::All => true,
                     ListFilter::Lost => state.lost != 0,
@@ -236,6 +236,8 @@ impl VolumeHandle {
                     continue;
                 }
                 let exists = self.0.opened.geometry.sectors_of(block);
+                let sectors =
+                    |mask: u8| (0..8).filter(|bit| mask >> bit & 1 == 1).map(|bit| block.start().0 + bit).collect();
                 let names =
                     [(state.slot.is_some(), "remapped"), (state.pending, "pending"), (state.in_doubt, "in-doubt")];
                 entries.push(ListEntry {
@@ -243,7 +245,8 @@ impl VolumeHandle {
                     sectors: u32::try_from(exists.count).expect("at most 8"),
                     state: names.iter().filter(|(is, _)| *is).map(|(_, name)| (*name).to_owned()).collect(),
                     slot: state.slot.map(|slot| slot.0),
-                    lost: (0..8).filter(|bit| state.lost >> bit & 1 == 1).map(|bit| block.start().0 + bit).collect(),
+                    lost: sectors(state.lost),
+                    pending: sectors(pending),
                     primary_stale: state.primary_stale,
                 });
                 if entries.len() >= limit {

@@ -145,7 +145,10 @@ pub struct ListEntry {
     pub slot: Option<u32>,
     /// Guest sectors of this block that are lost.
     pub lost: Vec<u64>,
-    /// Whether the primary still holds the last content of the lost sectors.
+    /// Guest sectors of this block that failed when they were last read, lost ones aside.
+    #[serde(default)]
+    pub pending: Vec<u64>,
+    /// Whether what the primary holds of the lost sectors is older than what was lost.
     pub primary_stale: bool,
 }
 

@@ -13,7 +13,7 @@ fn serve(volume: &Volume) -> (Server, Guest) {
 }
 
 /// Sectors of a read that fail, one at a time.
-fn failing(guest: &mut Guest, sectors: std::ops::Range<u64>) -> Vec<u64> {
+pub(crate) fn failing(guest: &mut Guest, sectors: std::ops::Range<u64>) -> Vec<u64> {
     let reads: Vec<Io> = sectors.clone().map(|sector| Io::Read { sector, count: 1 }).collect();
     let replies = guest.queue().run(&reads);
     sectors.zip(replies).filter(|(_, reply)| reply.is_err()).map(|(sector, _)| sector).collect()
@@ -149,6 +149,9 @@ fn a_read_of_a_bad_block_fails_for_exactly_its_sectors() {
         model.check(guest.queue(), sector, count);
     }
     assert_eq!(server.blocks("pending"), [1000]);
+    assert_eq!((&server.list()[0].pending[..], &server.list()[0].lost[..]), (&[1003, 1004][..], &[][..]));
+    let text = server.order(&["list", "--pending"]);
+    assert!(text.contains("1003-1004"), "{text}");
     let status = server.status();
     assert_eq!((status.blocks.remapped, status.blocks.slots_free, status.blocks.lost_sectors), (0, 64, 0));
     assert_eq!((status.blocks.pending, status.counters.guest_errors), (1, 9));
@@ -174,7 +177,7 @@ fn a_pending_block_is_healed_in_place_by_a_rewrite() {
     let write = model.write(1003, pattern(1003, 1, 2));
     guest.queue().one(write).unwrap();
     assert_eq!(failing(&mut guest, 996..1012), [1004]);
-    assert_eq!(server.blocks("pending"), [1000]);
+    assert_eq!((server.blocks("pending"), &server.list()[0].pending[..]), (vec![1000], &[1004][..]));
     let write = model.write(1000, pattern(1000, 8, 3));
     guest.queue().one(write).unwrap();
     model.check_all(guest.queue());

@@ -56,6 +56,18 @@ impl Model {
         &self.bytes[self.range(sector, count)]
     }
 
+    /// After a write of `new` that failed: each of its sectors is old or new, and stays what it is (W7).
+    #[track_caller]
+    pub(crate) fn settle(&mut self, queue: &mut Queue, sector: u64, new: &[u8]) {
+        let count = new.len() as u64 / 512;
+        let found = queue.one(Io::Read { sector, count }).unwrap_or_else(|failed| panic!("{sector}: {failed:?}"));
+        for (sector, (found, new)) in (sector..).zip(found.chunks(512).zip(new.chunks(512))) {
+            let old = self.sectors(sector, 1);
+            assert!(found == old || found == new, "sector {sector} is neither old nor new: {:x?}", &found[..16]);
+            self.write(sector, found.to_vec());
+        }
+    }
+
     /// Compare a part of the disk with the model.
     #[track_caller]
     pub(crate) fn check(&self, queue: &mut Queue, sector: u64, count: u64) {

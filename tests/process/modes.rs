@@ -1,10 +1,8 @@
 //! Read-only, passthrough and writeback service, and block devices beneath.
 
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
+use crate::disks::{Loop, skip};
 use crate::guest::{Failed, Io};
 use crate::model::{Model, Random, pattern};
 use crate::server::{Volume, done, vhost_remap};
@@ -173,45 +171,18 @@ fn as_many_queues_are_offered_as_the_operator_said() {
     }
 }
 
-/// A loop device, detached when dropped.
-struct Loop(PathBuf);
-
-impl Loop {
-    /// `None`, and why, where there can be none.
-    fn attach(file: &Path, mib: u64, block: u32) -> Result<Loop, String> {
-        fs::File::create(file).unwrap().set_len(mib << 20).unwrap();
-        let block = block.to_string();
-        let mut losetup = Command::new("losetup");
-        losetup.args(["--find", "--show", "--direct-io=on", "--sector-size", &block]).arg(file);
-        let output = losetup.output().map_err(|error| format!("losetup: {error}"))?;
-        if !output.status.success() {
-            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
-        }
-        Ok(Loop(PathBuf::from(done(&output).trim())))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
-    }
-}
-
 /// A volume on a loop device of that block size with a spare of its own kind of block, or a file.
 fn on_loop(test: &str, block: u32, spare_block: Option<u32>) -> Option<(Volume, Vec<Loop>)> {
     let mut volume = Volume::absent();
     let mut loops = Vec::new();
-    let mut attach = |name: &str, mib, block| match Loop::attach(&volume.dir.path().join(name), mib, block) {
-        Ok(attached) => {
-            let path = attached.0.clone();
-            loops.push(attached);
-            Some(path)
-        }
-        Err(reason) => {
-            // Past the test harness, which would swallow println! of a passing test.
-            let _ = writeln!(std::io::stdout(), "SKIP {test}: {reason}");
-            None
-        }
+    let mut attach = |name: &str, mib: u64, block: u32| {
+        let file = volume.dir.path().join(name);
+        fs::File::create(&file).unwrap().set_len(mib << 20).unwrap();
+        let attached = Loop::attach(&file, &["--direct-io=on", "--sector-size", &block.to_string()]);
+        let attached = attached.map_err(|reason| skip(test, reason)).ok()?;
+        let path = attached.path.clone();
+        loops.push(attached);
+        Some(path)
     };
     let primary = attach("primary.raw", 40, block)?;
     let spare = match spare_block {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -125,16 +125,20 @@ pub(crate) fn vhost_remap(words: &[&str]) -> Output {
     output_of(&mut command)
 }
 
-/// Run a command to its end, within [`LIMIT`].
+/// Run a program that is there to its end, within [`LIMIT`].
 fn output_of(command: &mut Command) -> Output {
+    try_output_of(command).unwrap_or_else(|error| panic!("{command:?}: {error}"))
+}
+
+/// As [`output_of`], where the program may be missing.
+pub(crate) fn try_output_of(command: &mut Command) -> io::Result<Output> {
     let what = format!("{command:?}");
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let child = child.unwrap_or_else(|error| panic!("{what}: {error}"));
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let pid = Pid::from_child(&child);
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || sender.send(child.wait_with_output()));
     match receiver.recv_timeout(LIMIT) {
-        Ok(output) => output.expect("the output of a child"),
+        Ok(output) => Ok(output.expect("the output of a child")),
         Err(_) => {
             // Not waited for yet, so the number is still its own.
             let _ = kill_process(pid, Signal::KILL);
@@ -299,11 +303,20 @@ impl Server {
         lines(&self.order(&["events", "--json"]))
     }
 
+    /// Causes that events of a kind give.
+    pub(crate) fn causes(&self, kind: &str) -> Vec<String> {
+        self.events().into_iter().filter(|event| event.kind == kind).map(|event| event.cause).collect()
+    }
+
     /// Wait for an event of a kind.
     pub(crate) fn await_event(&self, kind: &str) -> EventRecord {
+        self.await_event_after(kind, 0)
+    }
+
+    /// Wait for an event of a kind with a number above `after`.
+    pub(crate) fn await_event_after(&self, kind: &str, mut after: u64) -> EventRecord {
         let client = Client::new(&self.ctl).expect("an event loop");
         let deadline = Instant::now() + LIMIT;
-        let mut after = 0;
         while Instant::now() < deadline {
             let page: EventPage =
                 client.get(&format!("/v1/events?after={after}&wait=5"), LIMIT).expect("a page of events");

@@ -19,9 +19,14 @@ fn sectors(bytes: u64, len: u64) -> String {
     format!("{}-{}", bytes / 512, (bytes + len) / 512 - 1)
 }
 
+/// First sector of a slot on the spare.
+pub(crate) fn slot_start(volume: &Volume, slot: u32) -> u64 {
+    layout(volume).slots_start / 512 + u64::from(slot) * 8
+}
+
 /// A sector of a slot on the spare.
 fn slot_sector(volume: &Volume, slot: u32, sector: u64) -> String {
-    (layout(volume).slots_start / 512 + u64::from(slot) * 8 + sector).to_string()
+    (slot_start(volume, slot) + sector).to_string()
 }
 
 fn slot_sectors(volume: &Volume, slot: u32) -> String {
