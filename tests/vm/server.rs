@@ -101,6 +101,15 @@ impl Server {
         self.dir.path().join("disk.sock")
     }
 
+    /// Wait until the guest has used its disk since the server began.
+    pub(crate) fn await_requests(&self) {
+        let began = Instant::now();
+        while self.status().counters.reads + self.status().counters.writes == 0 {
+            assert!(began.elapsed() < START_MAX, "the guest does nothing: {:?}\n{}", self.status(), self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Queues it offers.
     pub(crate) fn queues(&self) -> u16 {
         self.queues
