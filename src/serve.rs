@@ -4,11 +4,11 @@
 use std::io::{self, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::control::server::{self as control, ServedVolume as ControlledVolume};
-use crate::control::socket::{BindError, SocketFile, bind_unix};
+use crate::control::socket::{BindError, SocketFile, bind_unix, check_unix};
 use crate::runtime::handle::{FrontEndState, VolumeHandle};
 use crate::runtime::options::{Cache, Listen, ServeOptions, Transport};
 use crate::runtime::volume::{MakeError, open_volume};
@@ -47,6 +47,25 @@ pub enum ServeError {
 enum FrontEnd {
     Listener(UnixListener),
     Connected(UnixStream),
+}
+
+/// Where front-ends will come from once there is a volume.
+enum FrontEndSocket<'a> {
+    /// Nothing is in the way there.
+    Checked(&'a Path),
+    Inherited(FrontEnd),
+}
+
+impl FrontEndSocket<'_> {
+    fn listen(self) -> Result<(FrontEnd, Option<SocketFile>), BindError> {
+        match self {
+            FrontEndSocket::Checked(path) => {
+                let (listener, file) = bind_unix(path)?;
+                Ok((FrontEnd::Listener(listener), Some(file)))
+            }
+            FrontEndSocket::Inherited(front_end) => Ok((front_end, None)),
+        }
+    }
 }
 
 /// What serves front-ends.
@@ -97,8 +116,10 @@ impl Serving {
 /// # Errors
 /// When a device or socket cannot be opened, or the volume does not close cleanly.
 pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
-    // Sockets first: what they refuse costs nothing, and opening a volume for writing changes it.
-    let (front_end, _front_end_file) = front_end(options)?;
+    // Sockets first: what they refuse costs nothing, and opening a volume for writing changes it. But there is
+    // nothing to connect to before the volume is open: QEMU's guest stands still until a server has answered,
+    // and QEMU 7.2, for one, never connects again when the server ends instead (the volume does not open).
+    let socket = check_front_end(options)?;
     let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
     if options.cache == Cache::Writeback {
         log::warn!(
@@ -108,6 +129,13 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     }
     let workers = workers(options);
     let mut volume = open_volume(options, workers)?;
+    let (front_end, _front_end_file) = match socket.listen() {
+        Ok(front_end) => front_end,
+        Err(error) => {
+            volume.close()?;
+            return Err(error.into());
+        }
+    };
     let handle = volume.handle();
     let device = BlkDevice::new(volume.disk(), options.num_queues);
     let mut server = Serving::start(options.transport, front_end, device, volume.take_ports())?;
@@ -127,11 +155,12 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     Ok(served?)
 }
 
-fn front_end(options: &ServeOptions) -> Result<(FrontEnd, Option<SocketFile>), ServeError> {
+/// Refuse what can be refused at once.
+fn check_front_end(options: &ServeOptions) -> Result<FrontEndSocket<'_>, ServeError> {
     match &options.listen {
         Listen::Path(path) => {
-            let (listener, file) = bind_unix(path)?;
-            Ok((FrontEnd::Listener(listener), Some(file)))
+            check_unix(path)?;
+            Ok(FrontEndSocket::Checked(path))
         }
         Listen::Fd(fd) => {
             let failed = |error: rustix::io::Errno| ServeError::Fd { fd: *fd, error: error.into() };
@@ -142,9 +171,11 @@ fn front_end(options: &ServeOptions) -> Result<(FrontEnd, Option<SocketFile>), S
             if !listening && options.transport == Transport::Framework {
                 return Err(ServeError::FdConnected(*fd));
             }
-            let front_end =
-                if listening { FrontEnd::Listener(socket.into()) } else { FrontEnd::Connected(socket.into()) };
-            Ok((front_end, None))
+            Ok(FrontEndSocket::Inherited(if listening {
+                FrontEnd::Listener(socket.into())
+            } else {
+                FrontEnd::Connected(socket.into())
+            }))
         }
     }
 }

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, fchmod};
+use rustix::fs::{Access, Mode, access, fchmod};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 
@@ -82,17 +82,14 @@ impl Drop for SocketFile {
     }
 }
 
-/// Listen at `path`. A stale socket there is replaced; anything else there is left alone and refused.
+/// Whether [`bind_unix`] could listen at `path` now. A stale socket there is removed; anything else there is left
+/// alone and refused.
 ///
 /// # Errors
 /// See [`BindError`].
-pub fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+pub fn check_unix(path: &Path) -> Result<(), BindError> {
     let failed = |action, source: io::Error| BindError::Io { path: path.into(), action, source };
-    let bytes = path.as_os_str().as_bytes().len();
-    if bytes > PATH_MAX_BYTES {
-        return Err(BindError::TooLong { path: path.into(), bytes });
-    }
-    let address = SocketAddrUnix::new(path).map_err(|e| failed("use the path", e.into()))?;
+    let address = address(path)?;
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -104,11 +101,20 @@ pub fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
         _ => {}
     }
     remove_stale(path, &address)?;
+    access(directory, Access::WRITE_OK | Access::EXEC_OK).map_err(|e| failed("bind", e.into()))
+}
 
+/// Listen at `path`. A stale socket there is replaced; anything else there is left alone and refused.
+///
+/// # Errors
+/// See [`BindError`].
+pub fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+    check_unix(path)?;
+    let failed = |action, source: io::Error| BindError::Io { path: path.into(), action, source };
     let socket = stream_socket().map_err(|e| failed("make a socket", e.into()))?;
     // Linux gives the file the socket's own mode less the umask, so nobody else can get in before the chmod below.
     fchmod(&socket, Mode::from_raw_mode(MODE)).map_err(|e| failed("set the mode of the socket", e.into()))?;
-    bind(&socket, &address).map_err(|e| match e {
+    bind(&socket, &address(path)?).map_err(|e| match e {
         Errno::ADDRINUSE => BindError::InUse(path.into()),
         e => failed("bind", e.into()),
     })?;
@@ -119,6 +125,14 @@ pub fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let listener = UnixListener::from(socket);
     listener.set_nonblocking(false).map_err(|e| failed("make the socket blocking", e))?;
     Ok((listener, file))
+}
+
+fn address(path: &Path) -> Result<SocketAddrUnix, BindError> {
+    let bytes = path.as_os_str().as_bytes().len();
+    if bytes > PATH_MAX_BYTES {
+        return Err(BindError::TooLong { path: path.into(), bytes });
+    }
+    SocketAddrUnix::new(path).map_err(|e| BindError::Io { path: path.into(), action: "use the path", source: e.into() })
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {

@@ -92,7 +92,8 @@ impl Volume {
         })
     }
 
-    fn command_in(&self, dir: &Path, options: &[&str]) -> Command {
+    /// The command line of `serve` on sockets in another directory.
+    pub(crate) fn command_in(&self, dir: &Path, options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
         command.arg("serve").arg("--primary").arg(&self.primary).arg("--spare").arg(&self.spare);
         command.arg("--socket-path").arg(dir.join("vm.sock")).args(options);

@@ -1,7 +1,7 @@
 //! Front-ends that leave with requests under way, drivers that cannot flush, devices that hang, and servers
 //! killed in the middle of everything.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virtio_driver::VirtioBlkFeatureFlags;
 
@@ -179,4 +179,25 @@ fn a_stop_without_a_region_answers_what_is_held() {
     ring.offer(0);
     server.no_faults();
     assert_eq!(ring.take(ANSWER_LIMIT), Some((0, 513)));
+}
+
+/// A front-end that is let in and then turned away, because the volume does not open, may never come again: QEMU 7.2
+/// does not. And while it waits for its first answer, its guest stands still.
+#[test]
+fn there_is_nothing_to_connect_to_before_the_volume_is_open() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let (socket, ctl) = (dir.path().join("vm.sock"), dir.path().join("vm.sock.ctl"));
+    let (waits, log) = (volume.command_in(dir.path(), &["--lock-wait", "30"]), dir.path().join("server.0.log"));
+    let starting = std::thread::spawn(move || (Server::start(waits, dir.path()), dir));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !std::fs::read_to_string(&log).is_ok_and(|log| log.contains("waiting up to")) {
+        assert!(Instant::now() < deadline, "the second server does not wait for the first");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(ctl.exists() && !socket.exists());
+    server.stop();
+    let (started, _dir) = starting.join().unwrap();
+    assert_eq!(started.unwrap().guest(1).read(0, 1), Ok(vec![0; 512]));
 }

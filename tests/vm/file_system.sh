@@ -5,33 +5,20 @@
 . ./common.sh
 fs=$1
 
-files() {
-    local i
-    for ((i = 0; i < 200; i++)); do
-        mkdir -p "/mnt/$1$((i % 10))"
-        head -c $((i * 37 + 1)) /dev/urandom >"/mnt/$1$((i % 10))/$i"
-        ((i % 50)) || must sync
-    done
-}
-
 case $fs in
     ext4) must mkfs.ext4 -q -b 4096 -J size=4 -N 4096 -E lazy_itable_init=0,lazy_journal_init=0 /dev/vda ;;
     xfs) must mkfs.xfs -q /dev/vda ;;
 esac
 must mount "/dev/vda" /mnt
 must dd if=/dev/urandom of=/mnt/data bs=1M count=2 2>/dev/null
-files before
+files /mnt/before
 must sync
 
 host_say "data $(sectors_of /mnt/data | xargs)"
 case $fs in
     ext4)
-        # The first MiB of the journal: it begins there after every mount.
-        journal=$(debugfs -R 'blocks <8>' /dev/vda 2>/dev/null | awk '{print $1}')
-        inodes=$(dumpe2fs /dev/vda 2>/dev/null |
-            sed -nE 's/^ *Inode table at ([0-9]+)-([0-9]+).*/\1 \2/p' |
-            while read -r start end; do echo $((start * 8))-$((end * 8 + 7)); done)
-        host_say "journal $((journal * 8))-$((journal * 8 + 2047))"
+        inodes=$(inodes_of /dev/vda)
+        host_say "journal $(journal_of /dev/vda)"
         ;;
     xfs)
         log=$(xfs_db -r -c 'sb 0' -c 'p logstart' /dev/vda | sed 's/.*= //')
@@ -52,9 +39,9 @@ host_wait go >/dev/null || exit 1
 must dd if=/dev/urandom of=/tmp/data bs=1M count=2 2>/dev/null
 must dd if=/tmp/data of=/mnt/data bs=1M count=1 conv=notrunc,fsync 2>/dev/null
 must dd if=/tmp/data of=/mnt/data bs=64k skip=16 seek=16 conv=notrunc oflag=direct 2>/dev/null
-files after
+files /mnt/after
 must rm -r /mnt/before3
-files between
+files /mnt/between
 # From the page cache, but for what went past it.
 (cd /mnt && find . -type f -exec sha256sum {} +) >/tmp/sums
 [[ $(sha256sum </tmp/data) == $(sha256sum </mnt/data) ]] || fail "the data differ before the remount"

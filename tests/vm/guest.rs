@@ -47,6 +47,20 @@ fn why_no_guests() -> Option<String> {
     }
 }
 
+/// The disk that a guest with `--image debian` starts from; only copies of it are to be served. `None`, with the
+/// reason printed, where it cannot be made.
+pub(crate) fn debian_disk() -> Option<PathBuf> {
+    let build = Command::new(root().join("vm-images/build")).arg("debian").stdin(Stdio::null()).output().expect("bash");
+    if !build.status.success() {
+        let error = String::from_utf8_lossy(&build.stderr);
+        writeln!(std::io::stdout(), "SKIP debian: {}", error.lines().last().unwrap_or("no image"))
+            .expect("standard output");
+        return None;
+    }
+    let folder = String::from_utf8(build.stdout).expect("a path of ours");
+    Some(Path::new(folder.trim_end()).join("disk.img"))
+}
+
 /// A guest with one disk, and the line to its script.
 pub(crate) struct Guest {
     child: Child,
@@ -62,7 +76,8 @@ impl Guest {
         let folder = root().join("tests/vm");
         let (console, channel) = (server.dir().join("console"), server.dir().join("channel"));
         let output = File::create(&console).expect("a file for the console");
-        let disk = format!("{},num-queues={},reconnect=1", server.socket().display(), server.queues());
+        // An image that starts from a disk starts from this one.
+        let disk = format!("{},num-queues={},reconnect=1,bootindex=1", server.socket().display(), server.queues());
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "TERM"]).arg(root().join("vm-images/run"));
         command.arg("--script").arg(folder.join(script)).args(args.iter().flat_map(|arg| ["--arg", arg]));

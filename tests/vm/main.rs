@@ -2,43 +2,19 @@
 //! started by `vm-images/run`, one at a time; the server is the real program, and faults are
 //! ordered as an operator orders them. Where no guest can be started, every test prints `SKIP vm: reason`.
 
+mod area;
+mod boot;
+mod full;
 mod guest;
 mod server;
+mod unreadable;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use area::Area;
 use guest::{Guest, guests};
 use server::Server;
-
-/// Sectors a range of which the guest names.
-struct Area {
-    name: String,
-    ranges: Vec<(u64, u64)>,
-}
-
-impl Area {
-    /// From the guest's `NAME A-B A-B …`.
-    fn parse(line: &str) -> Area {
-        let mut words = line.split_whitespace();
-        let name = words.next().expect("an area has a name").to_owned();
-        let range = |word: &str| {
-            let (start, end) = word.split_once('-').expect("a range is A-B");
-            (start.parse().expect("a sector"), end.parse().expect("a sector"))
-        };
-        let ranges: Vec<_> = words.map(range).collect();
-        assert!(!ranges.is_empty(), "the guest found no {name}: {line}");
-        Area { name, ranges }
-    }
-
-    fn contains(&self, sector: u64) -> bool {
-        self.ranges.iter().any(|(start, end)| (*start..=*end).contains(&sector))
-    }
-
-    fn options(&self) -> Vec<String> {
-        self.ranges.iter().flat_map(|(start, end)| ["--sectors".into(), format!("{start}-{end}")]).collect()
-    }
-}
 
 /// Numbers that look random and are the same every time (splitmix64).
 struct Dice(u64);
@@ -60,9 +36,7 @@ fn check_file_system(kind: &str) {
     let mut guest = Guest::start(&server, "file_system.sh", &[kind], &[], Duration::from_secs(120));
     let areas: Vec<Area> = (0..3).map(|_| Area::parse(&guest.line())).collect();
     for area in &areas {
-        let mut words = vec!["--ops".to_owned(), "write".into()];
-        words.extend(area.options());
-        server.fault(&words.iter().map(String::as_str).collect::<Vec<_>>());
+        area.fault(&server, &["--ops", "write"]);
     }
     guest.say("go");
     guest.finish();
@@ -145,6 +119,8 @@ fn a_server_killed_again_and_again_under_a_guest_is_not_noticed() {
             server.fault(&["--ops", "write", "--sectors", &format!("{start}-{}", start + 31)]);
         }
         std::thread::sleep(Duration::from_millis(1500));
+        // QEMU 7.2 never comes back to a server that ends while it sets up the connection.
+        server.await_requests();
         server.kill();
         server.run();
     }
@@ -209,36 +185,4 @@ fn files_and_remaps_outlive_a_restart() {
 #[test]
 fn flushed_files_and_remaps_outlive_a_kill() {
     check_restart(End::Killed);
-}
-
-#[test]
-fn an_unreadable_block_is_an_error_for_itself_only_until_it_is_rewritten() {
-    let Some(_turn) = guests() else { return };
-    let server = Server::start("256M", 1);
-    let mut guest = Guest::start(&server, "unreadable.sh", &[], &[], Duration::from_secs(120));
-    let block = Area::parse(&guest.line());
-    let mut words = vec!["--ops".to_owned(), "read".into(), "--until-rewritten".into()];
-    words.extend(block.options());
-    server.fault(&words.iter().map(String::as_str).collect::<Vec<_>>());
-    guest.say("go");
-
-    assert_eq!(guest.line(), "read");
-    let status = server.status();
-    assert_eq!(status.blocks.pending, 1, "{status:?}");
-    assert_eq!((status.blocks.remapped, status.blocks.lost_sectors), (0, 0), "a read error alone takes no slot");
-    assert!(status.counters.guest_errors > 0, "{status:?}");
-    let events = server.events();
-    let errors: Vec<_> = events.iter().filter(|event| event.kind == "guest-error").collect();
-    assert_eq!(u64::try_from(errors.len()).expect("few"), status.counters.guest_errors, "{events:?}");
-    for event in errors {
-        let sector = event.sector.expect("an error has a place");
-        assert!(block.contains(sector) && block.contains(sector + event.sectors - 1), "{event:?}");
-    }
-    guest.say("go");
-
-    guest.finish();
-    let healed = server.status();
-    assert_eq!((healed.blocks.pending, healed.blocks.remapped), (0, 0), "{healed:?}");
-    assert_eq!(healed.counters.guest_errors, status.counters.guest_errors, "{healed:?}");
-    assert_eq!(healed.counters.rewritten, 1, "{healed:?}");
 }

@@ -13,34 +13,62 @@ const START_MAX: Duration = Duration::from_secs(30);
 /// One volume, and the server that serves it unless it was ended.
 pub(crate) struct Server {
     dir: TempDir,
-    size: String,
     queues: u16,
+    /// Further options of `serve`.
+    options: Vec<String>,
     child: Option<Child>,
 }
 
 impl Server {
     /// Make a volume and serve it.
     pub(crate) fn start(size: &str, queues: u16) -> Server {
-        let dir = tempfile::tempdir().expect("a folder for the disks");
-        let mut server = Server { dir, size: size.into(), queues, child: None };
+        Server::start_with(size, queues, &[], &[])
+    }
+
+    /// Make a volume with these options of `create`, and serve it with these of `serve`.
+    pub(crate) fn start_with(size: &str, queues: u16, create: &[&str], serve: &[&str]) -> Server {
+        let mut server = Server::stopped(queues, serve);
+        server.make(&[&["create", "--size", size], create].concat());
         server.run();
         server
+    }
+
+    /// Adopt a copy of a raw image and serve it.
+    pub(crate) fn adopt(image: &Path, queues: u16) -> Server {
+        let mut server = Server::stopped(queues, &[]);
+        let mut copy = Command::new("cp");
+        copy.args(["--reflink=auto", "--sparse=always"]).arg(image).arg(server.primary());
+        assert!(copy.status().expect("cp").success(), "{} cannot be copied", image.display());
+        server.make(&["adopt"]);
+        server.run();
+        server
+    }
+
+    fn stopped(queues: u16, options: &[&str]) -> Server {
+        let dir = tempfile::tempdir().expect("a folder for the disks");
+        Server { dir, queues, options: options.iter().map(ToString::to_string).collect(), child: None }
+    }
+
+    fn make(&self, words: &[&str]) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
+        let output = command.args(words).arg("--primary").arg(self.primary()).output().expect("the program was built");
+        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn primary(&self) -> PathBuf {
+        self.dir.path().join("disk.img")
     }
 
     /// Serve the volume (again).
     pub(crate) fn run(&mut self) {
         assert!(self.child.is_none(), "the server runs already");
-        let path = |name| self.dir.path().join(name);
-        let log = std::fs::File::options().create(true).append(true).open(path("server.log")).expect("a log");
-        let new = !path("disk.img").exists();
+        let log = self.dir.path().join("server.log");
+        let log = std::fs::File::options().create(true).append(true).open(log).expect("a log");
         // It must not outlive the test, whatever happens to that.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", env!("CARGO_BIN_EXE_vhost-remap"), "serve", "--fault-injection"]);
-        command.arg("--primary").arg(path("disk.img")).arg("--socket-path").arg(self.socket());
-        command.arg("--num-queues").arg(self.queues.to_string());
-        if new {
-            command.args(["--create", "--size", &self.size]);
-        }
+        command.arg("--primary").arg(self.primary()).arg("--socket-path").arg(self.socket());
+        command.arg("--num-queues").arg(self.queues.to_string()).args(&self.options);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
         self.child = Some(command.spawn().expect("setpriv is part of every Linux"));
         let began = Instant::now();
@@ -71,6 +99,15 @@ impl Server {
     /// Where the front-end connects.
     pub(crate) fn socket(&self) -> PathBuf {
         self.dir.path().join("disk.sock")
+    }
+
+    /// Wait until the guest has used its disk since the server began.
+    pub(crate) fn await_requests(&self) {
+        let began = Instant::now();
+        while self.status().counters.reads + self.status().counters.writes == 0 {
+            assert!(began.elapsed() < START_MAX, "the guest does nothing: {:?}\n{}", self.status(), self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Queues it offers.
@@ -117,10 +154,14 @@ impl Server {
         self.documents("status").pop().expect("one document")
     }
 
+    /// Blocks that are remapped or pending.
+    pub(crate) fn list(&self) -> Vec<ListEntry> {
+        self.documents("list")
+    }
+
     /// First sectors of the blocks that live in slots.
     pub(crate) fn remapped(&self) -> Vec<u64> {
-        let entries: Vec<ListEntry> = self.documents("list");
-        entries.iter().filter(|entry| entry.slot.is_some()).map(|entry| entry.sector).collect()
+        self.list().iter().filter(|entry| entry.slot.is_some()).map(|entry| entry.sector).collect()
     }
 
     /// Everything that happened.
