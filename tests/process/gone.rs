@@ -111,6 +111,27 @@ fn a_primary_that_answers_eio_to_everything_is_gone() {
     model.check(guest.queue(), 1008, 208);
 }
 
+/// E1: that the probe passed a moment ago says nothing of now.
+#[test]
+fn a_primary_that_goes_right_after_a_probe_is_gone_and_not_full_of_bad_sectors() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&["--on-device-loss", "hold"]);
+    let mut guest = server.guest(1);
+    let model = Model::written(&mut guest, 960, 256, 1);
+    server.fault(&["--ops", "read", "--sectors", "1003", "--count", "1"]);
+    model.check(guest.queue(), 960, 256);
+    let recovered = server.await_event("recovered-read");
+    assert!(recovered.cause.contains("os error 5"), "{recovered:?}");
+    server.fault(&["--ops", "read,write,flush"]);
+    let queue = guest.queue();
+    queue.submit(&Io::Read { sector: 1100, count: 8 });
+    server.await_event("device-gone");
+    assert_eq!(queue.wait_for(Duration::from_millis(100)), []);
+    server.no_faults();
+    assert_eq!(queue.wait()[0].1.as_deref(), Ok(model.sectors(1100, 8)));
+    assert_eq!((server.status().counters.guest_errors, server.list().len()), (0, 0));
+}
+
 /// Starts of areas further apart than a quarter of a 32 MiB volume.
 const FAR_APART: [u64; 3] = [2048, 24_000, 48_000];
 

@@ -113,13 +113,13 @@ impl Core {
         awaited.await
     }
 
-    /// Whether the primary is there now: what looked like bad sectors may have been its going, and nothing
-    /// is remapped for that.
-    pub(super) async fn confirm_primary(self: &Rc<Self>) -> Result<(), Failure> {
-        self.breaker.probes[usize::from(DeviceIndex::PRIMARY.0)].passed.set(None);
-        self.probe(DeviceIndex::PRIMARY).await.map_err(|errno| self.device_gone(DeviceIndex::PRIMARY, errno))?;
+    /// Whether a device is there now, and not only was a moment ago: what looked like bad sectors may have been
+    /// its going, and nothing is remapped, lost or pending for that.
+    pub(super) async fn confirm(self: &Rc<Self>, device: DeviceIndex) -> Result<(), Failure> {
+        self.breaker.probes[usize::from(device.0)].passed.set(None);
+        self.probe(device).await.map_err(|errno| self.device_gone(device, errno))?;
         // A storm trips the breaker whatever the probe says.
-        self.refuse_gone(DeviceIndex::PRIMARY)
+        self.refuse_gone(device)
     }
 
     async fn probe_once(self: &Rc<Self>, device: DeviceIndex) -> Result<(), Errno> {

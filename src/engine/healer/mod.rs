@@ -454,7 +454,8 @@ impl Core {
             let from = usize::try_from(chunk.start.0 - piece.start.0).expect("within a request in memory") * 512;
             let done = match &handed.request.op {
                 RequestOp::Read { data, .. } => {
-                    self.read_chunk(chunk, data, from, failed.is_some() && chunk == piece, &budget).await
+                    let failed = failed.filter(|_| chunk == piece).map(|failed| failed.errno);
+                    self.read_chunk(chunk, data, from, failed, &budget).await
                 }
                 RequestOp::Write { data, .. } => self.write_chunk(chunk, Some((data, from)), failed, &budget).await,
                 RequestOp::WriteZeroes { .. } => self.write_chunk(chunk, None, failed, &budget).await,

@@ -81,12 +81,13 @@ impl Core {
         device: DeviceIndex,
         offset: u64,
         len: usize,
-        failed_before: bool,
+        failed_before: Option<Errno>,
         budget: &Budget,
     ) -> Result<Ladder, Failure> {
         let unit = usize::try_from(self.geometry.logical_block).expect("512 or 4096");
-        let mut ladder = Ladder { data: AlignedBuf::zeroed(len), bad: Vec::new(), recovered: Vec::new(), errno: None };
-        let mut failing: Vec<(usize, usize)> = failed_before.then_some((0, len)).into_iter().collect();
+        let mut ladder =
+            Ladder { data: AlignedBuf::zeroed(len), bad: Vec::new(), recovered: Vec::new(), errno: failed_before };
+        let mut failing: Vec<(usize, usize)> = failed_before.map(|_| (0, len)).into_iter().collect();
         let mut parts = vec![(0, len)];
         while let Some((from, len)) = parts.pop() {
             if budget.is_spent() || ladder.bad.len() >= BAD_MAX {
@@ -94,7 +95,7 @@ impl Core {
                 continue;
             }
             let mut tries = if len <= unit { 1 + RETRIES } else { 1 };
-            if failed_before && len == ladder.data.len() && len <= unit {
+            if failed_before.is_some() && len == ladder.data.len() && len <= unit {
                 // Its first try was the shard's.
                 tries -= 1;
             }
@@ -127,6 +128,9 @@ impl Core {
                 break;
             }
         }
+        if !ladder.bad.is_empty() {
+            self.confirm(device).await?;
+        }
         ladder.bad.sort_by_key(|part| part.from);
         let unreadable = |(from, len): &(usize, usize)| {
             ladder.bad.iter().any(|bad| bad.from < from + len && *from < bad.from + bad.len)
@@ -142,7 +146,7 @@ impl Core {
         range: SectorRange,
         guest: &Iovecs,
         from: usize,
-        failed: bool,
+        failed: Option<Errno>,
         budget: &Budget,
     ) -> Result<(), Failure> {
         let fence = self.fence(range.blocks()).await?;
@@ -156,7 +160,7 @@ impl Core {
         range: SectorRange,
         guest: &Iovecs,
         from: usize,
-        failed: bool,
+        failed: Option<Errno>,
         budget: &Budget,
     ) -> Result<(), Failure> {
         self.refuse_doubted(range, false)?;
@@ -193,7 +197,7 @@ impl Core {
     }
 
     /// Read a run of the guest's sectors, widened to logical blocks, and note what that proves.
-    async fn read_run(self: &Rc<Self>, run: Run, failed: bool, budget: &Budget) -> Result<ReadRun, Failure> {
+    async fn read_run(self: &Rc<Self>, run: Run, failed: Option<Errno>, budget: &Budget) -> Result<ReadRun, Failure> {
         let unit = u64::from(self.geometry.logical_block);
         let start = run.offset / unit * unit;
         let end = (run.offset + run.range.bytes()).next_multiple_of(unit);
@@ -271,7 +275,7 @@ impl Core {
         let unit = u64::from(self.geometry.logical_block);
         let start = sector.bytes() / unit * unit;
         let len = usize::try_from(unit).expect("512 or 4096");
-        let ladder = self.read_ladder(DeviceIndex::PRIMARY, start, len, false, budget).await?;
+        let ladder = self.read_ladder(DeviceIndex::PRIMARY, start, len, None, budget).await?;
         if !ladder.bad.is_empty() {
             return Ok(None);
         }

@@ -409,7 +409,7 @@ impl Core {
         let unit = self.geometry.logical_block;
         for (first, last) in extents(wanted, unit) {
             let (from, to) = (first * 512, last * 512);
-            let ladder = self.read_ladder(device, base + from as u64, to - from, false, &budget).await?;
+            let ladder = self.read_ladder(device, base + from as u64, to - from, None, &budget).await?;
             placement.image[from..to].copy_from_slice(&ladder.data);
             if let Some(bad) = ladder.bad.iter().find(|bad| state.slot.is_some() && !bad.proven) {
                 // Time was up before its last retry. The primary would be asked for a lost sector again later,
@@ -435,7 +435,7 @@ impl Core {
         }
         self.refuse_gone(DeviceIndex::SPARE).map_err(|_| Failure::spare_down())?;
         if placements.iter().any(|placement| self.map.borrow().get(placement.block).slot.is_none()) {
-            self.confirm_primary().await?;
+            self.confirm(DeviceIndex::PRIMARY).await?;
         }
         let mut failed_slots = Vec::new();
         let mut reserved = Vec::new();
