@@ -7,6 +7,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use rustix::net::{AddressFamily, SocketType, sockopt};
+
 use crate::control::server::{self as control, ServedVolume as ControlledVolume};
 use crate::control::socket::{BindError, SocketFile, bind_unix};
 use crate::runtime::handle::{FrontEndState, VolumeHandle};
@@ -25,31 +27,80 @@ pub enum ServeError {
     #[error(transparent)]
     Bind(#[from] BindError),
     /// An inherited descriptor is not a socket.
-    #[error("--fd {fd}: {error}; pass a Unix socket, listening or connected")]
+    #[error("--fd {fd}: {error}; pass an open Unix stream socket, listening or connected")]
     Fd {
         /// Its number.
         fd: RawFd,
         /// The reason.
         error: io::Error,
     },
+    /// One path for two sockets.
+    #[error("{}: is the front-end's socket too; choose another --control-path", .0.display())]
+    SameSocket(PathBuf),
     /// The host refused a thread or a descriptor.
     #[error("the front-end socket: {0}")]
     Host(#[from] io::Error),
 }
 
-/// Where front-ends come from.
-enum FrontEnd {
+/// Where front-ends come from: a socket of ours, or an inherited one.
+pub struct FrontEnd {
+    socket: FrontEndSocket,
+    file: Option<SocketFile>,
+}
+
+enum FrontEndSocket {
     Listener(UnixListener),
     Connected(UnixStream),
+}
+
+impl FrontEnd {
+    /// Make the socket, or take over the inherited one. To be called before the program opens anything: a
+    /// descriptor of our own would pass for an inherited one.
+    ///
+    /// # Errors
+    /// When there can be no socket at the path, or there is none of that number.
+    pub fn new(listen: &Listen) -> Result<FrontEnd, ServeError> {
+        match listen {
+            Listen::Path(path) => {
+                let (listener, file) = bind_unix(path)?;
+                Ok(FrontEnd { socket: FrontEndSocket::Listener(listener), file: Some(file) })
+            }
+            Listen::Fd(fd) => {
+                let socket = inherit(*fd).map_err(|error| ServeError::Fd { fd: *fd, error })?;
+                Ok(FrontEnd { socket, file: None })
+            }
+        }
+    }
+}
+
+fn inherit(fd: RawFd) -> io::Result<FrontEndSocket> {
+    // SAFETY: no memory is passed.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, the operator hands it over by its number, and nothing of ours is open yet.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let kind = (sockopt::socket_domain(&socket)?, sockopt::socket_type(&socket)?);
+    if kind != (AddressFamily::UNIX, SocketType::STREAM) {
+        return Err(io::Error::other("a socket of another kind"));
+    }
+    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+    let listening = sockopt::socket_acceptconn(&socket)?;
+    Ok(if listening { FrontEndSocket::Listener(socket.into()) } else { FrontEndSocket::Connected(socket.into()) })
 }
 
 /// Serve until `stop` becomes readable.
 ///
 /// # Errors
 /// When a device or socket cannot be opened, or the volume does not close cleanly.
-pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
+pub fn serve(options: &ServeOptions, front_end: FrontEnd, stop: OwnedFd) -> Result<(), ServeError> {
     // Sockets first: what they refuse costs nothing, and opening a volume for writing changes it.
-    let (front_end, _front_end_file) = front_end(&options.listen)?;
+    let FrontEnd { socket, file: front_end_file } = front_end;
+    if let (Some(path), Some(file)) = (&options.control_path, &front_end_file)
+        && file.is_at(path)
+    {
+        return Err(ServeError::SameSocket(path.clone()));
+    }
     let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
     if options.cache == Cache::Writeback {
         log::warn!(
@@ -61,9 +112,9 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     let mut volume = open_volume(options, workers)?;
     let handle = volume.handle();
     let device = Arc::new(BlkDevice::new(volume.disk(), options.num_queues));
-    let (listener, connected) = match front_end {
-        FrontEnd::Listener(listener) => (Some(listener), None),
-        FrontEnd::Connected(stream) => (None, Some(stream)),
+    let (listener, connected) = match socket {
+        FrontEndSocket::Listener(listener) => (Some(listener), None),
+        FrontEndSocket::Connected(stream) => (None, Some(stream)),
     };
     let server = Server::new(listener, device, volume.take_ports())?;
     let (status, clock) = (server.status(), handle.clock());
@@ -83,25 +134,6 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     drop(control);
     volume.close()?;
     Ok(served?)
-}
-
-fn front_end(listen: &Listen) -> Result<(FrontEnd, Option<SocketFile>), ServeError> {
-    match listen {
-        Listen::Path(path) => {
-            let (listener, file) = bind_unix(path)?;
-            Ok((FrontEnd::Listener(listener), Some(file)))
-        }
-        Listen::Fd(fd) => {
-            let failed = |error: rustix::io::Errno| ServeError::Fd { fd: *fd, error: error.into() };
-            // SAFETY: the operator hands over this descriptor by its number; nobody else in this process uses it.
-            let socket = unsafe { OwnedFd::from_raw_fd(*fd) };
-            let listening = rustix::net::sockopt::socket_acceptconn(&socket).map_err(failed)?;
-            rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).map_err(failed)?;
-            let front_end =
-                if listening { FrontEnd::Listener(socket.into()) } else { FrontEnd::Connected(socket.into()) };
-            Ok((front_end, None))
-        }
-    }
 }
 
 fn workers(options: &ServeOptions) -> u32 {

@@ -19,7 +19,7 @@ use crate::runtime::options::{
 use crate::runtime::report::{EventPage, ListFilter, StatusReport};
 use crate::runtime::signals;
 use crate::runtime::volume::{MakeError, adopt, create};
-use crate::serve::{ServeError, serve};
+use crate::serve::{FrontEnd, ServeError, serve};
 
 /// How long the server puts off its answer while `events --follow` waits for something to happen.
 const FOLLOW_WAIT_SECONDS: u64 = 30;
@@ -77,8 +77,9 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
         Command::Adopt(args) => Ok(writeln!(out, "{}", adopt(&adopt_options(args)?)?)?),
         Command::Serve(args) => {
             let options = serve_options(*args)?;
+            let front_end = FrontEnd::new(&options.listen)?;
             let stop = signals::stop_signals().map_err(CliError::Signals)?;
-            Ok(serve(&options, stop)?)
+            Ok(serve(&options, front_end, stop)?)
         }
         Command::Status(args) => Server::of(&args.control)?.status(&args, out),
         Command::List(args) => Server::of(&args.control)?.list(&args, out),
