@@ -75,6 +75,7 @@ fn without_a_server_every_question_fails_in_one_line() {
         &["fault", "clear"],
         &["clear"],
         &["remap", "8"],
+        &["verify", "8"],
         &["release", "8"],
         &["save"],
         &["ping"],

@@ -49,6 +49,9 @@ pub enum Command {
     /// Move blocks to the spare by hand.
     #[command(after_help = "Example:\n  vhost-remap remap --control-path /run/vm1.sock.ctl 2048-2055 4096")]
     Remap(SectorsArgs),
+    /// Show which slots sectors live in.
+    #[command(after_help = "Example:\n  vhost-remap verify --control-path /run/vm1.sock.ctl 2048-2055 4096")]
+    Verify(SectorsArgs),
     /// Copy remapped blocks back to the primary and free their slots.
     #[command(after_help = "Example:\n  vhost-remap release --control-path /run/vm1.sock.ctl 2048-2055")]
     Release(SectorsArgs),
@@ -322,7 +325,7 @@ pub struct FaultClearArgs {
     pub id: Option<u64>,
 }
 
-/// Options of `remap` and `release`.
+/// Options of `remap`, `verify` and `release`.
 #[derive(Debug, clap::Args)]
 pub struct SectorsArgs {
     /// Server.

@@ -10,6 +10,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod usage;
+mod verify;
 
 pub use args::Args;
 pub use capabilities::{CAPABILITIES, asked_for as capabilities_asked_for};
