@@ -13,6 +13,18 @@ mod flush;
 mod gone;
 #[path = "process/guest.rs"]
 mod guest;
+#[path = "process/input_hosts.rs"]
+mod input_hosts;
+#[path = "process/input_paths.rs"]
+mod input_paths;
+#[path = "process/input_sockets.rs"]
+mod input_sockets;
+#[path = "process/input_volumes.rs"]
+mod input_volumes;
+#[path = "process/input_words.rs"]
+mod input_words;
+#[path = "process/inputs.rs"]
+mod inputs;
 #[path = "process/model.rs"]
 mod model;
 #[path = "process/modes.rs"]
@@ -23,6 +35,8 @@ mod operator;
 mod refusals;
 #[path = "process/restart.rs"]
 mod restart;
+#[path = "process/seccomp.rs"]
+mod seccomp;
 #[path = "process/server.rs"]
 mod server;
 #[path = "process/sessions.rs"]

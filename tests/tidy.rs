@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Files with `unsafe` in their code, and why they need it. Tests make the same promises as the code they test.
-const UNSAFE: [(&str, &str); 24] = [
+const UNSAFE: [(&str, &str); 25] = [
     ("src/device/buffer.rs", "aligned allocations, and copies out of and into memory that others change"),
     ("src/device/fault.rs", "passes on the promise of `Device::submit`, and writes around bad sectors"),
     ("src/device/fault/tests.rs", "submits operations"),
@@ -31,6 +31,7 @@ const UNSAFE: [(&str, &str); 24] = [
     ("src/vhost/worker.rs", "submits what the shard emits"),
     ("tests/conformance.rs", "submits operations"),
     ("tests/process/guest.rs", "hands guest memory to the driver"),
+    ("tests/process/seccomp.rs", "lets the kernel refuse a system call"),
     ("tests/sim/disk.rs", "copies between the disks and the submitter's memory"),
     ("tests/sim/guest.rs", "hands guest memory to the engine"),
 ];

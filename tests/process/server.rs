@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -111,16 +111,20 @@ pub(crate) fn vhost_remap(words: &[&str]) -> Output {
     output_of(&mut command)
 }
 
-/// Run a command to its end, within [`LIMIT`].
+/// Run a program that is there to its end, within [`LIMIT`].
 fn output_of(command: &mut Command) -> Output {
+    try_output_of(command).unwrap_or_else(|error| panic!("{command:?}: {error}"))
+}
+
+/// As [`output_of`], where the program may be missing.
+pub(crate) fn try_output_of(command: &mut Command) -> io::Result<Output> {
     let what = format!("{command:?}");
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let child = child.unwrap_or_else(|error| panic!("{what}: {error}"));
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let pid = Pid::from_child(&child);
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || sender.send(child.wait_with_output()));
     match receiver.recv_timeout(LIMIT) {
-        Ok(output) => output.expect("the output of a child"),
+        Ok(output) => Ok(output.expect("the output of a child")),
         Err(_) => {
             // Not waited for yet, so the number is still its own.
             let _ = kill_process(pid, Signal::KILL);
