@@ -3,6 +3,8 @@
 
 #[path = "process/clean.rs"]
 mod clean;
+#[path = "process/crash_points.rs"]
+mod crash_points;
 #[path = "process/exhaustion.rs"]
 mod exhaustion;
 #[path = "process/faults.rs"]
@@ -35,6 +37,8 @@ mod operator;
 mod refusals;
 #[path = "process/restart.rs"]
 mod restart;
+#[path = "process/scenarios.rs"]
+mod scenarios;
 #[path = "process/seccomp.rs"]
 mod seccomp;
 #[path = "process/server.rs"]

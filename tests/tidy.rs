@@ -2,6 +2,9 @@
 //! names tests that exist. Two tables are read from the documentation itself (`src/lib.rs`), so that it
 //! cannot say one thing while the code does another.
 
+#[path = "tidy/scenarios.rs"]
+mod scenarios;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;

@@ -17,7 +17,7 @@ use super::options::{AdoptOptions, Cache, CreateOptions, FailOrHold, ServeOption
 use super::signature::{Content, Found, format_of, look};
 use super::worker::{Clock, DiskInfo, WorkerPort};
 use crate::device::fault::FaultTable;
-use crate::device::open::{self, DeviceSet, OpenOptions, create_file, same_file};
+use crate::device::open::{self, DeviceSet, OpenDevice, OpenOptions, create_file, same_file};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::create::{CreateParams, Creation};
 use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
@@ -311,11 +311,8 @@ pub struct ServedVolume {
     passthrough: bool,
 }
 
-/// Open the volume that `options` name, making it first where they say so.
-///
-/// # Errors
-/// When it cannot be opened: one line that says why.
-pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume, MakeError> {
+/// The primary, and the spare where there is one, making both first where `options` say so.
+fn open_devices(options: &ServeOptions) -> Result<Vec<Arc<OpenDevice>>, MakeError> {
     // A volume that was just made would be left behind.
     Devices::check_engine(options.io_engine)?;
     let spare = options.spare.as_ref().filter(|_| !options.passthrough);
@@ -331,13 +328,21 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
         direct: options.cache == Cache::None,
         lock_wait: options.lock_wait,
     };
-    let primary = Arc::new(open::open(&options.primary, &open_options)?);
-    let mut devices = vec![primary.clone()];
+    let mut devices = vec![Arc::new(open::open(&options.primary, &open_options)?)];
     if let Some(spare) = spare {
         // Metadata is always written with O_DIRECT, whatever the guest's data is.
         let device = Arc::new(open::open(spare, &OpenOptions { direct: true, ..open_options.clone() })?);
         devices.push(device);
     }
+    Ok(devices)
+}
+
+/// Open the volume that `options` name, making it first where they say so.
+///
+/// # Errors
+/// When it cannot be opened: one line that says why.
+pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume, MakeError> {
+    let devices = open_devices(options)?;
     let faults = options.fault_injection.then(|| Arc::new(FaultTable::new()));
     let devices = Devices::new(DeviceSet::new(devices), options.io_engine, faults)?;
     let opening = opening(options, &devices);

@@ -116,6 +116,12 @@ fn impossible_numbers_are_refused_with_what_is_possible() {
             ground.refuses_usage(&format!("{words} {name} {given}"), &value(given, option, &why));
         }
     }
+}
+
+#[test]
+fn values_that_are_no_numbers_are_refused_with_what_is_possible() {
+    let ground = Ground::with_volume();
+    let serve = "serve --primary disk.img --socket-path s";
     for (words, option, given, why) in [
         (
             "create --primary p --size 1M --serial",

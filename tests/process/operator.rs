@@ -170,6 +170,12 @@ fn counters_are_the_same_in_every_view() {
         "  Total remaps:   1",
         &format!("  Total errors:   {}", counters.device_errors),
         "  Health scans:   0",
+        &format!("  Device: {} -> {}", volume.primary.display(), volume.spare.display()),
+        "    Reads:  14",
+        "    Writes: 8",
+        "    Remaps: 1",
+        "    Active mappings: 1",
+        "    Health scans: 0",
     ] {
         assert!(proc.lines().any(|found| found == line), "{line:?} is not in\n{proc}");
     }
