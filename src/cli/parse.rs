@@ -92,7 +92,7 @@ pub(super) fn serial(text: &str) -> Result<String, String> {
 /// The spare of `primary` where none was given: `PRIMARY.spare` beside a regular file.
 pub(super) fn default_spare(primary: &Path) -> Result<PathBuf, String> {
     if std::fs::metadata(primary).is_ok_and(|meta| meta.file_type().is_block_device()) {
-        return Err(format!("{} is a block device: say where its spare is with --spare", primary.display()));
+        return Err(format!("{}: is a block device: say where its spare is with --spare", primary.display()));
     }
     Ok(with_suffix(primary, ".spare"))
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 
-use crate::inputs::{Ground, skip};
+use crate::inputs::{Ground, check_refused, skip};
 use crate::server::try_output_of;
 
 /// A ground with one of everything that is no disk.
@@ -225,6 +225,28 @@ fn serve_with_create_makes_nothing_of_half_a_pair() {
         "p: 9222246136948981760 bytes is more than a file of its file system can have; choose a smaller size or another place",
     );
     ground.still_serves();
+}
+
+/// A block device has no place beside it for a spare, and may be one that is not there.
+#[test]
+fn block_devices_need_a_spare_and_a_driver() {
+    let ground = Ground::with_volume();
+    // Major numbers from 120 on are for local use: no driver has this one.
+    let output = try_output_of(Command::new("mknod").arg(ground.path("node")).args(["b", "120", "7"])).unwrap();
+    if !output.status.success() {
+        return skip("block_devices_need_a_spare_and_a_driver", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    let line = "node: is a block device: say where its spare is with --spare";
+    let missing = "node: no such file or device; check the path, or make a volume with `create`";
+    for words in ["create --size 1M", "adopt", "serve --socket-path s", "serve --socket-path s --create --size 1M"] {
+        check_refused(ground.dir(), &mut ground.command(&format!("{words} --primary node")), 2, line);
+        // `adopt` looks at the spare first.
+        let spare = if words == "adopt" { "new" } else { "disk.img.spare" };
+        ground.refuses(&format!("{words} --primary node --spare {spare}"), missing);
+    }
+    ground.refuses("serve --socket-path s --primary disk.img --spare node", missing);
+    ground.refuses("adopt --primary disk.img --spare node", missing);
+    ground.refuses("create --primary p --size 1M --spare node", missing);
 }
 
 /// Images in formats of their own, as `qemu-img` makes them.

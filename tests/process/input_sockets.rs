@@ -1,11 +1,13 @@
 //! Wrong sockets: taken, of another kind, where none can be; and questions to what is no server.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 
+use crate::guest::Guest;
 use crate::inputs::Ground;
-use crate::server::{refusal, try_output_of};
+use crate::server::{Server, refusal, try_output_of};
 
 /// A ground with a volume and one of everything that can be in a socket's way.
 fn crowded() -> (Ground, UnixListener) {
@@ -98,6 +100,22 @@ fn serve_refuses_descriptors_that_are_no_sockets() {
         assert_eq!((output.status.code(), String::from_utf8(output.stderr).unwrap()), (Some(1), line));
     }
     ground.still_serves();
+}
+
+/// And one that is: as management layers hand it over, listening.
+#[test]
+fn an_inherited_listener_is_served() {
+    let ground = Ground::with_volume();
+    let listener = UnixListener::bind(ground.path("inherited")).unwrap();
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
+    command.arg("serve").arg("--primary").arg(&ground.volume.primary);
+    command.args(["--fd", &listener.as_raw_fd().to_string()]);
+    let server = Server::start(command, ground.dir()).unwrap();
+    drop(listener);
+    assert_eq!(Guest::connect(&ground.path("inherited"), 1).read(0, 1), Ok(vec![0; 512]));
+    server.stop();
+    assert!(ground.path("inherited").exists(), "it is not ours to remove");
 }
 
 /// Each client command with sectors, levels and numbers that would be taken.

@@ -46,7 +46,8 @@ impl Snapshot {
                 } else if kind.is_symlink() {
                     crc32c::crc32c(fs::read_link(&path).unwrap().as_os_str().as_encoded_bytes())
                 } else {
-                    assert!(kind.is_dir() || kind.is_socket() || kind.is_fifo(), "{}", path.display());
+                    let known = kind.is_dir() || kind.is_socket() || kind.is_fifo() || kind.is_block_device();
+                    assert!(known, "{}", path.display());
                     0
                 };
                 if kind.is_dir() {
