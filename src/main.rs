@@ -3,8 +3,7 @@
 use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
-use vhost_remap::cli::{self, Args};
+use vhost_remap::cli;
 use vhost_remap::control::log_level;
 use vhost_remap::runtime::signals;
 
@@ -14,7 +13,14 @@ fn main() -> ExitCode {
     if cli::capabilities_asked_for(&argv) {
         return exit(writeln!(out, "{}", cli::CAPABILITIES).and_then(|()| out.flush()).map_err(Into::into));
     }
-    let args = Args::parse_from(cli::with_subcommand(argv));
+    let argv = cli::with_subcommand(argv);
+    let args = match cli::parse_args(&argv) {
+        Ok(args) => args,
+        Err(error) => match cli::wrong_usage(&error, &argv) {
+            Some(line) => return exit(Err(cli::run::CliError::Usage(line))),
+            None => error.exit(),
+        },
+    };
     signals::ignore_file_size_limit();
     init_log(cli::run::log_level(&args));
     let result = cli::run::run(args, &mut out);

@@ -4,8 +4,10 @@
 use std::io::{self, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+
+use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use crate::control::server::{self as control, ServedVolume as ControlledVolume};
 use crate::control::socket::{BindError, SocketFile, bind_unix, check_unix};
@@ -28,7 +30,7 @@ pub enum ServeError {
     #[error(transparent)]
     Bind(#[from] BindError),
     /// An inherited descriptor is not a socket.
-    #[error("--fd {fd}: {error}; pass a Unix socket, listening or connected")]
+    #[error("--fd {fd}: {error}; pass an open Unix stream socket, listening or connected")]
     Fd {
         /// Its number.
         fd: RawFd,
@@ -38,34 +40,66 @@ pub enum ServeError {
     /// An inherited descriptor is of no use for the framework's daemon, which accepts for itself.
     #[error("--fd {0}: is a connected socket; --transport framework takes a listening one")]
     FdConnected(RawFd),
+    /// One path for two sockets.
+    #[error("{}: is the front-end's socket too; choose another --control-path", .0.display())]
+    SameSocket(PathBuf),
     /// The host refused a thread or a descriptor.
     #[error("the front-end socket: {0}")]
     Host(#[from] io::Error),
 }
 
-/// Where front-ends come from.
-enum FrontEnd {
+/// Where front-ends come from: a socket that is made once there is a volume, or an inherited one.
+pub struct FrontEnd(FrontEndSocket);
+
+enum FrontEndSocket {
+    /// Nothing is in the way there.
+    Checked(PathBuf),
     Listener(UnixListener),
     Connected(UnixStream),
 }
 
-/// Where front-ends will come from once there is a volume.
-enum FrontEndSocket<'a> {
-    /// Nothing is in the way there.
-    Checked(&'a Path),
-    Inherited(FrontEnd),
-}
-
-impl FrontEndSocket<'_> {
-    fn listen(self) -> Result<(FrontEnd, Option<SocketFile>), BindError> {
-        match self {
-            FrontEndSocket::Checked(path) => {
-                let (listener, file) = bind_unix(path)?;
-                Ok((FrontEnd::Listener(listener), Some(file)))
+impl FrontEnd {
+    /// See that a socket can be made, or take over the inherited one. To be called before the program opens
+    /// anything: a descriptor of our own would pass for an inherited one.
+    ///
+    /// # Errors
+    /// When there can be no socket at the path, or there is none of that number.
+    pub fn new(listen: &Listen) -> Result<FrontEnd, ServeError> {
+        match listen {
+            Listen::Path(path) => {
+                check_unix(path)?;
+                Ok(FrontEnd(FrontEndSocket::Checked(path.clone())))
             }
-            FrontEndSocket::Inherited(front_end) => Ok((front_end, None)),
+            Listen::Fd(fd) => Ok(FrontEnd(inherit(*fd).map_err(|error| ServeError::Fd { fd: *fd, error })?)),
         }
     }
+
+    /// Make the socket that was checked.
+    fn listen(self) -> Result<(FrontEndSocket, Option<SocketFile>), BindError> {
+        match self.0 {
+            FrontEndSocket::Checked(path) => {
+                let (listener, file) = bind_unix(&path)?;
+                Ok((FrontEndSocket::Listener(listener), Some(file)))
+            }
+            inherited => Ok((inherited, None)),
+        }
+    }
+}
+
+fn inherit(fd: RawFd) -> io::Result<FrontEndSocket> {
+    // SAFETY: no memory is passed.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, the operator hands it over by its number, and nothing of ours is open yet.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let kind = (sockopt::socket_domain(&socket)?, sockopt::socket_type(&socket)?);
+    if kind != (AddressFamily::UNIX, SocketType::STREAM) {
+        return Err(io::Error::other("a socket of another kind"));
+    }
+    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+    let listening = sockopt::socket_acceptconn(&socket)?;
+    Ok(if listening { FrontEndSocket::Listener(socket.into()) } else { FrontEndSocket::Connected(socket.into()) })
 }
 
 /// What serves front-ends.
@@ -78,17 +112,18 @@ enum Serving {
 impl Serving {
     fn start(
         transport: Transport,
-        front_end: FrontEnd,
+        front_end: FrontEndSocket,
         device: BlkDevice,
         ports: Vec<WorkerPort>,
     ) -> io::Result<Serving> {
         let device = Arc::new(device);
         Ok(match (transport, front_end) {
-            (Transport::Framework, FrontEnd::Listener(listener)) => {
+            (Transport::Framework, FrontEndSocket::Listener(listener)) => {
                 Serving::Framework(framework::Server::new(listener, device, ports)?)
             }
-            (_, FrontEnd::Listener(listener)) => Serving::Own(Server::new(Some(listener), device, ports)?, None),
-            (_, FrontEnd::Connected(stream)) => Serving::Own(Server::new(None, device, ports)?, Some(stream)),
+            (_, FrontEndSocket::Listener(listener)) => Serving::Own(Server::new(Some(listener), device, ports)?, None),
+            (_, FrontEndSocket::Connected(stream)) => Serving::Own(Server::new(None, device, ports)?, Some(stream)),
+            (_, FrontEndSocket::Checked(_)) => unreachable!("listened at by now"),
         })
     }
 
@@ -115,12 +150,22 @@ impl Serving {
 ///
 /// # Errors
 /// When a device or socket cannot be opened, or the volume does not close cleanly.
-pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
+pub fn serve(options: &ServeOptions, front_end: FrontEnd, stop: OwnedFd) -> Result<(), ServeError> {
     // Sockets first: what they refuse costs nothing, and opening a volume for writing changes it. But there is
     // nothing to connect to before the volume is open: QEMU's guest stands still until a server has answered,
     // and QEMU 7.2, for one, never connects again when the server ends instead (the volume does not open).
-    let socket = check_front_end(options)?;
+    if let (Listen::Fd(fd), FrontEndSocket::Connected(_), Transport::Framework) =
+        (&options.listen, &front_end.0, options.transport)
+    {
+        return Err(ServeError::FdConnected(*fd));
+    }
     let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
+    if let (FrontEndSocket::Checked(path), Some((_, file)), Some(control_path)) =
+        (&front_end.0, &control, &options.control_path)
+        && file.is_at(path)
+    {
+        return Err(ServeError::SameSocket(control_path.clone()));
+    }
     if options.cache == Cache::Writeback {
         log::warn!(
             "{}: --cache writeback: write errors are only seen at flush, when the data is gone; for throwaway disks",
@@ -129,7 +174,7 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     }
     let workers = workers(options);
     let mut volume = open_volume(options, workers)?;
-    let (front_end, _front_end_file) = match socket.listen() {
+    let (front_end, _front_end_file) = match front_end.listen() {
         Ok(front_end) => front_end,
         Err(error) => {
             volume.close()?;
@@ -153,31 +198,6 @@ pub fn serve(options: &ServeOptions, stop: OwnedFd) -> Result<(), ServeError> {
     drop(control);
     volume.close()?;
     Ok(served?)
-}
-
-/// Refuse what can be refused at once.
-fn check_front_end(options: &ServeOptions) -> Result<FrontEndSocket<'_>, ServeError> {
-    match &options.listen {
-        Listen::Path(path) => {
-            check_unix(path)?;
-            Ok(FrontEndSocket::Checked(path))
-        }
-        Listen::Fd(fd) => {
-            let failed = |error: rustix::io::Errno| ServeError::Fd { fd: *fd, error: error.into() };
-            // SAFETY: the operator hands over this descriptor by its number; nobody else in this process uses it.
-            let socket = unsafe { OwnedFd::from_raw_fd(*fd) };
-            let listening = rustix::net::sockopt::socket_acceptconn(&socket).map_err(failed)?;
-            rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).map_err(failed)?;
-            if !listening && options.transport == Transport::Framework {
-                return Err(ServeError::FdConnected(*fd));
-            }
-            Ok(FrontEndSocket::Inherited(if listening {
-                FrontEnd::Listener(socket.into())
-            } else {
-                FrontEnd::Connected(socket.into())
-            }))
-        }
-    }
 }
 
 fn workers(options: &ServeOptions) -> u32 {

@@ -10,13 +10,15 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
+/// Exit status 2 and one line with the part.
 #[track_caller]
 fn check_usage_error(words: &[&str], part: &str) {
     let output = vhost_remap(words);
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{words:?}: {stderr}");
     assert!(output.stdout.is_empty(), "{words:?}");
-    assert!(stderr.contains(part), "{words:?}: {stderr}");
+    assert!(stderr.starts_with("vhost-remap: ") && stderr.lines().count() == 1, "{words:?}: {stderr}");
+    assert!(stderr.contains(part) && stderr.contains("--help"), "{words:?}: {stderr}");
 }
 
 /// Exit status 1 and one line with all the parts.
@@ -34,7 +36,6 @@ fn check_failure(words: &[&str], parts: &[&str]) {
 
 #[test]
 fn wrong_usage_exits_with_2_and_says_why() {
-    check_usage_error(&[], "Usage:");
     check_usage_error(&["frobnicate"], "unrecognized subcommand");
     check_usage_error(&["create", "--primary", "p"], "--size");
     check_usage_error(&["create", "--primary", "p", "--size", "10GB"], "ambiguous");
@@ -42,7 +43,7 @@ fn wrong_usage_exits_with_2_and_says_why() {
     check_usage_error(&["create", "--primary", "p", "--size", "1G", "--serial", "123456789012345678901"], "20 bytes");
     check_usage_error(&["serve", "--primary", "p"], "--socket-path");
     check_usage_error(&["serve", "--primary", "p", "--socket-path", "s", "--fd", "3"], "cannot be used with");
-    check_usage_error(&["serve", "--primary", "p", "--fd", "1"], "1 is not in 3..");
+    check_usage_error(&["serve", "--primary", "p", "--fd", "1"], "a whole number from 3 to 2147483647 is needed");
     check_usage_error(&["serve", "--primary", "p", "--fd", "3", "--create"], "--size");
     check_usage_error(&["serve", "--primary", "p", "--fd", "3", "--io-engine", "magic"], "io_uring");
     check_usage_error(&["serve", "--primary", "p", "--fd", "3", "--transport", "magic"], "framework");
@@ -54,7 +55,7 @@ fn wrong_usage_exits_with_2_and_says_why() {
     check_usage_error(&["status"], "--control-path");
     check_usage_error(&["list", "--control-path", "c", "--lost", "--pending"], "cannot be used with");
     check_usage_error(&["remap", "--control-path", "c", "15-8"], "ends before it starts");
-    check_usage_error(&["log-level", "--control-path", "c", "4"], "4 is not in 0..=3");
+    check_usage_error(&["log-level", "--control-path", "c", "4"], "a whole number from 0 to 3 is needed");
     check_usage_error(&["fault", "add", "--control-path", "c", "--errno", "EWHAT"], "EIO");
     check_usage_error(&["fault", "add", "--control-path", "c", "--probability", "2", "--seed", "1"], "no probability");
 }
@@ -75,6 +76,7 @@ fn without_a_server_every_question_fails_in_one_line() {
         &["fault", "clear"],
         &["clear"],
         &["remap", "8"],
+        &["verify", "8"],
         &["release", "8"],
         &["save"],
         &["ping"],
@@ -105,6 +107,16 @@ fn capabilities_are_printed_whatever_else_is_asked() {
         assert_eq!(output.status.code(), Some(0), "{words:?}");
         assert_eq!(text(&output.stdout), "{\"type\":\"block\",\"features\":[\"read-only\",\"blk-file\"]}\n");
         assert!(output.stderr.is_empty());
+    }
+}
+
+/// Who types nothing is told what there is, and not what is wrong.
+#[test]
+fn without_words_the_help_is_shown_as_an_error() {
+    for words in [&[][..], &["fault"]] {
+        let output = vhost_remap(words);
+        assert_eq!(output.status.code(), Some(2), "{words:?}");
+        assert!(output.stdout.is_empty() && text(&output.stderr).contains("Usage:"), "{words:?}");
     }
 }
 

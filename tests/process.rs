@@ -5,6 +5,8 @@
 mod chains;
 #[path = "process/clean.rs"]
 mod clean;
+#[path = "process/crash_points.rs"]
+mod crash_points;
 #[path = "process/degraded.rs"]
 mod degraded;
 #[path = "process/disks.rs"]
@@ -23,6 +25,18 @@ mod frontend;
 mod gone;
 #[path = "process/guest.rs"]
 mod guest;
+#[path = "process/input_hosts.rs"]
+mod input_hosts;
+#[path = "process/input_paths.rs"]
+mod input_paths;
+#[path = "process/input_sockets.rs"]
+mod input_sockets;
+#[path = "process/input_volumes.rs"]
+mod input_volumes;
+#[path = "process/input_words.rs"]
+mod input_words;
+#[path = "process/inputs.rs"]
+mod inputs;
 #[path = "process/model.rs"]
 mod model;
 #[path = "process/modes.rs"]
@@ -39,6 +53,10 @@ mod real_spare;
 mod refusals;
 #[path = "process/restart.rs"]
 mod restart;
+#[path = "process/scenarios.rs"]
+mod scenarios;
+#[path = "process/seccomp.rs"]
+mod seccomp;
 #[path = "process/server.rs"]
 mod server;
 #[path = "process/sessions.rs"]

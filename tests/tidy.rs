@@ -2,13 +2,16 @@
 //! names tests that exist. Two tables are read from the documentation itself (`src/lib.rs`), so that it
 //! cannot say one thing while the code does another.
 
+#[path = "tidy/scenarios.rs"]
+mod scenarios;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Files with `unsafe` in their code, and why they need it. Tests make the same promises as the code they test.
-const UNSAFE: [(&str, &str); 25] = [
+const UNSAFE: [(&str, &str); 26] = [
     ("src/device/buffer.rs", "aligned allocations, and copies out of and into memory that others change"),
     ("src/device/fault.rs", "passes on the promise of `Device::submit`, and writes around bad sectors"),
     ("src/device/fault/tests.rs", "submits operations"),
@@ -32,6 +35,7 @@ const UNSAFE: [(&str, &str); 25] = [
     ("tests/conformance.rs", "submits operations"),
     ("tests/metadata/rig.rs", "submits operations"),
     ("tests/process/guest.rs", "hands guest memory to the driver"),
+    ("tests/process/seccomp.rs", "lets the kernel refuse a system call"),
     ("tests/sim/disk.rs", "copies between the disks and the submitter's memory"),
     ("tests/sim/guest.rs", "hands guest memory to the engine"),
 ];

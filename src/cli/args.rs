@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use super::fault::{self, FaultErrno};
 use super::parse;
 use crate::device::DeviceIndex;
-use crate::device::fault::FaultOp;
+use crate::device::fault::{DELAY_MS_MAX, FaultOp};
 use crate::runtime::options::{Cache, FailOrHold, IoEngine, Transport};
 use crate::runtime::report::ListFilter;
 use crate::units::SectorRange;
@@ -49,6 +49,9 @@ pub enum Command {
     /// Move blocks to the spare by hand.
     #[command(after_help = "Example:\n  vhost-remap remap --control-path /run/vm1.sock.ctl 2048-2055 4096")]
     Remap(SectorsArgs),
+    /// Show which slots sectors live in.
+    #[command(after_help = "Example:\n  vhost-remap verify --control-path /run/vm1.sock.ctl 2048-2055 4096")]
+    Verify(SectorsArgs),
     /// Copy remapped blocks back to the primary and free their slots.
     #[command(after_help = "Example:\n  vhost-remap release --control-path /run/vm1.sock.ctl 2048-2055")]
     Release(SectorsArgs),
@@ -81,7 +84,7 @@ pub struct ControlArgs {
 #[derive(Debug, clap::Args)]
 pub struct ShapeArgs {
     /// The most blocks that can be remapped, 16 to 4194304 [default: 16384].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(16..=4_194_304))]
+    #[arg(long, value_name = "N", value_parser = parse::number(16_u32, 4_194_304))]
     pub max_remaps: Option<u32>,
     /// Serial number the guest sees, at most 20 characters [default: made up].
     #[arg(long, value_name = "ID", value_parser = parse::serial)]
@@ -144,16 +147,16 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SOCK", group = "listen")]
     pub socket_path: Option<PathBuf>,
     /// Serve on this inherited socket, listening or connected.
-    #[arg(long, value_name = "N", group = "listen", value_parser = clap::value_parser!(RawFd).range(3..))]
+    #[arg(long, value_name = "N", group = "listen", value_parser = parse::number(3, RawFd::MAX))]
     pub fd: Option<RawFd>,
     /// Listen for operators at this path [default: SOCK.ctl; none with --fd].
     #[arg(long, value_name = "CTL")]
     pub control_path: Option<PathBuf>,
     /// Queues offered to the guest.
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = parse::number(1_u16, 64))]
     pub num_queues: u16,
     /// Worker threads [default: as many as queues, at most one a core].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, value_name = "N", value_parser = parse::number(1_u16, 64))]
     pub workers: Option<u16>,
     /// What speaks vhost-user: this program, or rust-vmm's daemon, to compare the two.
     #[arg(long, hide = true, default_value = "own", value_parser = one_of::<Transport>(&["own", "framework"]))]
@@ -168,7 +171,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SIZE", requires = "create", value_parser = parse::size)]
     pub size: Option<u64>,
     /// With --create: the most blocks that can be remapped, 16 to 4194304 [default: 16384].
-    #[arg(long, value_name = "N", requires = "create", value_parser = clap::value_parser!(u32).range(16..=4_194_304))]
+    #[arg(long, value_name = "N", requires = "create", value_parser = parse::number(16_u32, 4_194_304))]
     pub max_remaps: Option<u32>,
     /// With --create: serial number the guest sees, at most 20 characters [default: made up].
     #[arg(long, value_name = "ID", requires = "create", value_parser = parse::serial)]
@@ -199,10 +202,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "fail|hold[=SECONDS]", default_value = "fail")]
     pub on_spare_full: FailOrHold,
     /// How much to log: 0 warnings, 1 information, 2 debugging, 3 everything.
-    #[arg(long, value_name = "0..3", default_value_t = 1, value_parser = clap::value_parser!(u8).range(..=3))]
+    #[arg(long, value_name = "0..3", default_value_t = 1, value_parser = parse::number(0_u8, 3))]
     pub log_level: u8,
     /// How long to wait for another process to let go of the devices.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = parse::number(0_u64, u64::from(u32::MAX)))]
     pub lock_wait: u64,
     /// Print what this backend can do, as management layers ask it, and exit.
     #[arg(long)]
@@ -297,19 +300,19 @@ pub struct FaultAddArgs {
     #[arg(long, value_name = "ERRNO")]
     pub errno: Option<FaultErrno>,
     /// Fail only so many operations.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", value_parser = parse::number(1, u64::MAX))]
     pub count: Option<u64>,
     /// A sector is good again once it was written.
     #[arg(long)]
     pub until_rewritten: bool,
     /// Delay matching operations.
-    #[arg(long, value_name = "MS")]
+    #[arg(long, value_name = "MS", value_parser = parse::number(0_u64, DELAY_MS_MAX))]
     pub delay: Option<u64>,
     /// Match with this probability only.
     #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability, hide_default_value = true)]
     pub probability: f64,
     /// Seed of the dice for --probability: the same operations meet the same fate.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = parse::number(0, u64::MAX))]
     pub seed: u64,
     /// A failing write still writes the sectors outside of --sectors, as real disks do.
     #[arg(long)]
@@ -325,11 +328,11 @@ pub struct FaultClearArgs {
     #[command(flatten)]
     pub control: ControlArgs,
     /// Number of the rule [default: all].
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = parse::number(1, u64::MAX))]
     pub id: Option<u64>,
 }
 
-/// Options of `remap` and `release`.
+/// Options of `remap`, `verify` and `release`.
 #[derive(Debug, clap::Args)]
 pub struct SectorsArgs {
     /// Server.
@@ -347,7 +350,7 @@ pub struct LogLevelArgs {
     #[command(flatten)]
     pub control: ControlArgs,
     /// The level.
-    #[arg(value_name = "0..3", value_parser = clap::value_parser!(u8).range(..=3))]
+    #[arg(value_name = "0..3", value_parser = parse::number(0_u8, 3))]
     pub level: u8,
 }
 

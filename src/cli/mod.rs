@@ -9,9 +9,12 @@ mod show;
 mod table;
 #[cfg(test)]
 mod tests;
+mod usage;
+mod verify;
 
 pub use args::Args;
 pub use capabilities::{CAPABILITIES, asked_for as capabilities_asked_for};
+pub use usage::{parse_args, wrong_usage};
 
 use std::ffi::OsString;
 

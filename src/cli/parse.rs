@@ -1,7 +1,9 @@
 //! Values as people type them.
 
+use std::fmt::Display;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use crate::units::{SECTOR_SIZE, Sector, SectorRange};
 
@@ -46,6 +48,17 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// A whole number, both ends included.
+pub(super) fn number<T>(least: T, most: T) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static
+where
+    T: FromStr + PartialOrd + Display + Copy + Send + Sync + 'static,
+{
+    move |text| {
+        let number = text.parse().ok().filter(|number| (least..=most).contains(number));
+        number.ok_or_else(|| format!("a whole number from {least} to {most} is needed"))
+    }
+}
+
 /// Sectors: `17`, or `8-15` with both ends included.
 pub(super) fn sectors(text: &str) -> Result<SectorRange, String> {
     let wrong = || format!("{text:?} is no sector or range of sectors; write it like 17 or 8-15 (both included)");
@@ -79,7 +92,7 @@ pub(super) fn serial(text: &str) -> Result<String, String> {
 /// The spare of `primary` where none was given: `PRIMARY.spare` beside a regular file.
 pub(super) fn default_spare(primary: &Path) -> Result<PathBuf, String> {
     if std::fs::metadata(primary).is_ok_and(|meta| meta.file_type().is_block_device()) {
-        return Err(format!("{} is a block device: say where its spare is with --spare", primary.display()));
+        return Err(format!("{}: is a block device: say where its spare is with --spare", primary.display()));
     }
     Ok(with_suffix(primary, ".spare"))
 }
@@ -121,6 +134,16 @@ mod tests {
         check("1000", "the next ones are 512 and 1024");
         check("8192P", "too large");
         check("99999999999999999999", "too large");
+    }
+
+    #[test]
+    fn numbers_have_two_ends() {
+        let parse = number(16_u32, 4_194_304);
+        assert_eq!((parse("16"), parse("4194304")), (Ok(16), Ok(4_194_304)));
+        let refused = || Err("a whole number from 16 to 4194304 is needed".to_owned());
+        for text in ["", "15", "4194305", "5000000000", "-16", "1e5", "0x20", "sixteen"] {
+            assert_eq!(parse(text), refused(), "{text}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::runtime::options::{
 use crate::runtime::report::{EventPage, ListFilter, StatusReport};
 use crate::runtime::signals;
 use crate::runtime::volume::{MakeError, adopt, create};
-use crate::serve::{ServeError, serve};
+use crate::serve::{FrontEnd, ServeError, serve};
 
 /// How long the server puts off its answer while `events --follow` waits for something to happen.
 const FOLLOW_WAIT_SECONDS: u64 = 30;
@@ -30,6 +30,18 @@ pub enum CliError {
     /// What was typed does not fit what is there.
     #[error("{0}")]
     Usage(String),
+    /// There is no such sector.
+    #[error("{disk}: {count} sectors from {start} are not all on the disk; its last sector is {last}")]
+    BeyondEnd {
+        /// The primary's path.
+        disk: String,
+        /// First sector asked for.
+        start: u64,
+        /// Sectors asked for.
+        count: u64,
+        /// Last sector there is.
+        last: u64,
+    },
     /// No server, or it refused.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -77,8 +89,9 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
         Command::Adopt(args) => Ok(writeln!(out, "{}", adopt(&adopt_options(args)?)?)?),
         Command::Serve(args) => {
             let options = serve_options(*args)?;
+            let front_end = FrontEnd::new(&options.listen)?;
             let stop = signals::stop_signals().map_err(CliError::Signals)?;
-            Ok(serve(&options, stop)?)
+            Ok(serve(&options, front_end, stop)?)
         }
         Command::Status(args) => Server::of(&args.control)?.status(&args, out),
         Command::List(args) => Server::of(&args.control)?.list(&args, out),
@@ -87,6 +100,7 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
         Command::Clear(args) => Server::of(&args)?.order("/v1/clear", &serde_json::json!({}), out),
         Command::Save(args) => Server::of(&args)?.order("/v1/save", &serde_json::json!({}), out),
         Command::Remap(args) => Server::of(&args.control)?.sectors("/v1/remap", &args, out),
+        Command::Verify(args) => super::verify::run(&args, out),
         Command::Release(args) => Server::of(&args.control)?.sectors("/v1/release", &args, out),
         Command::Ping(args) => Server::of(&args)?.ping(out),
         Command::LogLevel(args) => Server::of(&args.control)?.log_level(&args, out),
@@ -171,7 +185,11 @@ impl Server {
     }
 
     pub(super) fn get<T: DeserializeOwned>(&self, route: &str) -> Result<T, CliError> {
-        Ok(self.client.get(&self.target(route, &[]), REPORT_TIMEOUT)?)
+        self.get_with(route, &[])
+    }
+
+    pub(super) fn get_with<T: DeserializeOwned>(&self, route: &str, query: &[(&str, String)]) -> Result<T, CliError> {
+        Ok(self.client.get(&self.target(route, query), REPORT_TIMEOUT)?)
     }
 
     pub(super) fn post<T: DeserializeOwned>(&self, route: &str, body: &impl Serialize) -> Result<T, CliError> {
@@ -216,8 +234,8 @@ impl Server {
         let mut from = Some(0);
         let mut head_due = !self.json;
         while let Some(start) = from {
-            let target = self.target("/v1/list", &[("filter", filter.into()), ("from", start.to_string())]);
-            let page: ListPage = self.client.get(&target, REPORT_TIMEOUT)?;
+            let page: ListPage =
+                self.get_with("/v1/list", &[("filter", filter.into()), ("from", start.to_string())])?;
             if head_due {
                 head_due = false;
                 let head = if page.entries.is_empty() { "none".into() } else { show::list_head() };

@@ -72,6 +72,30 @@ fn orders_print_the_volumes_answer() {
 }
 
 #[test]
+fn verify_prints_the_slot_or_that_there_is_none() {
+    let mut volume = ScriptedVolume::new();
+    volume.entries = (0..10_000).map(|i| entry(16 * i, "remapped", &[])).collect();
+    volume.entries[3] = entry(48, "pending", &[]);
+    let (running, volume) = Running::one(volume);
+    let verify = |words: &str| typed(&running, &format!("verify --control-path CTL {words}"));
+    assert_eq!(verify("17").unwrap(), "sector 17 -> slot 7\n");
+    assert_eq!(verify("15 48").unwrap(), "sector 15 is not remapped\nsector 48 is not remapped\n");
+    let expected = "sectors 20-23 -> slot 7\nsectors 24-31 are not remapped\nsector 32 -> slot 7\n";
+    assert_eq!(verify("20-32").unwrap(), expected);
+    assert_eq!(verify("0-159999").unwrap().lines().count(), 19_998);
+    let json = verify("17 24 --json").unwrap();
+    assert_eq!(json, "{\"sector\":17,\"sectors\":1,\"slot\":7}\n{\"sector\":24,\"sectors\":1,\"slot\":null}\n");
+    let capacity = volume.status.capacity_sectors;
+    let error = verify(&format!("{}-{capacity}", capacity - 1)).unwrap_err();
+    let expected = format!(
+        "/srv/disk.img: 2 sectors from {} are not all on the disk; its last sector is {}",
+        capacity - 1,
+        capacity - 1
+    );
+    assert_eq!((error.to_string(), error.exit_status()), (expected, 1));
+}
+
+#[test]
 fn a_refused_order_fails_with_the_reason() {
     let mut volume = ScriptedVolume::new();
     volume.refuse = Some("primary /srv/disk.img: nothing to clear");

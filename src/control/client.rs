@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::api::Failure;
+use super::socket::PATH_MAX_BYTES;
 
 /// How long a report may take: it comes from memory.
 pub const REPORT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,6 +38,17 @@ pub enum ClientError {
     /// Nobody listens.
     #[error("{}: nobody answers on this control socket; the server has ended, start it again", .0.display())]
     NotListening(PathBuf),
+    /// Something else is there.
+    #[error("{}: is no socket; --control-path names the server's control socket, by default its --socket-path with .ctl appended", .0.display())]
+    NotASocket(PathBuf),
+    /// The kernel has no room for the path.
+    #[error("{}: the path has {bytes} bytes, a Unix socket path at most {PATH_MAX_BYTES}; use a relative or shorter one", path.display())]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        bytes: usize,
+    },
     /// The caller may not connect.
     #[error("{}: permission denied; {advice}", path.display())]
     Permission {
@@ -144,7 +156,9 @@ impl Client {
 
     async fn exchange(&self, method: Method, target: &str, body: Bytes) -> Result<Bytes, ClientError> {
         let stream = UnixStream::connect(&self.path).await.map_err(|e| self.connect_error(&e))?;
-        let broken = |e: hyper::Error| self.broken(format!("the connection broke: {e}"));
+        let broken = |e: hyper::Error| {
+            self.broken(format!("the connection broke ({e}); is it the control socket of a server that runs?"))
+        };
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         // Its errors come back through the sender too.
@@ -159,7 +173,9 @@ impl Client {
         let response = sender.send_request(request).await.map_err(broken)?;
         let status = response.status();
         let answer = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
-        let answer = answer.map_err(|e| self.broken(format!("the answer broke off: {e}")))?.to_bytes();
+        let answer = answer
+            .map_err(|e| self.broken(format!("the answer broke off ({e}); see whether the server still runs")))?
+            .to_bytes();
         drop(sender);
         connection.abort();
         if status.is_success() {
@@ -178,27 +194,33 @@ impl Client {
 
     fn connect_error(&self, error: &io::Error) -> ClientError {
         let path = self.path.clone();
+        let bytes = path.as_os_str().len();
+        let is_other = fs::metadata(&path).is_ok_and(|meta| !meta.file_type().is_socket());
         match error.kind() {
-            io::ErrorKind::NotFound => ClientError::NoSocket(path),
+            _ if bytes > PATH_MAX_BYTES => ClientError::TooLong { path, bytes },
+            _ if is_other => ClientError::NotASocket(path),
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ClientError::NoSocket(path),
             io::ErrorKind::ConnectionRefused => ClientError::NotListening(path),
-            io::ErrorKind::PermissionDenied => ClientError::Permission { advice: permission_advice(&path), path },
-            _ => self.broken(format!("cannot connect: {error}")),
+            io::ErrorKind::PermissionDenied => {
+                let advice = permission_advice(&path, "run as a member of that group, or as root");
+                ClientError::Permission { path, advice }
+            }
+            _ => self.broken(format!("cannot connect ({error}); see whether the server runs")),
         }
     }
 }
 
 /// Whose the path is, or the deepest directory on the way that can be seen, and what to do.
-fn permission_advice(path: &Path) -> String {
+pub(super) fn permission_advice(path: &Path, what_to_do: &str) -> String {
     for place in path.ancestors() {
+        // The last ancestor of a relative path is empty and means the working directory.
+        let place = if place.as_os_str().is_empty() { Path::new(".") } else { place };
         let Ok(meta) = fs::metadata(place) else { continue };
         let group = group_name(meta.gid());
         let mode = meta.mode() & 0o7777;
-        return format!(
-            "{} belongs to group {group} (mode {mode:04o}): run as a member of that group, or as root",
-            place.display()
-        );
+        return format!("{} belongs to group {group} (mode {mode:04o}): {what_to_do}", place.display());
     }
-    "run as root".into()
+    what_to_do.into()
 }
 
 /// The group's name from /etc/group, else its number. Groups from other sources (LDAP) show as numbers.
@@ -245,9 +267,11 @@ mod tests {
     #[test]
     fn permission_advice_names_the_place_and_its_group() {
         let dir = tempfile::tempdir().unwrap();
-        let gid = fs::metadata(dir.path()).unwrap().gid();
-        let advice = permission_advice(&dir.path().join("not/there"));
-        assert!(advice.contains(&format!("{} belongs to group {}", dir.path().display(), group_name(gid))), "{advice}");
+        let meta = fs::metadata(dir.path()).unwrap();
+        let (group, mode) = (group_name(meta.gid()), meta.mode() & 0o7777);
+        let advice = permission_advice(&dir.path().join("not/there"), "go away");
+        let expected = format!("{} belongs to group {group} (mode {mode:04o}): go away", dir.path().display());
+        assert_eq!(advice, expected);
         assert_eq!(group_name(0), "root");
     }
 }

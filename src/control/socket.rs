@@ -12,6 +12,8 @@ use rustix::fs::{Access, Mode, access, fchmod};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 
+use super::client::permission_advice;
+
 /// `sun_path` has 108 bytes, the last of them zero (unix(7)).
 pub const PATH_MAX_BYTES: usize = 107;
 
@@ -25,10 +27,10 @@ const MODE: u32 = 0o660;
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Somebody answers there.
-    #[error("{} is in use by a running server; choose another path or stop that server", .0.display())]
+    #[error("{}: is in use by a running server; choose another path or stop that server", .0.display())]
     InUse(PathBuf),
     /// There is a file that is no socket.
-    #[error("{} exists and is not a socket; choose another path or remove it", .0.display())]
+    #[error("{}: exists and is not a socket; choose another path or remove it", .0.display())]
     NotASocket(PathBuf),
     /// The kernel has no room for the path.
     #[error("{}: the path has {bytes} bytes, a Unix socket path at most {PATH_MAX_BYTES}; choose a shorter one", path.display())]
@@ -39,15 +41,26 @@ pub enum BindError {
         bytes: usize,
     },
     /// There is no directory to put it in.
-    #[error("{}: the directory {} does not exist; create it first", path.display(), directory.display())]
+    #[error("{}: there is no directory {}; create it first", path.display(), directory.display())]
     NoDirectory {
         /// The path.
         path: PathBuf,
-        /// What is missing.
+        /// What is missing, or no directory.
         directory: PathBuf,
     },
+    /// Others may write there.
+    #[error("{}: permission denied; {advice}", path.display())]
+    Permission {
+        /// The path.
+        path: PathBuf,
+        /// Whose the directory is and what to do.
+        advice: String,
+    },
+    /// Nobody may write there.
+    #[error("{}: is on a read-only file system; choose another path, such as one under /run", .0.display())]
+    ReadOnly(PathBuf),
     /// Something else.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}: {source}; choose another path", path.display())]
     Io {
         /// The path.
         path: PathBuf,
@@ -71,6 +84,11 @@ impl SocketFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Whether `path` leads to it, by whatever name.
+    pub fn is_at(&self, path: &Path) -> bool {
+        fs::metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity)
+    }
 }
 
 impl Drop for SocketFile {
@@ -90,18 +108,20 @@ impl Drop for SocketFile {
 pub fn check_unix(path: &Path) -> Result<(), BindError> {
     let failed = |action, source: io::Error| BindError::Io { path: path.into(), action, source };
     let address = address(path)?;
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let directory = directory_of(path);
+    let is_missing = |kind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
     match fs::metadata(directory) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            return Err(BindError::NoDirectory { path: path.into(), directory: directory.into() });
-        }
-        _ => {}
+        Ok(meta) if meta.is_dir() => {}
+        Err(e) if !is_missing(e.kind()) => {}
+        _ => return Err(BindError::NoDirectory { path: path.into(), directory: directory.into() }),
     }
     remove_stale(path, &address)?;
-    access(directory, Access::WRITE_OK | Access::EXEC_OK).map_err(|e| failed("bind", e.into()))
+    access(directory, Access::WRITE_OK | Access::EXEC_OK).map_err(|e| match e {
+        Errno::ROFS => BindError::ReadOnly(path.into()),
+        // What is missing is the right to write into the directory.
+        Errno::ACCESS => permission(path, directory),
+        e => failed("bind", e.into()),
+    })
 }
 
 /// Listen at `path`. A stale socket there is replaced; anything else there is left alone and refused.
@@ -127,12 +147,24 @@ pub fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     Ok((listener, file))
 }
 
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
 fn address(path: &Path) -> Result<SocketAddrUnix, BindError> {
     let bytes = path.as_os_str().as_bytes().len();
     if bytes > PATH_MAX_BYTES {
         return Err(BindError::TooLong { path: path.into(), bytes });
     }
     SocketAddrUnix::new(path).map_err(|e| BindError::Io { path: path.into(), action: "use the path", source: e.into() })
+}
+
+fn permission(path: &Path, place: &Path) -> BindError {
+    let advice = permission_advice(place, "choose a directory that you may write to");
+    BindError::Permission { path: path.into(), advice }
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
@@ -149,6 +181,9 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> 
     let failed = |action, source: io::Error| BindError::Io { path: path.into(), action, source };
     let meta = match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(permission(path, path));
+        }
         other => other.map_err(|e| failed("look at what is there", e))?,
     };
     if !meta.file_type().is_socket() {
@@ -161,6 +196,7 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> 
             _ => Ok(()),
         },
         Err(Errno::NOENT) => Ok(()),
+        Err(Errno::ACCESS) => Err(permission(path, path)),
         // EAGAIN: its backlog is full. EPROTOTYPE: it is no stream socket, but somebody holds it.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(BindError::InUse(path.into())),
         Err(e) => Err(failed("find out whether a server runs there", e.into())),
@@ -252,6 +288,11 @@ mod tests {
         let error = bind_unix(&long).unwrap_err().to_string();
         assert!(error.contains(&format!("{} bytes", long.as_os_str().len())) && error.contains("107"), "{error}");
         let error = bind_unix(&dir.path().join("no/such/s")).unwrap_err().to_string();
-        assert!(error.contains("no/such does not exist"), "{error}");
+        let missing = format!("there is no directory {}/no/such; create it first", dir.path().display());
+        assert!(error.ends_with(&missing), "{error}");
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = bind_unix(&file.join("s")).unwrap_err();
+        assert!(matches!(error, BindError::NoDirectory { directory, .. } if directory == file));
     }
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::buffer::{IoSlice, Iovecs};
 use super::{Completion, Device, DeviceIndex, Errno, Event, Op, OpKind, Reactor, Tag, Wait};
 use crate::units::{SECTOR_SIZE, Sector, SectorRange, Time};
-pub use rule::{FaultOp, FaultRule, RuleError};
+pub use rule::{DELAY_MS_MAX, FaultOp, FaultRule, RuleError};
 
 /// Most rules at a time: each operation is compared with each.
 const RULES_MAX: usize = 1024;

@@ -115,7 +115,8 @@ pub(super) fn acquire(
     loop {
         match qemu_try_lock(file, access) {
             Ok(true) => return Ok(()),
-            Ok(false) => patience.wait(Some(file))?,
+            // These locks have no owner to be named, and the one of the other kind on this file is our own.
+            Ok(false) => patience.wait(None)?,
             // No OFD locks in this file system: then QEMU does without them, too.
             Err(Errno(libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP)) => return Ok(()),
             Err(errno) => return Err(OpenError::Lock { path: patience.path.to_owned(), errno }),
@@ -165,7 +166,7 @@ fn qemu_unlock(file: &File) -> Result<bool, Errno> {
     Ok(false)
 }
 
-/// The process that holds a lock on this file, as far as the kernel tells (OFD locks have no owner).
+/// The process that holds the flock of this file.
 fn holder_pid(file: &File) -> Option<u32> {
     let stat = rustix::fs::fstat(file).ok()?;
     let table = fs::read_to_string("/proc/locks").ok()?;

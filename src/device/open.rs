@@ -116,21 +116,25 @@ pub(super) enum Ability {
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the message of each variant is its documentation")]
 pub enum OpenError {
-    #[error("{}: no such file or device; check the path, or create the volume first", path.display())]
+    #[error("{}: no such file or device; check the path, or make a volume with `create`", path.display())]
     Missing { path: PathBuf },
+    #[error("{}: there is no directory {}; make it first", path.display(), directory.display())]
+    NoDirectory { path: PathBuf, directory: PathBuf },
     #[error("{}: is a directory; name a file or block device", path.display())]
     Directory { path: PathBuf },
-    #[error("{}: is neither a regular file nor a block device", path.display())]
+    #[error("{}: is neither a regular file nor a block device; name one", path.display())]
     WrongType { path: PathBuf },
-    #[error("{}: permission denied; it belongs to user {user} and group {group} (mode {mode:03o}): join the group or change the mode", path.display())]
-    Permission { path: PathBuf, user: u32, group: String, mode: u32 },
-    #[error("{}: is write-protected; open it with --read-only", path.display())]
+    #[error("{}: permission denied; {} belongs to user {user} and group {group} (mode {mode:03o}): join the group or change the mode", path.display(), place.display())]
+    Permission { path: PathBuf, place: PathBuf, user: u32, group: String, mode: u32 },
+    #[error("{}: is write-protected, or on a read-only file system; make it writable, or `serve --read-only`", path.display())]
     WriteProtected { path: PathBuf },
-    #[error("{}: has 0 bytes; is the device ready?", path.display())]
+    #[error("{}: is immutable (see lsattr) or protected by the kernel; `chattr -i` it, or `serve --read-only`", path.display())]
+    Immutable { path: PathBuf },
+    #[error("{}: has 0 bytes, so there is no disk in it; check the path or the drive, or `create` a volume of a size", path.display())]
     Empty { path: PathBuf },
-    #[error("{}: {size} bytes is not a multiple of its {unit}-byte sectors; extend it to {} bytes (truncate -s)", path.display(), size.next_multiple_of(u64::from(*unit)))]
+    #[error("{path}: {size} bytes is not a multiple of its {unit}-byte sectors; extend it: truncate -s {} {path}", size.next_multiple_of(u64::from(*unit)), path = path.display())]
     Ragged { path: PathBuf, size: u64, unit: u32 },
-    #[error("{}: this file system has no direct I/O; move the file, or use --cache writeback if losing data is no matter", path.display())]
+    #[error("{}: its file system has no direct I/O (O_DIRECT); move it to one that has, such as ext4, xfs or btrfs", path.display())]
     NoDirect { path: PathBuf },
     #[error("{}: its {which} block of {size} bytes is larger than the 4096 that can be remapped; use another device", path.display())]
     BlockTooLarge { path: PathBuf, which: &'static str, size: u32 },
@@ -142,9 +146,11 @@ pub enum OpenError {
     Exists { path: PathBuf },
     #[error("{}: no space for {size} bytes; free some or choose another place", path.display())]
     NoSpace { path: PathBuf, size: u64 },
-    #[error("{}: {size} bytes is more than this file system's files can have", path.display())]
+    #[error("{}: {size} bytes is more than a file of its file system can have; choose a smaller size or another place", path.display())]
     TooLarge { path: PathBuf, size: u64 },
-    #[error("{}: {action}: {source}", path.display())]
+    #[error("{}: is on a read-only file system; choose another place", path.display())]
+    ReadOnlyFileSystem { path: PathBuf },
+    #[error("{}: {action}: {source}; check the path and the device", path.display())]
     Io { path: PathBuf, action: &'static str, source: io::Error },
 }
 
@@ -187,11 +193,15 @@ pub fn open_file(file: File, path: &Path, options: &OpenOptions) -> Result<OpenD
 /// # Errors
 /// If it exists, does not fit or cannot be made.
 pub fn create_file(path: &Path, size: u64) -> Result<(), OpenError> {
+    let parent = parent_of(path);
     let opened = fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
     let file = opened.map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => OpenError::Exists { path: path.to_owned() },
-        io::ErrorKind::NotFound => OpenError::Missing { path: path.parent().unwrap_or(path).to_owned() },
-        io::ErrorKind::PermissionDenied => permission(path.parent().unwrap_or(path)),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory => {
+            OpenError::NoDirectory { path: path.to_owned(), directory: parent.to_owned() }
+        }
+        io::ErrorKind::PermissionDenied => permission(path, parent),
+        io::ErrorKind::ReadOnlyFilesystem => OpenError::ReadOnlyFileSystem { path: path.to_owned() },
         io::ErrorKind::StorageFull => OpenError::NoSpace { path: path.to_owned(), size },
         _ => io_failure(path, "cannot be created", error),
     })?;
@@ -199,7 +209,6 @@ pub fn create_file(path: &Path, size: u64) -> Result<(), OpenError> {
     if let Ok(flags) = rustix::fs::ioctl_getflags(&file) {
         let _ = rustix::fs::ioctl_setflags(&file, flags | IFlags::NOCOW);
     }
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let filled = file.set_len(size).and_then(|()| file.sync_all()).and_then(|()| File::open(parent)?.sync_all());
     filled.map_err(|error| {
         let _ = fs::remove_file(path);
@@ -211,26 +220,40 @@ pub fn create_file(path: &Path, size: u64) -> Result<(), OpenError> {
     })
 }
 
-/// Whether both paths lead to the same file or block device. To be asked before opening them: opening the
-/// second would wait for the lock of the first.
+/// The directory that `path` is in.
+pub fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Whether both paths lead to the same file or block device, or would if there were one. To be asked before
+/// opening them: opening the second would wait for the lock of the first.
 pub fn same_file(a: &Path, b: &Path) -> bool {
     let identity = |path: &Path| {
         let meta = fs::metadata(path).ok()?;
         let block = meta.file_type().is_block_device();
         Some(if block { (block, meta.rdev(), 0) } else { (block, meta.dev(), meta.ino()) })
     };
-    identity(a).is_some_and(|identity_of_a| identity(b) == Some(identity_of_a))
+    let place = |path: &Path| Some((fs::canonicalize(parent_of(path)).ok()?, path.file_name()?.to_owned()));
+    match (identity(a), identity(b)) {
+        (Some(identity_of_a), Some(identity_of_b)) => identity_of_a == identity_of_b,
+        (None, None) => place(a).is_some_and(|place_of_a| place(b) == Some(place_of_a)),
+        _ => false,
+    }
 }
 
-fn io_failure(path: &Path, action: &'static str, source: io::Error) -> OpenError {
+/// The failure of something that has no line of its own.
+pub fn io_failure(path: &Path, action: &'static str, source: io::Error) -> OpenError {
     OpenError::Io { path: path.to_owned(), action, source }
 }
 
-/// Looked up before opening: opening a FIFO or a tape would already do something.
-fn kind_of(path: &Path) -> Result<Kind, OpenError> {
+/// What is at `path`. To be looked up before opening: opening a FIFO or a tape would already do something.
+///
+/// # Errors
+/// If there is nothing, or nothing that could serve as a device.
+pub fn kind_of(path: &Path) -> Result<Kind, OpenError> {
     let meta = fs::metadata(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => OpenError::Missing { path: path.to_owned() },
-        io::ErrorKind::PermissionDenied => permission(path.parent().unwrap_or(path)),
+        io::ErrorKind::PermissionDenied => permission(path, parent_of(path)),
         _ => io_failure(path, "cannot be looked up", error),
     })?;
     if meta.is_dir() {
@@ -266,26 +289,39 @@ fn open_description(
             Ok(file) => return Ok(file),
             Err(error) => error,
         };
-        return Err(match error.raw_os_error() {
-            Some(libc::EBUSY) => {
-                patience.wait(None)?;
-                continue;
-            }
-            Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => OpenError::Missing { path: path.to_owned() },
-            Some(libc::EROFS) => OpenError::WriteProtected { path: path.to_owned() },
-            Some(libc::EACCES | libc::EPERM) => permission(path),
-            Some(libc::EINVAL) if options.direct => OpenError::NoDirect { path: path.to_owned() },
-            _ => io_failure(path, "cannot be opened", error),
-        });
+        match error.raw_os_error() {
+            Some(libc::EBUSY) => patience.wait(None)?,
+            Some(libc::EINVAL) if options.direct => return Err(OpenError::NoDirect { path: path.to_owned() }),
+            _ => return Err(open_failure(path, error)),
+        }
     }
 }
 
-fn permission(path: &Path) -> OpenError {
-    let stat = rustix::fs::stat(path);
+/// Why the kernel did not open a path.
+pub fn open_failure(path: &Path, error: io::Error) -> OpenError {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => OpenError::Missing { path: path.to_owned() },
+        Some(libc::EROFS) => OpenError::WriteProtected { path: path.to_owned() },
+        Some(libc::EACCES) => permission(path, path),
+        Some(libc::EPERM) => OpenError::Immutable { path: path.to_owned() },
+        _ => io_failure(path, "cannot be opened", error),
+    }
+}
+
+/// `place` is what stands in the way, or lies behind a directory that does.
+fn permission(path: &Path, place: &Path) -> OpenError {
+    let mut place = place;
+    let stat = loop {
+        match rustix::fs::stat(place) {
+            Ok(stat) => break Some(stat),
+            Err(_) if place == Path::new(".") => break None,
+            Err(_) => place = parent_of(place),
+        }
+    };
     let (user, gid, mode) = stat.map_or((0, 0, 0), |stat| (stat.st_uid, stat.st_gid, stat.st_mode & 0o777));
     let groups = fs::read_to_string("/etc/group").unwrap_or_default();
     let group = group_name(&groups, gid).unwrap_or_else(|| gid.to_string());
-    OpenError::Permission { path: path.to_owned(), user, group, mode }
+    OpenError::Permission { path: path.to_owned(), place: place.to_owned(), user, group, mode }
 }
 
 /// Lines of /etc/group read `disk:x:6:member,member`.

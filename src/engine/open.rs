@@ -81,10 +81,14 @@ pub enum OpenError {
         unknown: u64,
     },
     /// Superblocks of several volumes on one spare.
-    #[error("the spare's superblocks belong to two volumes, {0} and {1}; it was overwritten in part")]
+    #[error(
+        "the spare's superblocks belong to two volumes, {0} and {1}: it was overwritten in part; put back a copy of it"
+    )]
     Mixed(Uuid, Uuid),
     /// A device is smaller than it was.
-    #[error("the {device} has {found} bytes and the volume was made with {expected}; it shrank or is the wrong one")]
+    #[error(
+        "the {device} has {found} bytes and the volume was made with {expected}; extend it back, or name the right one"
+    )]
     Shrunk {
         /// The device.
         device: DeviceIndex,
@@ -117,11 +121,13 @@ pub enum OpenError {
     )]
     NoLabel(Uuid),
     /// Not the adopted primary.
-    #[error("the primary is not the one that was adopted into volume {0}: its identity and its sampled blocks differ")]
+    #[error(
+        "the primary is not the one that was adopted into volume {0}: its identity and its sampled blocks differ; name the right one, or serve it with --accept-external if it is a changed copy"
+    )]
     NotAdopted(Uuid),
     /// The spare is from before the label's last stamp.
     #[error(
-        "the spare is of generation {spare} and the primary has seen generation {primary}: an older copy of the spare was put back"
+        "the spare is of generation {spare} and the primary has seen generation {primary}: an older copy of the spare was put back; put back the newest"
     )]
     OldSpare {
         /// The spare's.
@@ -135,7 +141,9 @@ pub enum OpenError {
     )]
     External(&'static str, usize),
     /// A device's logical block has grown.
-    #[error("the {device} has logical blocks of {found} bytes and the volume was made for {expected}")]
+    #[error(
+        "the {device} has logical blocks of {found} bytes and the volume was made for {expected}; use a device with blocks no larger"
+    )]
     LogicalBlock {
         /// The device.
         device: DeviceIndex,
@@ -163,13 +171,15 @@ pub enum OpenError {
     #[error("table page {0} has no valid copy in any of its homes; restore the spare from a dump")]
     TablePage(u32),
     /// The table speaks of blocks the volume does not have.
-    #[error("the table maps block {0}, and the volume has {1}")]
+    #[error("the table maps block {0}, and the volume has {1}; put back a copy of the spare")]
     BeyondEnd(u64, u64),
     /// The layout is impossible.
     #[error(transparent)]
     Layout(#[from] LayoutError),
     /// The primary is too small for what was asked.
-    #[error("the primary has {size} bytes, too few for {capacity} sectors and the label ({needed} bytes in all)")]
+    #[error(
+        "the primary has {size} bytes, too few for {capacity} sectors and the label ({needed} bytes in all); choose a smaller --size"
+    )]
     PrimarySmall {
         /// Bytes.
         size: u64,
@@ -189,7 +199,7 @@ pub enum OpenError {
         size: u64,
     },
     /// An operation failed.
-    #[error("{device}: {what}: {errno}")]
+    #[error("{device}: {what}: {errno}; see the kernel's log, and check the device")]
     Io {
         /// The device.
         device: DeviceIndex,
@@ -456,13 +466,12 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         slots_start: layout.slots_start,
         slots: superblock.max_remaps,
     };
-    let (saved, saved_sequence) = (saved.values, saved.sequence);
     Ok(Opened {
         label: label_layout,
         superseded,
         poison,
-        saved,
-        saved_sequence,
+        saved_sequence: saved.sequence,
+        saved: saved.values,
         read_only,
         tally,
         events,
@@ -483,8 +492,8 @@ fn passthrough(primary: &DeviceFacts, serial: [u8; 20], read_only: bool) -> Open
         serial,
         now: 0,
     };
-    let (capacity, logical_block) = (params.capacity, primary.logical_block);
-    let geometry = Geometry { capacity, logical_block, slots_start: 0, slots: 0 };
+    let capacity = params.capacity;
+    let geometry = Geometry { capacity, logical_block: primary.logical_block, slots_start: 0, slots: 0 };
     let superblock = new_superblock(&params, &layout, None);
     let (table, map) = (Table::new(layout.max_remaps), Map::new(capacity.div_ceil(SECTORS_PER_BLOCK)));
     Opened { read_only, ..Opened::new(geometry, layout, superblock, table, map) }

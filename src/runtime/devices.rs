@@ -29,6 +29,14 @@ pub struct Devices {
 }
 
 impl Devices {
+    /// Whether this way of I/O can be had here.
+    ///
+    /// # Errors
+    /// When io_uring was asked for and the host does not allow it.
+    pub fn check_engine(engine: IoEngine) -> io::Result<()> {
+        Devices::new(DeviceSet::new(Vec::new()), engine, None).map(drop)
+    }
+
     /// Choose the way of I/O for devices that are open.
     ///
     /// # Errors

@@ -299,10 +299,12 @@ impl VolumeHandle {
     }
 
     pub(super) fn order(&self, order: Order) -> Result<String, Refused> {
-        match self.ask(order, ORDER_TIMEOUT) {
-            Some(Reply::Done(result)) => result.map_err(Refused),
-            _ => Err(Refused("the volume did not answer: it is closing, or a device hangs; see `status`".into())),
-        }
+        let result = match self.ask(order, ORDER_TIMEOUT) {
+            Some(Reply::Done(result)) => result,
+            _ => Err("the volume did not answer: it is closing, or a device hangs; see `status`".into()),
+        };
+        // Who has several servers wants to know which of their disks it is about.
+        result.map_err(|why| Refused(format!("{}: {why}", self.path(DeviceIndex::PRIMARY))))
     }
 
     pub(super) fn ask(&self, order: Order, timeout: Duration) -> Option<Reply> {

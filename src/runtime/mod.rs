@@ -8,5 +8,6 @@ pub mod mailbox;
 pub mod options;
 pub mod report;
 pub mod signals;
+mod signature;
 pub mod volume;
 pub mod worker;

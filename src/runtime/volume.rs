@@ -1,7 +1,7 @@
 //! Making volumes, and opening one for service.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -14,10 +14,11 @@ use super::handle::{Served, VolumeHandle};
 use super::healer::{HealerSetup, HealerThread, StartError, drive};
 use super::mailbox::mailbox;
 use super::options::{AdoptOptions, Cache, CreateOptions, FailOrHold, ServeOptions, VolumeShape};
+use super::signature::{Content, Found, format_of, look};
 use super::worker::{Clock, DiskInfo, WorkerPort};
-use crate::device::DeviceIndex;
 use crate::device::fault::FaultTable;
-use crate::device::open::{self, DeviceSet, OpenOptions, create_file, same_file};
+use crate::device::open::{self, DeviceSet, OpenDevice, OpenOptions, create_file, same_file};
+use crate::device::{DeviceIndex, Errno};
 use crate::engine::create::{CreateParams, Creation};
 use crate::engine::event::{Event, Severity};
 use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
@@ -28,8 +29,8 @@ use crate::units::{SECTOR_SIZE, SectorRange, Time};
 use crate::volume::layout::{label_size, spare_size};
 use crate::volume::superblock::CloseStamp;
 
-/// Bytes looked at, at each end, to decide whether a device is in use.
-const LOOK_BYTES: u64 = 1 << 20;
+/// Nobody hands a device over to `create` or `adopt`, but udev may be looking at one that just came.
+const MAKE_LOCK_WAIT: Duration = Duration::from_secs(5);
 /// `hold` without a number waits for the operator: a year is as good as for ever.
 const HOLD_FOR_EVER_SECONDS: u64 = 365 * 24 * 3600;
 /// How long a close may take on each of its two steps before the volume is left as after a crash.
@@ -60,7 +61,7 @@ pub enum MakeError {
 }
 
 fn pair(primary: &Path, spare: Option<&Path>) -> String {
-    let spare = spare.map_or_else(String::new, |spare| format!(": {}", spare.display()));
+    let spare = spare.map_or_else(String::new, |spare| format!(" with spare {}", spare.display()));
     format!("{}{spare}", primary.display())
 }
 
@@ -68,22 +69,47 @@ fn refused<T>(line: String) -> Result<T, MakeError> {
     Err(MakeError::Refused(line))
 }
 
-/// Files made on the way to a volume: removed again unless it is finished.
+/// What was changed on the way to a volume, to be undone unless it is finished.
 #[derive(Default)]
-struct Made(Vec<PathBuf>);
+struct Made(Vec<Step>);
+
+enum Step {
+    File(PathBuf),
+    /// An empty file that was extended, and when it had last been changed.
+    Extended(PathBuf, SystemTime),
+}
 
 impl Made {
     fn file(&mut self, path: &Path, size: u64) -> Result<(), MakeError> {
         create_file(path, size)?;
-        self.0.push(path.to_owned());
+        self.0.push(Step::File(path.to_owned()));
+        Ok(())
+    }
+
+    fn extend(&mut self, path: &Path, size: u64) -> Result<(), MakeError> {
+        let failed = |error| open::open_failure(path, error);
+        let modified = fs::metadata(path).and_then(|meta| meta.modified()).map_err(failed)?;
+        let file = fs::OpenOptions::new().write(true).open(path).map_err(failed)?;
+        self.0.push(Step::Extended(path.to_owned(), modified));
+        file.set_len(size).map_err(|error| match error.raw_os_error() {
+            Some(libc::EFBIG | libc::EINVAL) => open::OpenError::TooLarge { path: path.to_owned(), size },
+            _ => open::io_failure(path, "cannot be extended", error),
+        })?;
         Ok(())
     }
 }
 
 impl Drop for Made {
     fn drop(&mut self) {
-        for path in &self.0 {
-            let _ = fs::remove_file(path);
+        for step in &self.0 {
+            // Where this fails too, what is left says at the next try that it is not empty.
+            let _ = match step {
+                Step::File(path) => fs::remove_file(path),
+                Step::Extended(path, modified) => File::options().write(true).open(path).and_then(|file| {
+                    file.set_len(0)?;
+                    file.set_modified(*modified)
+                }),
+            };
         }
     }
 }
@@ -96,27 +122,23 @@ pub fn create(options: &CreateOptions) -> Result<String, MakeError> {
     let CreateOptions { primary, spare, size, shape, force } = options;
     let label = label_size(shape.max_remaps);
     let needed = size.checked_next_multiple_of(4096).and_then(|size| size.checked_add(label));
-    let Some(needed) = needed else { return refused(format!("{}: {size} bytes is too large", primary.display())) };
-    let mut made = Made::default();
-    check_spare_path(spare)?;
-    match fs::metadata(primary) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => made.file(primary, needed)?,
-        Err(_) => {}
-        Ok(meta) if meta.is_file() && meta.len() == 0 => {
-            let file = fs::OpenOptions::new().write(true).open(primary);
-            file.and_then(|file| file.set_len(needed))
-                .map_err(|error| MakeError::Refused(format!("{}: {error}", primary.display())))?;
-        }
-        Ok(_) => {
-            if let Some(what) = content_of(primary)? {
-                return refused(format!(
-                    "{}: is not empty ({what}); `adopt` keeps its content, or wipe it first",
-                    primary.display()
-                ));
-            }
-        }
+    let Some(needed) = needed.filter(|needed| i64::try_from(*needed).is_ok()) else {
+        return refused(format!("{}: {size} bytes is too large for a disk; choose a smaller size", primary.display()));
+    };
+    // Everything that can be seen without writing comes before the first write.
+    check_two_devices(primary, spare)?;
+    let found = if exists(primary)? { Some(look(primary)?) } else { None };
+    if let Some(found) = found.as_ref().filter(|found| found.content.is_some() || found.size > 0) {
+        check_new_primary(primary, found, *size, needed)?;
     }
-    let line = make(primary, spare, Some(size / SECTOR_SIZE), shape, *force, &mut made)?;
+    check_new_spare(spare, shape, *force)?;
+    let mut made = Made::default();
+    match found.map(|found| found.size) {
+        None => made.file(primary, needed)?,
+        Some(0) if !is_block_device(primary) => made.extend(primary, needed)?,
+        Some(_) => {}
+    }
+    let line = make(primary, spare, Some(size / SECTOR_SIZE), shape, &mut made)?;
     made.0.clear();
     Ok(line)
 }
@@ -127,20 +149,33 @@ pub fn create(options: &CreateOptions) -> Result<String, MakeError> {
 /// When a device is not fit, or the spare cannot be written.
 pub fn adopt(options: &AdoptOptions) -> Result<String, MakeError> {
     let AdoptOptions { primary, spare, shape, force } = options;
-    check_spare_path(spare)?;
-    refuse_image_formats(primary)?;
+    check_two_devices(primary, spare)?;
+    if !exists(primary)? {
+        return Err(open::OpenError::Missing { path: primary.to_owned() }.into());
+    }
+    refuse_image(primary, format_of(primary))?;
+    check_new_spare(spare, shape, *force)?;
     let mut made = Made::default();
-    let line = make(primary, spare, None, shape, *force, &mut made)?;
+    let line = make(primary, spare, None, shape, &mut made)?;
     made.0.clear();
     Ok(line)
 }
 
-fn check_spare_path(spare: &Path) -> Result<(), MakeError> {
-    let parent = spare.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if parent.is_dir() {
-        return Ok(());
+/// Whether there is anything; where there is not, there must be a directory for it.
+fn exists(path: &Path) -> Result<bool, MakeError> {
+    match open::kind_of(path) {
+        Ok(_) => Ok(true),
+        // No file can have that name.
+        Err(open::OpenError::Missing { .. }) if path.as_os_str().as_encoded_bytes().ends_with(b"/") => {
+            Err(open::OpenError::Directory { path: path.to_owned() }.into())
+        }
+        Err(open::OpenError::Missing { .. }) if open::parent_of(path).is_dir() => Ok(false),
+        Err(open::OpenError::Missing { .. }) => {
+            let directory = open::parent_of(path).to_owned();
+            Err(open::OpenError::NoDirectory { path: path.to_owned(), directory }.into())
+        }
+        Err(error) => Err(error.into()),
     }
-    refused(format!("{}: no such directory; make it or name another spare", parent.display()))
 }
 
 fn check_two_devices(primary: &Path, spare: &Path) -> Result<(), MakeError> {
@@ -150,25 +185,73 @@ fn check_two_devices(primary: &Path, spare: &Path) -> Result<(), MakeError> {
     refused(format!("{}: is the primary itself; name another spare", spare.display()))
 }
 
+/// A primary that exists must be empty and large enough.
+fn check_new_primary(primary: &Path, found: &Found, size: u64, needed: u64) -> Result<(), MakeError> {
+    let path = primary.display();
+    if let Some(content) = found.content {
+        refuse_image(primary, found.content)?;
+        let name = content.name();
+        return refused(format!("{path}: is not empty ({name}); `adopt` keeps its content, or wipe it first"));
+    }
+    if found.size < needed {
+        let has = found.size;
+        return refused(format!(
+            "{path}: has {has} bytes, and a disk of {size} with its label needs {needed}; choose a smaller --size"
+        ));
+    }
+    Ok(())
+}
+
+/// A spare that exists must be large enough and must not look like somebody else's.
+fn check_new_spare(spare: &Path, shape: &VolumeShape, force: bool) -> Result<(), MakeError> {
+    if !exists(spare)? {
+        return Ok(());
+    }
+    let found = look(spare)?;
+    let (path, needed, remaps) = (spare.display(), spare_size(shape.max_remaps), shape.max_remaps);
+    if found.size == 0 && !is_block_device(spare) {
+        return refused(format!(
+            "{path}: has 0 bytes; remove it so that it is made, or extend it: truncate -s {needed} {path}"
+        ));
+    }
+    match found.content {
+        Some(content) if !force => {
+            let name = content.name();
+            refused(format!("{path}: is not empty ({name}); name another spare, or --force to lose what it holds"))
+        }
+        _ if found.size < needed => refused(format!(
+            "{path}: has {} bytes, and {remaps} remaps need {needed}; use a larger one, or fewer with --max-remaps",
+            found.size
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Image formats are not disks: what the guest would see is their headers.
+fn refuse_image(primary: &Path, content: Option<Content>) -> Result<(), MakeError> {
+    let Some(Content::Image(format, name)) = content else { return Ok(()) };
+    let path = primary.display();
+    refused(format!(
+        "{path}: is {name}, not a raw disk; convert it: qemu-img convert -f {format} -O raw {path} {path}.raw"
+    ))
+}
+
 /// Make the volume: a capacity means a label at the primary's end, none means the primary is adopted.
 fn make(
     primary: &Path,
     spare: &Path,
     capacity: Option<u64>,
     shape: &VolumeShape,
-    force: bool,
     made: &mut Made,
 ) -> Result<String, MakeError> {
     let adopting = capacity.is_none();
-    let options = OpenOptions { read_only: adopting, ..OpenOptions::default() };
-    check_two_devices(primary, spare)?;
-    let primary_device = open::open(primary, &options)?;
+    let options = OpenOptions { lock_wait: MAKE_LOCK_WAIT, ..OpenOptions::default() };
+    let primary_device = open::open(primary, &OpenOptions { read_only: adopting, ..options.clone() })?;
     let spare_bytes = spare_size(shape.max_remaps);
-    match fs::metadata(spare) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => made.file(spare, spare_bytes)?,
-        _ => check_old_spare(spare, spare_bytes, force)?,
+    if !spare.exists() {
+        made.file(spare, spare_bytes)?;
     }
-    let spare_device = open::open(spare, &OpenOptions::default())?;
+    let spare_device = open::open(spare, &options)?;
     let set = Uuid::new_v4();
     let params = CreateParams {
         primary: facts(&primary_device),
@@ -191,8 +274,16 @@ fn make(
         result = result.take().or_else(|| creation.result());
         result.is_some()
     });
-    let volume_error = |error| MakeError::Volume { primary: primary.to_owned(), spare: Some(spare.to_owned()), error };
-    result.expect("driven to its end").map_err(volume_error)?;
+    result.expect("driven to its end").map_err(|error| match error {
+        OpenError::Io { device, errno: Errno(libc::ENOSPC | libc::EDQUOT), .. } => {
+            let (path, size) = match device {
+                DeviceIndex::PRIMARY => (primary.to_owned(), label_size(shape.max_remaps)),
+                _ => (spare.to_owned(), spare_bytes),
+            };
+            open::OpenError::NoSpace { path, size }.into()
+        }
+        error => MakeError::Volume { primary: primary.to_owned(), spare: Some(spare.to_owned()), error },
+    })?;
     Ok(format!(
         "{}: volume {set}: {capacity} sectors ({} MiB), spare {} with {} slots{}",
         primary.display(),
@@ -200,93 +291,6 @@ fn make(
         spare.display(),
         shape.max_remaps,
         if adopting { ", primary adopted unchanged" } else { "" }
-    ))
-}
-
-/// A spare that exists must be large enough and must not look like somebody else's.
-fn check_old_spare(spare: &Path, needed: u64, force: bool) -> Result<(), MakeError> {
-    if !is_block_device(spare) {
-        let size = fs::metadata(spare).map_or(0, |meta| meta.len());
-        if size == 0 {
-            return refused(format!(
-                "{}: has 0 bytes; remove it so that it is made, or extend it to {needed}",
-                spare.display()
-            ));
-        }
-    }
-    match content_of(spare)? {
-        Some(what) if !force => {
-            refused(format!("{}: is not empty ({what}); remove it, or --force to lose what it holds", spare.display()))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// What a device's ends hold, if anything.
-fn content_of(path: &Path) -> Result<Option<String>, MakeError> {
-    let fail = |error: io::Error| MakeError::Refused(format!("{}: cannot be looked at: {error}", path.display()));
-    let meta = match fs::metadata(path) {
-        Ok(meta) => meta,
-        // Opening it will say what is wrong with it.
-        Err(_) => return Ok(None),
-    };
-    if meta.is_dir() {
-        return Ok(None);
-    }
-    let Ok(mut file) = File::open(path) else { return Ok(None) };
-    let size = file.seek(SeekFrom::End(0)).map_err(fail)?;
-    let mut bytes = Vec::new();
-    for start in [0, size.saturating_sub(LOOK_BYTES)] {
-        file.seek(SeekFrom::Start(start)).map_err(fail)?;
-        let mut end = Vec::new();
-        Read::by_ref(&mut file).take(LOOK_BYTES).read_to_end(&mut end).map_err(fail)?;
-        if let Some(name) = (start == 0).then(|| signature(&end)).flatten() {
-            return Ok(Some(name.to_owned()));
-        }
-        bytes.extend(end);
-    }
-    Ok(bytes.iter().any(|byte| *byte != 0).then(|| "some data".to_owned()))
-}
-
-/// The name of what begins with these bytes.
-fn signature(head: &[u8]) -> Option<&'static str> {
-    let at = |offset: usize, magic: &[u8]| head.get(offset..offset + magic.len()) == Some(magic);
-    let known: [(bool, &str); 14] = [
-        (at(0, b"VHREMAP1"), "a vhost-remap spare"),
-        (at(0, b"QFI\xfb"), "a qcow2 image"),
-        (at(0, b"KDMV") || at(0, b"# Disk DescriptorFile"), "a VMDK image"),
-        (at(0, b"vhdxfile"), "a VHDX image"),
-        (at(0, b"conectix"), "a VHD image"),
-        (at(0, b"QED\0"), "a QED image"),
-        (at(1080, b"\x53\xef"), "an ext2/3/4 file system"),
-        (at(0, b"XFSB"), "an xfs file system"),
-        (at(65_600, b"_BHRfS_M"), "a btrfs file system"),
-        (at(0, b"LUKS\xba\xbe"), "a LUKS volume"),
-        (at(512, b"LABELONE"), "an LVM physical volume"),
-        (at(4096, b"\xfc\x4e\x2b\xa9") || at(0, b"\xfc\x4e\x2b\xa9"), "an md array member"),
-        (at(512, b"EFI PART"), "a GPT partition table"),
-        (at(510, b"\x55\xaa"), "a partition table or boot sector"),
-    ];
-    known.into_iter().find(|(found, _)| *found).map(|(_, name)| name)
-}
-
-/// Image formats are not disks: what the guest would see is their headers.
-fn refuse_image_formats(primary: &Path) -> Result<(), MakeError> {
-    let mut head = Vec::new();
-    if let Ok(file) = File::open(primary) {
-        let _ = file.take(4096).read_to_end(&mut head);
-    }
-    let format = match signature(&head) {
-        Some("a qcow2 image") => "qcow2",
-        Some("a VMDK image") => "vmdk",
-        Some("a VHDX image") => "vhdx",
-        Some("a VHD image") => "vpc",
-        Some("a QED image") => "qed",
-        _ => return Ok(()),
-    };
-    let path = primary.display();
-    refused(format!(
-        "{path}: is a {format} image, not a raw disk; convert it: qemu-img convert -f {format} -O raw {path} {path}.raw"
     ))
 }
 
@@ -313,37 +317,38 @@ pub struct ServedVolume {
     passthrough: bool,
 }
 
-/// Open the volume that `options` name, making it first where they say so.
-///
-/// # Errors
-/// When it cannot be opened: one line that says why.
-pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume, MakeError> {
-    if let (Some(make), Some(spare)) = (&options.create, &options.spare) {
-        create_if_absent(options, spare, make.size, &make.shape)?;
+/// The primary, and the spare where there is one, making both first where `options` say so.
+fn open_devices(options: &ServeOptions) -> Result<Vec<Arc<OpenDevice>>, MakeError> {
+    // A volume that was just made would be left behind.
+    Devices::check_engine(options.io_engine)?;
+    let spare = options.spare.as_ref().filter(|_| !options.passthrough);
+    if let Some(spare) = spare {
+        check_two_devices(&options.primary, spare)?;
+        if let Some(make) = &options.create {
+            create_if_absent(options, spare, make.size, &make.shape)?;
+        }
+        check_spare_exists(&options.primary, spare)?;
     }
     let open_options = OpenOptions {
         read_only: options.read_only || options.degraded,
         direct: options.cache == Cache::None,
         lock_wait: options.lock_wait,
     };
-    let spare = options.spare.as_ref().filter(|_| !options.passthrough);
+    let mut devices = vec![Arc::new(open::open(&options.primary, &open_options)?)];
     if let Some(spare) = spare {
-        check_two_devices(&options.primary, spare)?;
-    }
-    let primary = Arc::new(open::open(&options.primary, &open_options)?);
-    let mut devices = vec![primary.clone()];
-    if let Some(spare) = spare {
-        if matches!(fs::metadata(spare), Err(error) if error.kind() == io::ErrorKind::NotFound) {
-            return refused(format!(
-                "{}: no such file or device; name the spare with --spare, or read what {} still holds with --degraded",
-                spare.display(),
-                options.primary.display()
-            ));
-        }
         // Metadata is always written with O_DIRECT, whatever the guest's data is.
         let device = Arc::new(open::open(spare, &OpenOptions { direct: true, ..open_options.clone() })?);
         devices.push(device);
     }
+    Ok(devices)
+}
+
+/// Open the volume that `options` name, making it first where they say so.
+///
+/// # Errors
+/// When it cannot be opened: one line that says why.
+pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume, MakeError> {
+    let devices = open_devices(options)?;
     let faults = options.fault_injection.then(|| Arc::new(FaultTable::new()));
     let devices = Devices::new(DeviceSet::new(devices), options.io_engine, faults)?;
     let opening = opening(options, &devices);
@@ -457,25 +462,42 @@ fn policy(options: &ServeOptions) -> Policy {
 
 /// `serve --create`: only where neither primary nor spare exists is a volume made.
 fn create_if_absent(options: &ServeOptions, spare: &Path, size: u64, shape: &VolumeShape) -> Result<(), MakeError> {
-    match (options.primary.exists(), spare.exists()) {
-        (true, true) => Ok(()),
+    let primary = &options.primary;
+    match (exists(primary)?, exists(spare)?) {
+        // The missing one of a pair is not made anew.
+        (true, _) => Ok(()),
+        (false, true) => refused(format!(
+            "{}: missing, and its spare {} exists: bring the primary back, or remove the spare too",
+            primary.display(),
+            spare.display()
+        )),
         (false, false) => {
-            let (primary, spare) = (options.primary.clone(), spare.to_owned());
+            let (primary, spare) = (primary.clone(), spare.to_owned());
             let line = create(&CreateOptions { primary, spare, size, shape: shape.clone(), force: false })?;
             log::info!("{line}");
             Ok(())
         }
-        (true, false) => refused(format!(
-            "{}: missing, and {} exists: bring the spare back, or `adopt` the primary with a new one",
-            spare.display(),
-            options.primary.display()
-        )),
-        (false, true) => refused(format!(
-            "{}: missing, and its spare {} exists: bring the primary back, or remove the spare too",
-            options.primary.display(),
-            spare.display()
-        )),
     }
+}
+
+/// A primary without its spare: it may have lost it, or never had one.
+fn check_spare_exists(primary: &Path, spare: &Path) -> Result<(), MakeError> {
+    if !exists(primary)? {
+        return Err(open::OpenError::Missing { path: primary.to_owned() }.into());
+    }
+    if exists(spare)? {
+        return Ok(());
+    }
+    if fs::metadata(primary).is_ok_and(|meta| meta.is_file() && meta.len() == 0) {
+        return Err(open::OpenError::Empty { path: primary.to_owned() }.into());
+    }
+    refuse_image(primary, format_of(primary))?;
+    refused(format!(
+        "{}: missing, and {} exists: bring the spare back; or read what the primary holds with `serve --degraded`, or \
+         `adopt` it with a new spare",
+        spare.display(),
+        primary.display()
+    ))
 }
 
 impl ServedVolume {

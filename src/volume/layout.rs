@@ -109,7 +109,9 @@ pub struct Layout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
     /// Too small.
-    #[error("the spare has {size} bytes and {max_remaps} remaps need at least {needed}")]
+    #[error(
+        "the spare has {size} bytes and {max_remaps} remaps need at least {needed}; use a larger one, or fewer with --max-remaps"
+    )]
     TooSmall {
         /// Bytes there are.
         size: u64,

@@ -1,5 +1,7 @@
 //! Bad sectors: what a guest sees of them, and what an operator.
 
+use vhost_remap::control::api::FaultList;
+
 use crate::guest::{Failed, Guest, Io};
 use crate::model::{Model, Random, pattern, same};
 use crate::server::{Server, Volume};
@@ -220,6 +222,55 @@ fn a_partial_write_loses_exactly_the_sectors_that_cannot_be_read() {
     assert_eq!((status.counters.lost, status.counters.healed, status.blocks.lost_sectors), (3, 2, 0));
     server.fault(&["--ops", "read", "--sectors", "1000-1007"]);
     model.check_all(guest.queue());
+}
+
+/// Scenario 5 for a block that lives on the spare: written in full, it has nothing lost any more.
+#[test]
+fn a_full_write_clears_what_was_lost() {
+    let volume = Volume::create(32, 64);
+    let (server, mut guest) = serve(&volume);
+    let mut model = Model::written(&mut guest, 960, 128, 1);
+    server.fault(&["--ops", "write", "--sectors", "1000-1007"]);
+    server.fault(&["--ops", "read", "--sectors", "1003-1005"]);
+    let write = model.write(1001, pattern(1001, 1, 2));
+    guest.queue().one(write).unwrap();
+    // Neither zeros nor what a slot happens to hold, however often it is asked.
+    for _ in 0..3 {
+        assert_eq!(failing(&mut guest, 996..1012), [1003, 1004, 1005]);
+    }
+    assert_eq!(server.status().blocks.lost_sectors, 3);
+    let write = model.write(1000, pattern(1000, 8, 3));
+    guest.queue().one(write).unwrap();
+    model.check_all(guest.queue());
+    assert_eq!((server.status().blocks.lost_sectors, server.blocks("remapped")), (0, vec![1000]));
+    assert_eq!(server.list()[0].lost, [] as [u64; 0]);
+    assert_eq!(server.order(&["list", "--lost"]), "none\n");
+    drop(guest);
+    server.kill();
+    model.check_all(volume.serve(&OPTIONS).guest(1).queue());
+}
+
+/// Scenario 6: a long read goes to the spare for the one block that lives there, and for nothing else.
+#[test]
+fn a_long_read_over_a_remapped_block_is_split_there() {
+    let volume = Volume::create(32, 64);
+    let (server, mut guest) = serve(&volume);
+    let mut model = Model::written(&mut guest, 8192, 4096, 1);
+    server.order(&["remap", "9216-9223"]);
+    let write = model.write(9218, pattern(9218, 3, 2));
+    guest.queue().one(write).unwrap();
+    // The primary's own copy of the block must not be read, the rest must.
+    server.fault(&["--ops", "read", "--sectors", "9216-9223"]);
+    server.fault(&["--device", "spare", "--ops", "read", "--delay", "1", "--errno", "none"]);
+    let hits = || {
+        let list: FaultList = serde_json::from_str(&server.order(&["fault", "list", "--json"])).unwrap();
+        list.rules.iter().map(|rule| rule.hits).collect::<Vec<_>>()
+    };
+    let start = 9216 - 1024;
+    same(&guest.read(start, 2048).unwrap(), model.sectors(start, 2048), start);
+    assert_eq!(hits(), [0, 1]);
+    same(&guest.read(9224, 2048).unwrap(), model.sectors(9224, 2048), 9224);
+    assert_eq!(hits(), [0, 1]);
 }
 
 /// Scenarios 6 and 7.

@@ -1,5 +1,7 @@
 //! Flushes that fail: on the primary, on a spare that holds unflushed data, and on one that does not.
 
+use vhost_remap::control::api::FaultList;
+
 use crate::guest::{Failed, Io};
 use crate::model::{Model, pattern};
 use crate::server::Volume;
@@ -57,6 +59,34 @@ fn a_failed_flush_poisons_the_volume_until_the_operator_has_looked() {
     let server = volume.serve(&[]);
     assert_eq!(server.status().state, ["ok"]);
     model.check_all(server.guest(1).queue());
+}
+
+/// Scenario 24, F1: a flush reaches the primary, and the spare where a slot was written since the last one.
+#[test]
+fn a_flush_reaches_both_devices() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    let mut model = Model::written(&mut guest, 960, 256, 1);
+    server.order(&["remap", "1000-1007"]);
+    guest.flush().unwrap();
+    for device in ["primary", "spare"] {
+        server.fault(&["--device", device, "--ops", "flush", "--delay", "1", "--errno", "none"]);
+    }
+    let hits = || {
+        let list: FaultList = serde_json::from_str(&server.order(&["fault", "list", "--json"])).unwrap();
+        list.rules.iter().map(|rule| rule.hits).collect::<Vec<_>>()
+    };
+    let mut expected = [0, 0];
+    for (sector, on_spare) in [(1003, 1), (1100, 0), (1000, 1), (996, 1)] {
+        let write = model.write(sector, pattern(sector, 5, 2));
+        guest.queue().one(write).unwrap();
+        assert_eq!(hits(), expected);
+        guest.flush().unwrap();
+        expected = [expected[0] + 1, expected[1] + on_spare];
+        assert_eq!(hits(), expected);
+    }
+    model.check_all(guest.queue());
 }
 
 /// F2 where no device takes the note: said, not hidden.

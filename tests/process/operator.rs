@@ -20,22 +20,37 @@ fn blocks_are_moved_and_moved_back_by_hand() {
     model.check_all(guest.queue());
     let moved = server.events().into_iter().filter(|event| event.kind == "remapped").map(|event| event.cause);
     assert_eq!(moved.collect::<Vec<_>>(), ["the operator's order"; 3]);
-    // Again: nothing to do, no second slot.
-    let answer = server.order(&["remap", "1000-1007"]);
-    assert!(answer.contains('0'), "{answer}");
+    // Again: an error, and no second slot. What is not there yet in a longer range is moved.
+    for sectors in ["1000", "1003", "1000-1007", "1016-1031"] {
+        let why = server.refused(&["remap", sectors]);
+        assert!(why.contains("already remapped") && why.contains(&format!(" {sectors} ")), "{why}");
+    }
     assert_eq!(server.status().blocks.slots_free, 61);
+    assert_eq!(server.order(&["remap", "1024-1039"]), "blocks moved to the spare: 1\n");
+    assert_eq!(server.status().blocks.slots_free, 60);
+    let slot = |sector| server.list().iter().find(|entry| entry.sector == sector).unwrap().slot.unwrap();
+    let expected = format!(
+        "sector 1003 -> slot {}\nsectors 1012-1015 are not remapped\nsectors 1016-1019 -> slot {}\n",
+        slot(1000),
+        slot(1016)
+    );
+    assert_eq!(server.order(&["verify", "1003", "1012-1019"]), expected);
     let write = model.write(1000, pattern(1000, 8, 2));
     guest.queue().one(write).unwrap();
     // Back on the primary, with what was written meanwhile.
-    server.order(&["release", "1000-1007", "1024"]);
+    server.order(&["release", "1000-1007", "1024-1039"]);
     assert_eq!(server.blocks("remapped"), [1016]);
     model.check_all(guest.queue());
     let mut block = vec![0; 4096];
     fs::File::open(&volume.primary).unwrap().read_exact_at(&mut block, 1000 * 512).unwrap();
     same(&block, model.sectors(1000, 8), 1000);
-    let answer = server.order(&["release", "1000-1007"]);
-    assert!(answer.contains('0'), "{answer}");
+    for sectors in ["1000", "1000-1007", "0-1015"] {
+        let why = server.refused(&["release", sectors]);
+        assert!(why.contains("not remapped") && why.contains(&format!(" {sectors} ")), "{why}");
+    }
     assert_eq!(server.status().blocks.slots_free, 63);
+    assert_eq!(server.order(&["verify", "1000"]), "sector 1000 is not remapped\n");
+    model.check_all(guest.queue());
 }
 
 /// Scenario 29: what cannot be done is refused with numbers.
@@ -46,7 +61,7 @@ fn orders_that_cannot_be_carried_out_are_refused() {
     let mut guest = server.guest(1);
     let mut model = Model::written(&mut guest, 960, 256, 1);
     let end = 32 * 2048;
-    for verb in ["remap", "release"] {
+    for verb in ["remap", "verify", "release"] {
         for sectors in [format!("{end}"), format!("{}-{end}", end - 8), (1_u64 << 60).to_string()] {
             let why = server.refused(&[verb, &sectors]);
             assert!(why.contains(&(end - 1).to_string()), "{verb} {sectors}: {why}");
@@ -155,6 +170,12 @@ fn counters_are_the_same_in_every_view() {
         "  Total remaps:   1",
         &format!("  Total errors:   {}", counters.device_errors),
         "  Health scans:   0",
+        &format!("  Device: {} -> {}", volume.primary.display(), volume.spare.display()),
+        "    Reads:  14",
+        "    Writes: 8",
+        "    Remaps: 1",
+        "    Active mappings: 1",
+        "    Health scans: 0",
     ] {
         assert!(proc.lines().any(|found| found == line), "{line:?} is not in\n{proc}");
     }

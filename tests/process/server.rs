@@ -51,16 +51,17 @@ impl Volume {
     /// Serve it with faults to be injected, and more options.
     pub(crate) fn serve(&self, options: &[&str]) -> Server {
         let fixed = ["--fault-injection", "--spare", self.spare.to_str().expect("UTF-8")];
-        let server = self.serve_with(&[&fixed[..], options].concat());
-        // The label is written at each start, off the path, with flushes: not when a test has made those fail. What
-        // takes no writes refuses this, and has no such flushes.
-        server.ask(&["save"]);
-        server
+        self.serve_with(&[&fixed[..], options].concat())
     }
 
     /// Serve it with nothing but these options.
     pub(crate) fn serve_with(&self, options: &[&str]) -> Server {
-        Server::start(self.command(options), self.dir.path()).unwrap_or_else(|output| panic!("{output:?}"))
+        let server = Server::start(self.command(options), self.dir.path());
+        let server = server.unwrap_or_else(|output| panic!("{output:?}"));
+        // The label is written at each start, off the path, with flushes: not when a test has made those fail, or
+        // compares files. What takes no writes refuses this, and has no such flushes.
+        server.ask(&["save"]);
+        server
     }
 
     /// Try to serve it; the one line on stderr that says why it does not start.

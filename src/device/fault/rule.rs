@@ -6,7 +6,7 @@ use crate::device::{DeviceIndex, Errno, OpKind};
 use crate::units::{Sector, SectorRange};
 
 /// Longest delay: longer ones would only look like a hang.
-const DELAY_MS_MAX: u64 = 3_600_000;
+pub const DELAY_MS_MAX: u64 = 3_600_000;
 
 /// A kind of operation that a rule speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -27,7 +27,7 @@ fn what_cannot_serve_is_refused_with_the_reason() {
     let (_dir, empty) = file_of(0);
     check_refused(&empty, "has 0 bytes");
     let (_dir, ragged) = file_of(5000);
-    check_refused(&ragged, "5000 bytes is not a multiple of its 512-byte sectors; extend it to 5120");
+    check_refused(&ragged, "5000 bytes is not a multiple of its 512-byte sectors; extend it: truncate -s 5120 /");
 }
 
 #[test]
@@ -61,7 +61,10 @@ fn a_file_is_the_same_by_every_path() {
     let (dir, path) = file_of(4096);
     let (link, other) = (dir.path().join("link"), dir.path().join("other"));
     std::os::unix::fs::symlink(&path, &link).unwrap();
-    assert!(same_file(&path, &link) && !same_file(&path, &other) && !same_file(&other, &other));
+    assert!(same_file(&path, &link) && !same_file(&path, &other));
+    // Neither is there yet: what would be one file is one.
+    let absent = dir.path().join("absent");
+    assert!(same_file(&other, &dir.path().join(".").join("other")) && !same_file(&other, &absent));
     fs::write(&other, "").unwrap();
     assert!(!same_file(&link, &other));
 }
@@ -85,7 +88,7 @@ fn a_file_is_created_once_and_failures_leave_nothing() {
     let huge = dir.path().join("huge");
     assert!(matches!(create_file(&huge, u64::MAX >> 1), Err(OpenError::TooLarge { .. })));
     assert!(!huge.exists());
-    assert!(matches!(create_file(&dir.path().join("no/disk"), 4096), Err(OpenError::Missing { .. })));
+    assert!(matches!(create_file(&dir.path().join("no/disk"), 4096), Err(OpenError::NoDirectory { .. })));
 }
 
 #[test]
@@ -108,6 +111,19 @@ fn a_file_from_elsewhere_becomes_a_device() {
     let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let device = open_file(file, &path, &quick(false)).unwrap();
     assert!(rustix::fs::fcntl_getfl(&device.file).unwrap().contains(OFlags::DIRECT));
+}
+
+#[test]
+fn who_may_not_is_told_whose_it_is() {
+    let (dir, path) = file_of(4096);
+    let message = permission(&path, &path).to_string();
+    let expected = format!("{0}: permission denied; {0} belongs to user ", path.display());
+    assert!(message.starts_with(&expected) && message.contains(" (mode 600)"), "{message}");
+    // What cannot be seen lies behind a directory that can.
+    let hidden = dir.path().join("no/where");
+    let message = permission(&hidden, &hidden).to_string();
+    let expected = format!("{}: permission denied; {} belongs to", hidden.display(), dir.path().display());
+    assert!(message.starts_with(&expected), "{message}");
 }
 
 #[test]

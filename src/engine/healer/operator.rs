@@ -95,6 +95,16 @@ pub enum Reply {
     Done(Result<String, String>),
 }
 
+/// Why an order on these sectors changed nothing; an operator who gave it took the map for another.
+fn nothing_to_do(range: SectorRange, state: &str) -> String {
+    match range.count {
+        1 => format!("sector {} is {state}, so there is nothing to do; see `list`", range.start),
+        _ => {
+            format!("sectors {}-{} are {state}, so there is nothing to do; see `list`", range.start, range.end().0 - 1)
+        }
+    }
+}
+
 impl Core {
     /// Carry out an order, in a task of its own where it needs a device.
     pub(super) fn order(self: &Rc<Self>, id: OrderId, order: Order) {
@@ -194,7 +204,11 @@ impl Core {
     fn blocks_of(&self, range: SectorRange) -> Result<BlockRange, String> {
         if range.is_empty() || !self.geometry.contains(range) {
             let last = self.geometry.capacity - 1;
-            return Err(format!("sectors {}+{} are not within 0-{last}", range.start, range.count));
+            let count = range.count;
+            return Err(format!(
+                "{count} sectors from {} are not all on the disk; its last sector is {last}",
+                range.start
+            ));
         }
         Ok(range.blocks())
     }
@@ -202,14 +216,14 @@ impl Core {
     fn may_write(&self) -> Result<(), String> {
         let mode = self.mode.get();
         if mode.read_only {
-            return Err("the volume is read-only".into());
+            return Err("the volume is served read-only; serve it without --read-only first".into());
         }
         if mode.poisoned {
             return Err("a flush failed before: `clear` first".into());
         }
         let device = if mode.primary == PrimaryState::Gone { Some(DeviceIndex::PRIMARY) } else { None };
         match device.or((!mode.spare_up).then_some(DeviceIndex::SPARE)) {
-            Some(device) => Err(format!("the {device} cannot be used at the moment; see `status`")),
+            Some(device) => Err(format!("the {device} cannot be used at the moment; see `status` for what to do")),
             None => Ok(()),
         }
     }
@@ -223,7 +237,10 @@ impl Core {
             self.lift(fence);
             moved += done.map_err(|error| format!("{error} ({moved} blocks were moved before)"))?;
         }
-        Ok(format!("blocks moved to the spare: {moved}"))
+        match moved {
+            0 => Err(nothing_to_do(range, "already remapped")),
+            _ => Ok(format!("blocks moved to the spare: {moved}")),
+        }
     }
 
     async fn remap_fenced(self: &Rc<Self>, block: Block) -> Result<u64, String> {
@@ -250,7 +267,10 @@ impl Core {
             self.lift(fence);
             released += done.map_err(|error| format!("{error} ({released} blocks were released before)"))?;
         }
-        Ok(format!("blocks moved back to the primary: {released}"))
+        match released {
+            0 => Err(nothing_to_do(range, "not remapped")),
+            _ => Ok(format!("blocks moved back to the primary: {released}")),
+        }
     }
 
     /// Write the primary's block, flush, read it back, and only then free the slot (W6).
