@@ -528,13 +528,13 @@ async fn load_sidecars(
     // Retired places too: a poison may have found no other that took it.
     for place in Place::ALL {
         let seat = Seat::Spare(place);
-        let (page, _) = io.read(DeviceIndex::SPARE, layout.poison(place), PAGE).await;
+        let page = io.read_page(DeviceIndex::SPARE, layout.poison(place)).await;
         poisons.extend(page.ok().and_then(|page| Poison::decode(&page, superblock.set, seat)));
         let (page, _) = io.read(DeviceIndex::SPARE, layout.counters(place), PAGE).await;
         counters.extend(page.ok().and_then(|page| SavedCounters::decode(&page, superblock.set, seat)));
     }
     if let Some(label) = label {
-        let (page, _) = io.read(DeviceIndex::PRIMARY, label.poison(), PAGE).await;
+        let page = io.read_page(DeviceIndex::PRIMARY, label.poison()).await;
         poisons.extend(page.ok().and_then(|page| Poison::decode(&page, superblock.set, Seat::Label)));
     }
     let saved = counters.into_iter().max_by_key(|saved| saved.sequence).unwrap_or_default();
