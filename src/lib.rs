@@ -108,6 +108,8 @@
 //!
 //! Most of all `every_run_keeps_the_contract` (`tests/sim`): shards, healer and two faulty disks in one
 //! thread, crashed and reopened, against a model of what each sector may be. Its model has tests of its own.
+//! Beside it, `every_operation_fails_and_is_where_the_power_goes_in_turn` goes through a table of
+//! scenarios with the same disks and model, one operation after the other.
 //! `tests/process` drives the program over its sockets and compares its two transports,
 //! `tests/conformance.rs` drives all devices, `tests/hostile_chains.rs` a worker. A part that nothing tests
 //! is called *not yet*.
@@ -120,16 +122,16 @@
 //! | R4 | a read error takes no slot and loses nothing | `a_read_of_a_bad_block_fails_for_exactly_its_sectors` |
 //! | W1 | a failed write is rewritten in place, or moved | `a_write_that_fails_once_is_rewritten_in_place` `a_block_that_fails_a_read_again_after_a_rewrite_moves_with_the_next_write` `a_write_gives_up_rewriting_in_place_within_two_seconds_of_device_time` `a_write_to_a_bad_block_succeeds_and_moves_the_block`; counted as healed by a later pass: not yet, there is no scanner |
 //! | W2 | slot, flush, map, flush, publish, answer | `every_run_keeps_the_contract` |
-//! | W3 | no answer before the mapping is durable; storms share commits | `remaps_survive_a_kill` `sixty_four_blocks_failing_at_once_are_all_moved` `concurrent_failures_of_one_block_take_one_slot` |
+//! | W3 | no answer before the mapping is durable; storms share commits | `every_operation_fails_and_is_where_the_power_goes_in_turn` `remaps_survive_a_kill` `sixty_four_blocks_failing_at_once_are_all_moved` `concurrent_failures_of_one_block_take_one_slot` |
 //! | W4 | a partial write merges, and loses only what cannot be read | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read` |
 //! | W5 | healing works from one copy and overwrites nothing newer | `every_run_keeps_the_contract` |
 //! | W6 | zeroing is a write, discard skips, release verifies | `zeroing_several_ranges_over_remapped_blocks_leaves_zeros` `a_discard_skips_remapped_and_pending_blocks` `blocks_are_moved_and_moved_back_by_hand` |
 //! | W7 | a failed write leaves each sector old or new | `every_run_keeps_the_contract` `a_failed_write_is_old_or_new_until_it_is_read` |
-//! | W8 | a commit in doubt is neither used nor undone | `every_run_keeps_the_contract` `metadata_that_cannot_be_written_anywhere_fails_the_write` |
+//! | W8 | a commit in doubt is neither used nor undone | `every_run_keeps_the_contract` `every_operation_fails_and_is_where_the_power_goes_in_turn` `metadata_that_cannot_be_written_anywhere_fails_the_write` |
 //! | F1 | a flush covers all that was answered, on both devices | `every_run_keeps_the_contract` `write_through_follows_the_driver` `a_power_cut_takes_what_no_flush_has_covered` `a_driver_without_flush_gets_each_write_flushed` |
-//! | F2 | a failed flush poisons until the operator has looked | `a_failed_flush_poisons_the_volume_until_the_operator_has_looked` `a_poison_that_no_device_keeps_is_called_not_persistent` `a_poisoned_volume_does_not_close_cleanly` |
+//! | F2 | a failed flush poisons until the operator has looked | `every_operation_fails_and_is_where_the_power_goes_in_turn` `a_failed_flush_poisons_the_volume_until_the_operator_has_looked` `a_poison_that_no_device_keeps_is_called_not_persistent` `a_poisoned_volume_does_not_close_cleanly` |
 //! | F3 | a clean spare that fails is down; the primary goes on | `a_spare_that_fails_to_flush_while_clean_is_down_and_the_primary_goes_on` `a_spare_that_fails_to_flush_while_dirty_poisons_the_volume` `a_lost_spare_costs_only_remapped_blocks_until_it_is_back` |
-//! | O1 | a crash at any point leaves what R1 admits | `every_run_keeps_the_contract` `remaps_survive_a_kill` `ten_runs_after_each_other_lose_nothing` `a_kill_in_the_middle_of_moving_blocks_loses_nothing_that_was_answered`; every point in turn: not yet |
+//! | O1 | a crash at any point leaves what R1 admits | `every_run_keeps_the_contract` `remaps_survive_a_kill` `ten_runs_after_each_other_lose_nothing` `a_kill_in_the_middle_of_moving_blocks_loses_nothing_that_was_answered` `every_operation_fails_and_is_where_the_power_goes_in_turn` |
 //! | O2 | a slot serves one block, and is free only when that is durable | `every_slot_is_given_out_once_and_counts_agree` `the_later_incarnation_wins_also_across_the_wrap` `every_run_keeps_the_contract` |
 //! | O3 | a killed backend comes back unnoticed | `with_a_region_they_stay_there_and_are_resubmitted_once` `a_crash_between_publishing_and_clearing_loses_and_repeats_nothing` `a_crash_before_publishing_repeats_the_batch` |
 //! | O4 | nothing is answered before the kernel is done; one owner at a time | `a_dropped_reactor_has_let_go_of_memory_and_locks` `a_stop_with_requests_under_way_closes_cleanly` `a_successor_gets_the_lock_once_the_holder_is_gone` `qemu_and_we_keep_each_other_out` `a_volume_has_one_server` |
