@@ -9,6 +9,7 @@ use super::task::{Permits, Promise, Spawner, promise};
 use crate::device::buffer::{AlignedBuf, IoSlice, Iovecs};
 use crate::device::{Completion, DeviceIndex, Errno, Op, OpKind, Tag};
 use crate::units::Time;
+use crate::volume::layout::PAGE;
 
 /// Operations the healer has under way on one device, at most: repairs on the primary never keep the
 /// spare waiting, since each device counts for itself.
@@ -182,6 +183,18 @@ impl Io {
         let (result, memory, took) = self.run(device, OpKind::Read, offset, len, memory).await;
         let Memory::Read(buf) = memory else { unreachable!("the memory comes back as it went") };
         (result.map(|()| buf), took)
+    }
+
+    /// Read a page of metadata whose copies need not agree, and of which a passing failure must not hide the
+    /// newest: tried three times.
+    pub(super) async fn read_page(&self, device: DeviceIndex, offset: u64) -> Result<AlignedBuf, Errno> {
+        const TRIES: usize = 3;
+        for _ in 1..TRIES {
+            if let (Ok(page), _) = self.read(device, offset, PAGE).await {
+                return Ok(page);
+            }
+        }
+        self.read(device, offset, PAGE).await.0
     }
 
     /// Write `len` bytes of `data` from `from` on at `offset`.

@@ -6,7 +6,10 @@
 //! failed flush may drop what it did not write: such a sector still reads as written, and no later flush
 //! makes it durable.
 
+mod image;
+
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use vhost_remap::device::{Errno, Op, OpKind};
 
@@ -20,21 +23,22 @@ type Content = u32;
 /// allocates for each of its sectors.
 #[derive(Clone, Debug, Default)]
 struct Store {
-    chunks: Vec<Vec<[u8; SECTOR]>>,
+    /// Shared by the copies of a disk, as far as they had come when they were made.
+    chunks: Vec<Arc<Vec<[u8; SECTOR]>>>,
 }
 
 impl Store {
-    const CHUNK: usize = 256;
+    const CHUNK: usize = 32;
 
     fn keep(&mut self, bytes: [u8; SECTOR]) -> Content {
         if bytes == [0; SECTOR] {
             return 0;
         }
         if self.chunks.last().is_none_or(|chunk| chunk.len() == Self::CHUNK) {
-            self.chunks.push(Vec::with_capacity(Self::CHUNK));
+            self.chunks.push(Arc::new(Vec::with_capacity(Self::CHUNK)));
         }
         let full = (self.chunks.len() - 1) * Self::CHUNK;
-        let chunk = self.chunks.last_mut().expect("just made");
+        let chunk = Arc::make_mut(self.chunks.last_mut().expect("just made"));
         chunk.push(bytes);
         u32::try_from(full + chunk.len()).expect("runs are short")
     }
@@ -67,6 +71,17 @@ pub(crate) enum Until {
 pub(crate) struct Bad {
     pub(crate) errno: i32,
     pub(crate) until: Until,
+}
+
+/// What an operation does all the same that fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// Nothing; of a flush: it drops everything.
+    Nothing,
+    /// The first half; of a flush: it drops that of the sectors.
+    Half,
+    /// Everything; of a flush: it drops nothing.
+    All,
 }
 
 /// Versions of a sector that a power cut may leave.
@@ -105,6 +120,8 @@ pub(crate) struct Disk {
     pub(crate) bad_flushes: u32,
     pub(crate) no_zeroes: bool,
     pub(crate) no_discard: bool,
+    /// What operations do that fail, where that is not left to chance.
+    pub(crate) effect: Option<Effect>,
     /// The world's step, for the notes below.
     pub(crate) step: u64,
     /// Sectors that failed a read for good (more often than a ladder has rungs), and when they last did.
@@ -148,6 +165,7 @@ impl Disk {
             bad_flushes: 0,
             no_zeroes: false,
             no_discard: false,
+            effect: None,
             step: 0,
             hard: BTreeMap::new(),
             passed: BTreeMap::new(),
@@ -216,15 +234,11 @@ impl Disk {
             } else {
                 self.troubled = self.step;
             }
-            if matches!(op.kind, OpKind::Flush) {
-                if ours {
-                    // Shortages of the host do not happen to flushes: io_uring has everything by then.
-                    return self.flush(durable_to, rng);
-                }
-                self.fail_flush(rng);
-            } else {
-                self.apply_some(op, rng);
+            if ours && matches!(op.kind, OpKind::Flush) {
+                // Shortages of the host do not happen to flushes: io_uring has everything by then.
+                return self.flush(durable_to, rng);
             }
+            self.fail_in_part(op, rng);
             return Err(Errno(self.burst.1));
         }
         if matches!(op.kind, OpKind::Flush) {
@@ -249,6 +263,20 @@ impl Disk {
             }
             OpKind::Write | OpKind::WriteZeroes { .. } => self.write(op, rng),
             OpKind::Flush | OpKind::Identify => unreachable!("done above"),
+        }
+    }
+
+    /// The device as a whole fails an operation.
+    pub(crate) fn fail(&mut self, op: &Op, errno: Errno, rng: &mut Rng) -> Result<(), Errno> {
+        (self.troubled, self.strikes) = (self.step, self.strikes + 1);
+        self.fail_in_part(op, rng);
+        Err(errno)
+    }
+
+    fn fail_in_part(&mut self, op: &Op, rng: &mut Rng) {
+        match op.kind {
+            OpKind::Flush => self.fail_flush(rng),
+            _ => self.apply_some(op, rng),
         }
     }
 
@@ -305,15 +333,20 @@ impl Disk {
         if last > self.current.len() {
             return;
         }
-        let share = rng.pick(&[0, 0, 50, 100]);
+        let (share, end) = match self.effect {
+            None => (rng.pick(&[0, 0, 50, 100]), last),
+            Some(Effect::Nothing) => (0, first),
+            Some(Effect::Half) => (100, first.midpoint(last)),
+            Some(Effect::All) => (100, last),
+        };
         if share == 0 {
             return;
         }
         self.completed += 1;
         let number = self.completed;
-        for (sector, content) in (first..last).zip(self.data(op)) {
+        for (sector, content) in (first..end).zip(self.data(op)) {
             let unwritable = matches!(op.kind, OpKind::Write) && self.bad_writes.contains_key(&sector);
-            if rng.percent(share) && !unwritable {
+            if (share == 100 || rng.percent(share)) && !unwritable {
                 self.put(sector, content, number);
             }
         }
@@ -370,9 +403,13 @@ impl Disk {
     }
 
     fn fail_flush(&mut self, rng: &mut Rng) {
-        let share = rng.pick(&[0, 30, 100]);
-        let unsettled = self.unsettled.iter();
-        for sector in unsettled {
+        let share = match self.effect {
+            None => rng.pick(&[0, 30, 100]),
+            Some(Effect::All) => 0,
+            Some(Effect::Nothing | Effect::Half) => 100,
+        };
+        let dropped = if self.effect == Some(Effect::Half) { self.unsettled.len() / 2 } else { self.unsettled.len() };
+        for sector in &self.unsettled[..dropped] {
             let Some(volatile) = &mut self.volatile[*sector] else { continue };
             for (number, _) in &mut volatile.later {
                 if rng.percent(share) {

@@ -6,10 +6,18 @@
 //! ```text
 //! VHOST_REMAP_SEED=7 cargo test --release --test sim -- replay --nocapture
 //! ```
+//!
+//! [`every_io`] leaves nothing to chance; a row of its table alone:
+//!
+//! ```text
+//! VHOST_REMAP_SCENARIO=release cargo test --release --test sim -- every_operation --nocapture
+//! ```
 
 mod bounds;
+mod brief;
 mod config;
 mod disk;
+mod every_io;
 mod faults;
 mod guest;
 mod model;

@@ -5,6 +5,7 @@
 //! sector until the next crash. A flush answered OK fixes what was answered before it was submitted.
 
 use std::collections::BTreeSet;
+use std::hash::{Hash, Hasher};
 
 use crate::guest::{SECTOR, Value, value_of};
 
@@ -58,7 +59,7 @@ impl SectorState {
 }
 
 /// The whole volume.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Model {
     tick: Tick,
     initial: Value,
@@ -89,6 +90,17 @@ impl Model {
         let (initial, distrusted) = (self.initial, self.distrusted_until);
         self.sectors[at]
             .get_or_insert_with(|| Box::new(SectorState { distrusted_until: distrusted, ..SectorState::new(initial) }))
+    }
+
+    /// Equal for models that admit the same values of every sector and were told alike of failed flushes.
+    pub(crate) fn fingerprint(&self, hasher: &mut impl Hasher) {
+        for (sector, state) in self.sectors.iter().enumerate() {
+            let Some(state) = state else { continue };
+            for admissible in [&state.now, &state.durable] {
+                let values: BTreeSet<Value> = admissible.iter().map(|element| element.value).collect();
+                (sector, values).hash(hasher);
+            }
+        }
     }
 
     fn known(&mut self) -> impl Iterator<Item = &mut SectorState> {

@@ -65,36 +65,40 @@ impl World {
         }
     }
 
+    /// Create once; `None` where a crash came first.
+    pub(crate) fn create_once(&mut self, crash_after: Option<u64>) -> Option<Result<(), OpenError>> {
+        let params = CreateParams {
+            primary: self.facts(0),
+            spare: self.facts(1),
+            capacity: self.config.capacity,
+            labelled: self.config.labelled,
+            max_remaps: self.config.max_remaps,
+            set: Uuid::from_u128(0x5e7),
+            devices: [Uuid::from_u128(1), Uuid::from_u128(2)],
+            serial: *b"simulated-disk-00000",
+            now: 1_000_000,
+        };
+        let mut creation = Creation::new(params);
+        let mut result = None;
+        let ended = self.script(crash_after, |world, completions, ops| {
+            creation.step(world.now, completions, ops);
+            result = creation.result();
+            result.is_some()
+        });
+        if matches!(ended, Scripted::Crashed) {
+            // Before the memory goes that they write from.
+            self.abandon_flights();
+        }
+        result
+    }
+
     pub(crate) fn create(&mut self) {
         loop {
-            let params = CreateParams {
-                primary: self.facts(0),
-                spare: self.facts(1),
-                capacity: self.config.capacity,
-                labelled: self.config.labelled,
-                max_remaps: self.config.max_remaps,
-                set: Uuid::from_u128(0x5e7),
-                devices: [Uuid::from_u128(1), Uuid::from_u128(2)],
-                serial: *b"simulated-disk-00000",
-                now: 1_000_000,
-            };
-            let mut creation = Creation::new(params);
             let crash_after = self.rng.percent(5).then(|| self.rng.below(20));
-            let mut result = None;
-            let ended = self.script(crash_after, |world, completions, ops| {
-                creation.step(world.now, completions, ops);
-                result = creation.result();
-                result.is_some()
-            });
-            match ended {
-                Scripted::Done => {
-                    result.expect("done").expect("healthy disks take a new volume");
-                    return;
-                }
-                Scripted::Crashed => {
+            match self.create_once(crash_after) {
+                Some(result) => return result.expect("healthy disks take a new volume"),
+                None => {
                     trace!(self, "crash during creation");
-                    self.abandon_flights();
-                    drop(creation);
                     self.power_or_kill();
                     // What a broken creation left either opens or is refused; it never harms.
                     let _ = self.open_once(false, None);
@@ -132,7 +136,7 @@ impl World {
     /// Open once; `None` where the opening itself was cut by a crash.
     pub(crate) fn open_once(&mut self, read_only: bool, crash_after: Option<u64>) -> Option<Result<(), OpenError>> {
         // What a failed flush dropped and a power cut took differs from the close stamp.
-        let accept_external = self.disks[0].reverted;
+        let accept_external = self.disks.iter().any(|disk| disk.reverted);
         let params = OpenParams { primary: self.facts(0), spare: self.facts(1), read_only, accept_external };
         trace!(self, "open, read-only {read_only}, crash after {crash_after:?}");
         self.read_only = read_only;
@@ -256,7 +260,7 @@ impl World {
     }
 
     /// Let so many seconds pass: devices that are asked every second are in use again.
-    fn let_pass(&mut self, seconds: u64) {
+    pub(crate) fn let_pass(&mut self, seconds: u64) {
         let until = self.now.plus_secs(seconds);
         while self.now < until {
             if !self.advance() && !self.wait() {
@@ -267,7 +271,7 @@ impl World {
     }
 
     /// Close cleanly; what does not close is killed.
-    fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         self.settle_down();
         if self.read_only {
             self.crash();
@@ -343,7 +347,7 @@ impl World {
     }
 
     /// Read every sector; only lost ones may fail, and only where a device once failed to read them.
-    fn check_all_readable(&mut self) {
+    pub(crate) fn check_all_readable(&mut self) {
         for piece in self.pieces() {
             let errors = self.events.iter().filter(|event| event.kind == "guest-error").count();
             self.ask_read(piece);
@@ -374,7 +378,7 @@ impl World {
     }
 
     /// Write everything anew: on healthy devices that never fails.
-    fn rewrite_all(&mut self) {
+    pub(crate) fn rewrite_all(&mut self) {
         let errors = self.events.iter().filter(|event| event.kind == "guest-error").count();
         for piece in self.pieces() {
             let value = self.next_value;
@@ -421,16 +425,7 @@ impl World {
             self.list().iter().filter(|(_, state, _)| state.slot.is_some()).map(|(block, ..)| block.0).collect();
         self.crash();
         self.disk(DeviceIndex::SPARE).gone = true;
-        let mut opening = Opening::degraded(self.facts(0));
-        self.script(None, |world, completions, ops| {
-            opening.step(world.now, completions, ops);
-            assert!(ops.iter().all(|op| op.kind == OpKind::Read && op.device == DeviceIndex::PRIMARY), "{ops:?}");
-            opening.is_done()
-        });
-        let params = HealerParams { shards: self.config.shards, policy: self.config.policy, epoch: 1_000_000 };
-        let (healer, _) = opening.finish(&params).unwrap_or_else(|error| panic!("a whole label is refused: {error}"));
-        self.read_only = true;
-        self.start(healer, false);
+        self.open_degraded().unwrap_or_else(|error| panic!("a whole label is refused: {error}"));
         let changes = self.disks[0].mtime;
         for block in 0..self.config.capacity.div_ceil(8) {
             let errors = self.events.len();
@@ -441,5 +436,21 @@ impl World {
             assert_eq!(failed, moved.contains(&block), "block {block}; moved: {moved:?}");
         }
         assert_eq!(self.disks[0].mtime, changes, "a volume without its spare is only read");
+    }
+
+    /// Open by the primary's label alone, without a write.
+    pub(crate) fn open_degraded(&mut self) -> Result<(), OpenError> {
+        let mut opening = Opening::degraded(self.facts(0));
+        self.script(None, |world, completions, ops| {
+            opening.step(world.now, completions, ops);
+            assert!(ops.iter().all(|op| op.kind == OpKind::Read && op.device == DeviceIndex::PRIMARY), "{ops:?}");
+            opening.is_done()
+        });
+        let params = HealerParams { shards: self.config.shards, policy: self.config.policy, epoch: 1_000_000 };
+        let (healer, _) = opening.finish(&params)?;
+        self.read_only = true;
+        let poisoned = healer.view().mode.poisoned;
+        self.start(healer, poisoned);
+        Ok(())
     }
 }

@@ -10,8 +10,10 @@ use vhost_remap::engine::request::{Answer, Request, RequestOp, Status, Token};
 use vhost_remap::engine::shard::{Shard, ShardOut};
 use vhost_remap::units::{Sector, SectorRange, Time};
 
+use crate::brief::{brief, brief_back};
 use crate::config::Config;
 use crate::disk::Disk;
+use crate::every_io::plan::Plan;
 use crate::guest::{self, SECTOR, Value};
 use crate::model::{Model, Tick};
 use crate::rng::Rng;
@@ -44,6 +46,8 @@ struct Asked {
     what: &'static str,
     ranges: Vec<SectorRange>,
     start: Tick,
+    /// Events there were before it.
+    events: usize,
     /// Numbered like steps: whether a poison came before it.
     step: u64,
 }
@@ -97,8 +101,8 @@ pub(crate) struct World {
     pub(crate) settled: Option<Result<u32, String>>,
     pub(crate) done: Option<Result<String, String>>,
     pub(crate) verbose: bool,
-    /// Operations performed, for faults that strike the n-th.
-    pub(crate) performed: u64,
+    /// Nothing is left to chance: the oldest thing that can happen does, and this says what fails.
+    pub(crate) plan: Option<Plan>,
 }
 
 macro_rules! trace {
@@ -124,13 +128,17 @@ impl World {
             disk.no_zeroes = config.no_zeroes && disk.name == "primary";
             disk.no_discard = config.no_discard;
         }
+        World::on([primary, spare], config, rng, verbose)
+    }
+
+    pub(crate) fn on(disks: [Disk; 2], config: Config, rng: Rng, verbose: bool) -> World {
         if verbose {
             eprintln!("{config:?}");
         }
         World {
             rng,
             now: Time(0),
-            disks: [primary, spare],
+            disks,
             engine: None,
             flights: Vec::new(),
             to_healer: Vec::new(),
@@ -156,7 +164,7 @@ impl World {
             settled: None,
             done: None,
             verbose,
-            performed: 0,
+            plan: None,
             config,
         }
     }
@@ -202,7 +210,10 @@ impl World {
                 !self.read_only || matches!(op.kind, OpKind::Read | OpKind::Identify | OpKind::Flush),
                 "a read-only volume is written: {op:?}"
             );
-            let mut latency = 1 + self.rng.below(20_000) + disk.hesitation_ns(&op);
+            let mut latency = 1 + disk.hesitation_ns(&op);
+            if self.plan.is_none() {
+                latency += self.rng.below(20_000);
+            }
             if slow && self.rng.percent(3) {
                 latency += self.rng.below(12_000_000_000);
                 trace!(self, "slow: {:?} takes {latency} ns", op);
@@ -214,11 +225,14 @@ impl World {
 
     /// Perform flight `index` and say how it ended.
     pub(crate) fn perform(&mut self, index: usize) -> (Owner, Completion) {
-        let Flight { owner, op, durable_to, .. } = self.flights.swap_remove(index);
+        let fails = self.planned(index);
+        let Flight { owner, op, durable_to, .. } = self.flights.remove(index);
         let disk = &mut self.disks[usize::from(op.device.0)];
         disk.step = self.step;
-        self.performed += 1;
-        let result = disk.perform(&op, durable_to, &mut self.rng);
+        let result = match fails {
+            Some(errno) => disk.fail(&op, errno, &mut self.rng),
+            None => disk.perform(&op, durable_to, &mut self.rng),
+        };
         trace!(
             self,
             "{owner:?} {} {:?} {}+{} -> {result:?}",
@@ -230,10 +244,15 @@ impl World {
         (owner, Completion { tag: op.tag, result })
     }
 
+    /// One of so many, by chance unless there is a plan.
+    fn choose(&mut self, count: usize) -> usize {
+        if self.plan.is_some() { 0 } else { self.rng.index(count) }
+    }
+
     /// A random operation that is ready.
     pub(crate) fn ready_flight(&mut self) -> Option<usize> {
         let ready: Vec<usize> = (0..self.flights.len()).filter(|i| self.flights[*i].ready <= self.now).collect();
-        (!ready.is_empty()).then(|| ready[self.rng.index(ready.len())])
+        (!ready.is_empty()).then(|| ready[self.choose(ready.len())])
     }
 
     /// When the next operation is ready.
@@ -329,7 +348,7 @@ impl World {
             )
             .collect();
         let flight = self.ready_flight();
-        if flight.is_some() && self.rng.percent(3) {
+        if flight.is_some() && self.plan.is_none() && self.rng.percent(3) {
             let Flight { op, .. } = &self.flights[self.rng.index(self.flights.len())];
             let disk = &mut self.disks[usize::from(op.device.0)];
             if !disk.gone && op.offset + op.len <= disk.bytes() {
@@ -351,7 +370,7 @@ impl World {
                 true
             }
             (false, Some(flight)) => {
-                if self.rng.percent(50) {
+                if self.choose(2) == 0 {
                     self.deliver(&busy)
                 } else {
                     self.complete(flight)
@@ -371,7 +390,7 @@ impl World {
 
     fn deliver(&mut self, busy: &[usize]) {
         let (shards, now) = (self.config.shards, self.now);
-        let channel = busy[self.rng.index(busy.len())];
+        let channel = busy[self.choose(busy.len())];
         let engine = self.engine.as_mut().expect("the volume is open");
         if channel < shards {
             let message = self.to_healer[channel].pop_front().expect("busy");
@@ -456,7 +475,7 @@ impl World {
             45..80 => self.ask_read(range),
             80..90 => self.ask_flush(),
             90..96 => self.ask_zeroes(range),
-            _ if self.config.discards => self.ask_discard(range),
+            _ if self.config.discards => self.ask_some_discard(range),
             _ => self.ask_read(range),
         }
     }
@@ -484,19 +503,23 @@ impl World {
         self.ask_for(RequestOp::Flush, "flush", Vec::new(), start, false);
     }
 
-    fn ask_zeroes(&mut self, range: SectorRange) {
+    pub(crate) fn ask_zeroes(&mut self, range: SectorRange) {
         let start = self.model.begin(sectors(&[range]), 0);
         let through = self.config.write_through && self.rng.percent(20);
         let ranges = vec![(range, self.rng.percent(50))];
         self.ask_for(RequestOp::WriteZeroes { ranges }, "zeroes", vec![range], start, through);
     }
 
-    fn ask_discard(&mut self, range: SectorRange) {
+    fn ask_some_discard(&mut self, range: SectorRange) {
         let mut ranges = vec![range];
         let more = self.some_range();
         if self.rng.percent(30) && (more.end() <= range.start || range.end() <= more.start) {
             ranges.push(more);
         }
+        self.ask_discard(ranges);
+    }
+
+    pub(crate) fn ask_discard(&mut self, ranges: Vec<SectorRange>) {
         let start = self.model.begin(sectors(&ranges), 0);
         self.ask_for(RequestOp::Discard { ranges: ranges.clone() }, "discard", ranges, start, false);
     }
@@ -526,7 +549,7 @@ impl World {
             "guest {token}: {what} {ranges:?} value {} through {write_through} shard {shard}",
             self.next_value - 1
         );
-        self.asked.insert(token, Asked { queue, what, ranges, start, step: self.step });
+        self.asked.insert(token, Asked { queue, what, ranges, start, events: self.events.len(), step: self.step });
         let request = Request { token: Token(token), queue, write_through, op };
         let now = self.now;
         let mut out = ShardOut::default();
@@ -571,6 +594,9 @@ impl World {
                 self.model.end(sectors(&asked.ranges), asked.start, ok);
                 if ok && request.write_through {
                     self.model.pinned(sectors(&asked.ranges), asked.start);
+                }
+                if ok {
+                    self.pin_moved(&asked.ranges, asked.events, asked.start);
                 }
             }
         }
@@ -755,26 +781,4 @@ impl World {
 /// Every sector of the ranges.
 pub(crate) fn sectors(ranges: &[SectorRange]) -> impl Iterator<Item = u64> + '_ {
     ranges.iter().flat_map(|range| range.start.0..range.end().0)
-}
-
-fn brief(message: &ToHealer) -> String {
-    match message {
-        ToHealer::Handed(handed) => {
-            format!("handed {} {:?} {:?}", handed.request.token.0, handed.cursor.piece, handed.why)
-        }
-        other => format!("{other:?}"),
-    }
-}
-
-fn brief_back(message: &ToShard) -> String {
-    match message {
-        ToShard::Publish { view, lift, ack } => {
-            format!("publish {:?} lift {lift:?} ack {ack:?} special {}", view.mode, view.map.len())
-        }
-        ToShard::Handled { request, cursor, outcome } => {
-            format!("handled {} {:?} {outcome:?}", request.token.0, cursor.piece)
-        }
-        ToShard::Withdrawn { request } => format!("withdrawn {}", request.token.0),
-        other => format!("{other:?}"),
-    }
 }

@@ -71,7 +71,7 @@ pub(super) async fn open(io: &Io, primary: &DeviceFacts) -> Result<Opened, OpenE
     check(primary, &label, &superblock)?;
     let table = read_table(io, &label, &superblock).await?;
     let (map, _) = build_map(&table, superblock.capacity)?;
-    let (page, _) = io.read(DeviceIndex::PRIMARY, label.poison(), PAGE).await;
+    let page = io.read_page(DeviceIndex::PRIMARY, label.poison()).await;
     let poison = page.ok().and_then(|page| Poison::decode(&page, superblock.set, Seat::Label));
     let layout = Layout::new(superblock.spare_size, superblock.max_remaps)?;
     let geometry = Geometry {

@@ -127,7 +127,7 @@ pub(super) async fn load_sidecars(
         Place::ALL.map(|place| (Seat::Spare(place), DeviceIndex::SPARE, layout.poison(place))).into();
     seats.extend(label.map(|label| (Seat::Label, DeviceIndex::PRIMARY, label.poison())));
     for (seat, device, offset) in seats {
-        let (page, _) = io.read(device, offset, PAGE).await;
+        let page = io.read_page(device, offset).await;
         let verify = |page: &[u8]| Poison::decode(page, set, seat).ok_or(Flaw::Damaged);
         poisons.push((seat, page.map_err(Flaw::Unreadable).and_then(|page| verify(&page))));
     }

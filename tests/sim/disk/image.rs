@@ -1,0 +1,87 @@
+//! What a crash may leave of a disk, chosen sector by sector instead of by chance.
+
+use std::collections::BTreeMap;
+use std::hash::{Hash, Hasher};
+
+use vhost_remap::device::{Op, OpKind};
+
+use super::{Disk, NEVER, Volatile, sectors};
+
+impl Disk {
+    /// What an operation under way writes, as one more write that no flush has covered; its number.
+    pub(crate) fn land(&mut self, op: &Op) -> Option<u64> {
+        let writes = matches!(op.kind, OpKind::Write | OpKind::WriteZeroes { .. } | OpKind::Discard);
+        let (first, last) = sectors(op);
+        if !writes || last > self.current.len() {
+            return None;
+        }
+        self.completed += 1;
+        for (sector, content) in (first..last).zip(self.data(op)) {
+            self.put(sector, content, self.completed);
+        }
+        Some(self.completed)
+    }
+
+    /// The writes that no flush covers, by number, with their sectors. Those that a failed flush has dropped
+    /// are not among them: no power cut leaves them.
+    pub(crate) fn unflushed(&self) -> BTreeMap<u64, Vec<usize>> {
+        let mut writes: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+        for sector in &self.unsettled {
+            let Some(volatile) = &self.volatile[*sector] else { continue };
+            for (number, _) in volatile.later.iter().filter(|(number, _)| *number != NEVER) {
+                writes.entry(*number).or_default().push(*sector);
+            }
+        }
+        writes
+    }
+
+    /// The power goes. Of what no flush covered there is left what `kept` names: the write's number, the sector.
+    pub(crate) fn cut(&mut self, kept: impl Fn(u64, usize) -> bool) {
+        for sector in std::mem::take(&mut self.unsettled) {
+            let Some(volatile) = self.volatile[sector].take() else { continue };
+            let left = |(number, _): &&(u64, _)| *number != NEVER && kept(*number, sector);
+            self.current[sector] = volatile.later.iter().rfind(left).map_or(volatile.durable, |(_, content)| *content);
+        }
+        self.reverted |= self.dropped;
+        self.dropped = false;
+    }
+
+    /// The process goes, and with it those writes under way that `undone` names.
+    pub(crate) fn undo(&mut self, undone: impl Fn(u64, usize) -> bool) {
+        for sector in &self.unsettled {
+            let Some(volatile) = &mut self.volatile[*sector] else { continue };
+            volatile.later.retain(|(number, _)| !undone(*number, *sector));
+            self.current[*sector] = volatile.later.last().map_or(volatile.durable, |(_, content)| *content);
+        }
+        let volatile = &mut self.volatile;
+        self.unsettled.retain(|sector| match &volatile[*sector] {
+            Some(versions) if versions.later.is_empty() => {
+                volatile[*sector] = None;
+                false
+            }
+            versions => versions.is_some(),
+        });
+    }
+
+    /// Equal for disks with the same content that keep the same through every crash.
+    pub(crate) fn fingerprint(&self, hasher: &mut impl Hasher) {
+        (self.dropped, self.reverted, self.unsettled.len()).hash(hasher);
+        for (sector, content) in self.current.iter().enumerate().filter(|(_, content)| **content != 0) {
+            (sector, self.words(*content)).hash(hasher);
+        }
+        for sector in &self.unsettled {
+            let Some(Volatile { durable, later }) = self.volatile[*sector].as_deref() else { continue };
+            (sector, self.words(*durable)).hash(hasher);
+            later.iter().for_each(|(number, content)| (*number == NEVER, self.words(*content)).hash(hasher));
+        }
+    }
+
+    /// A number for a sector's bytes.
+    fn words(&self, content: super::Content) -> u64 {
+        let words = self.store.bytes(content).chunks_exact(8);
+        words.fold(0, |sum: u64, word| {
+            let word = u64::from_le_bytes(word.try_into().expect("eight bytes"));
+            (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31)
+        })
+    }
+}
