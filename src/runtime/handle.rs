@@ -149,9 +149,10 @@ impl VolumeHandle {
         }
         if healer.free == 0 && healer.live + healer.retired > 0 {
             let slots = self.0.opened.geometry.slots;
+            let then = if healer.held > 0 { format!("wait ({} do)", healer.held) } else { "fail".to_owned() };
             found.push((
                 "spare-full",
-                format!("all {slots} slots are used: writes to further bad blocks fail; replace the primary"),
+                format!("all {slots} slots are used: writes to further bad blocks {then}; replace the primary"),
             ));
         }
         for place in &healer.retired_places {
@@ -160,7 +161,8 @@ impl VolumeHandle {
                 format!("metadata at the spare's {place} is retired: one copy is left; replace the spare"),
             ));
         }
-        if front_end.oldest_in_flight_ms > HUNG_MS {
+        // Requests that are held wait for a reason that is named above.
+        if front_end.oldest_in_flight_ms > HUNG_MS && healer.held == 0 {
             let seconds = front_end.oldest_in_flight_ms / 1000;
             let primary = path(DeviceIndex::PRIMARY);
             found.push(("hung", format!("a request to {primary} has been under way for {seconds} s")));

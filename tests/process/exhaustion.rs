@@ -87,6 +87,8 @@ fn a_write_held_by_a_full_spare_goes_on_when_a_slot_is_free() {
     let write = model.write(beyond, pattern(beyond, 8, 3));
     guest.queue().submit(&write);
     assert_eq!(guest.queue().wait_for(Duration::from_millis(300)), []);
+    let status = server.status();
+    assert!(status.state == ["spare-full"] && status.messages[0].contains("wait (1 do)"), "{status:?}");
     // A held write holds nobody else: neither flushes nor its own block.
     let free = model.write(1300, pattern(1300, 8, 4));
     for io in [Io::Flush, free, Io::Read { sector: beyond, count: 8 }] {
