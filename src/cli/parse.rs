@@ -39,11 +39,9 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
         return Err("a disk cannot have size 0".into());
     }
     if bytes % SECTOR_SIZE != 0 {
-        let down = bytes - bytes % SECTOR_SIZE;
-        return Err(format!(
-            "{bytes} bytes is not a multiple of {SECTOR_SIZE}; the next ones are {down} and {}",
-            down + SECTOR_SIZE
-        ));
+        let (down, up) = (bytes - bytes % SECTOR_SIZE, bytes.next_multiple_of(SECTOR_SIZE));
+        let next = if down == 0 { format!("one is {up}") } else { format!("ones are {down} and {up}") };
+        return Err(format!("{bytes} bytes is not a multiple of {SECTOR_SIZE}; the next {next}"));
     }
     Ok(bytes)
 }

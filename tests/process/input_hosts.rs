@@ -103,6 +103,8 @@ fn without_permission_the_path_and_its_group_are_named() {
         check_refused(ground.dir(), &mut as_nobody(&ground, words), 1, &line);
     }
     let server = ground.volume.serve(&[]);
+    // What it would write by itself a little later.
+    server.order(&["save"]);
     let line = "vm.sock.ctl: permission denied; vm.sock.ctl belongs to group root (mode 0660): run as a member of that group, or as root";
     check_refused(ground.dir(), &mut as_nobody(&ground, "ping --control-path vm.sock.ctl"), 1, line);
     server.stop();
@@ -293,6 +295,8 @@ fn devices_in_use_are_left_to_those_who_use_them() {
     let ground = Ground::with_volume();
     ground.zeros("zeros", 8 << 20);
     let server = ground.volume.serve(&["--log-level", "0"]);
+    // What it would write by itself a little later.
+    server.order(&["save"]);
     let pid = server.pid();
     let in_use = |path: &str, seconds| {
         format!(

@@ -178,6 +178,8 @@ fn a_client_at_the_front_ends_socket_is_told_so() {
 fn a_server_refuses_orders_with_the_disk_and_the_number() {
     let ground = Ground::with_volume();
     let server = ground.volume.serve_with(&[]);
+    // What it would write by itself a little later.
+    server.order(&["save"]);
     let disk = ground.volume.primary.display();
     for (words, line) in [
         ("remap 8192", format!("{disk}: 1 sectors from 8192 are not all on the disk; its last sector is 8191")),

@@ -73,7 +73,7 @@ fn impossible_sizes_are_refused_with_what_is_possible() {
         ("ten", format!("\"ten\" {written}")),
         ("10GB", "\"10GB\" is ambiguous; write G or GiB, M or MiB (powers of 1024), or bytes".into()),
         ("1000", "1000 bytes is not a multiple of 512; the next ones are 512 and 1024".into()),
-        ("511", "511 bytes is not a multiple of 512; the next ones are 0 and 512".into()),
+        ("511", "511 bytes is not a multiple of 512; the next one is 512".into()),
         ("9999999P", "\"9999999P\" is too large; the most is 8191P".into()),
         ("99999999999999999999", "\"99999999999999999999\" is too large; the most is 8191P".into()),
     ] {
