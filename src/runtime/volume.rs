@@ -27,7 +27,7 @@ use crate::engine::shard::Shard;
 use crate::runtime::options::IoEngine;
 use crate::units::{SECTOR_SIZE, SectorRange, Time};
 use crate::volume::layout::{label_size, spare_size};
-use crate::volume::superblock::CloseStamp;
+use crate::volume::superblock::{CAPACITY_MAX, CloseStamp};
 
 /// Nobody hands a device over to `create` or `adopt`, but udev may be looking at one that just came.
 const MAKE_LOCK_WAIT: Duration = Duration::from_secs(5);
@@ -125,6 +125,7 @@ pub fn create(options: &CreateOptions) -> Result<String, MakeError> {
     let Some(needed) = needed.filter(|needed| i64::try_from(*needed).is_ok()) else {
         return refused(format!("{}: {size} bytes is too large for a disk; choose a smaller size", primary.display()));
     };
+    check_capacity(primary, size / SECTOR_SIZE)?;
     // Everything that can be seen without writing comes before the first write.
     check_two_devices(primary, spare)?;
     let found = if exists(primary)? { Some(look(primary)?) } else { None };
@@ -159,6 +160,14 @@ pub fn adopt(options: &AdoptOptions) -> Result<String, MakeError> {
     let line = make(primary, spare, None, shape, &mut made)?;
     made.0.clear();
     Ok(line)
+}
+
+fn check_capacity(primary: &Path, capacity: u64) -> Result<(), MakeError> {
+    if capacity <= CAPACITY_MAX {
+        return Ok(());
+    }
+    let (size, path) = (capacity.saturating_mul(SECTOR_SIZE), primary.display());
+    refused(format!("{path}: {size} bytes is more than a volume can have; choose a size below 4096T"))
 }
 
 /// Whether there is anything; where there is not, there must be a directory for it.
@@ -265,6 +274,7 @@ fn make(
         now: seconds_since_epoch(),
     };
     let capacity = params.capacity;
+    check_capacity(primary, capacity)?;
     let devices = DeviceSet::new(vec![Arc::new(primary_device), Arc::new(spare_device)]);
     let mut reactor = Devices::new(devices, IoEngine::Auto, None)?.reactor()?;
     let mut creation = Creation::new(params);

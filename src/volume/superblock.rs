@@ -45,6 +45,8 @@ pub const COMPAT_KNOWN: u64 = 0;
 pub const RO_COMPAT_KNOWN: u64 = 0;
 /// incompat bits this program knows; with others the volume does not open.
 pub const INCOMPAT_KNOWN: u64 = 0;
+/// Sectors of the largest volume: blocks have numbers of 40 bits.
+pub const CAPACITY_MAX: u64 = (1 << 43) - 1;
 /// Generations remembered.
 pub const HISTORY: usize = 8;
 /// Regions there is room for.
@@ -283,7 +285,7 @@ impl Superblock {
         let regions = f.u32(376) as usize;
         field(regions <= REGIONS, "number of regions")?;
         field(matches!(f.u32(116), 512 | 4096), "logical block size")?;
-        field(f.u64(88) > 0 && f.u64(88) < 1 << 43, "capacity")?;
+        field(f.u64(88) > 0 && f.u64(88) <= CAPACITY_MAX, "capacity")?;
         let wwn: [u8; 64] = f.array(184);
         let wwn_len = wwn.iter().position(|b| *b == 0).unwrap_or(64);
         Ok(Superblock {

@@ -76,11 +76,11 @@ fn create_refuses_what_cannot_become_a_volume() {
         ),
         (
             "--primary p --size 8191P",
-            "p: 9222246136948981760 bytes is more than a file of its file system can have; choose a smaller size or another place",
+            "p: 9222246136947933184 bytes is more than a volume can have; choose a size below 4096T",
         ),
         (
             "--primary empty --size 8191P",
-            "empty: 9222246136948981760 bytes is more than a file of its file system can have; choose a smaller size or another place",
+            "empty: 9222246136947933184 bytes is more than a volume can have; choose a size below 4096T",
         ),
     ] {
         ground.refuses(&format!("create {words}"), line);
@@ -223,7 +223,7 @@ fn serve_with_create_makes_nothing_of_half_a_pair() {
     }
     ground.refuses(
         "serve --socket-path s --create --size 8191P --primary p",
-        "p: 9222246136948981760 bytes is more than a file of its file system can have; choose a smaller size or another place",
+        "p: 9222246136947933184 bytes is more than a volume can have; choose a size below 4096T",
     );
     ground.still_serves();
 }
