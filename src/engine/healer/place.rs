@@ -427,6 +427,8 @@ impl Core {
         if self.mode.get().read_only {
             return Err(Failure::refused(Refusal::ReadOnly));
         }
+        // Of a spare that is down nobody knows what it holds.
+        self.refuse_gone(DeviceIndex::SPARE)?;
         self.places.turn.acquire().await;
         let sampled = self.places.sampled.get();
         let written = self.write_next_superblock(self.live_places(), |last| {

@@ -223,7 +223,7 @@ impl Core {
         }
         self.flush(DeviceIndex::PRIMARY).await?;
         for part in &written {
-            moving.extend(self.read_back(*part, copied).await?);
+            moving.extend(self.read_back(*part, copied, budget).await?);
         }
         self.note_rewritten(range, &pending, &failing, &moving, cause);
         Ok(moving)
@@ -245,26 +245,40 @@ impl Core {
     }
 
     /// Read back what was rewritten and compare; the result is the blocks that differ or do not read.
-    async fn read_back(self: &Rc<Self>, range: SectorRange, copied: &Copied) -> Result<Vec<Block>, Failure> {
+    async fn read_back(
+        self: &Rc<Self>,
+        range: SectorRange,
+        copied: &Copied,
+        budget: &Budget,
+    ) -> Result<Vec<Block>, Failure> {
         let expected = copied.bytes(range);
-        let (read, _) = self.io.read(DeviceIndex::PRIMARY, range.start.bytes(), expected.len()).await;
+        let (read, took) = self.io.read(DeviceIndex::PRIMARY, range.start.bytes(), expected.len()).await;
         match read {
             Ok(data) if *data == *expected => {
                 self.note_good(range);
                 return Ok(Vec::new());
             }
             Ok(_) => {}
-            Err(errno) => self.diagnose(DeviceIndex::PRIMARY, errno, true, range).await?,
+            Err(errno) => {
+                budget.spend(took);
+                self.diagnose(DeviceIndex::PRIMARY, errno, true, range).await?;
+            }
         }
         let mut bad = Vec::new();
         for block in range.blocks().iter() {
             let part = range.within(block);
             let expected = copied.bytes(part);
-            let (read, _) = self.io.read(DeviceIndex::PRIMARY, part.start.bytes(), expected.len()).await;
+            if budget.is_spent() {
+                // Not proven to hold what was written: it moves.
+                bad.push(block);
+                continue;
+            }
+            let (read, took) = self.io.read(DeviceIndex::PRIMARY, part.start.bytes(), expected.len()).await;
             match read {
                 Ok(data) if *data == *expected => self.note_good(part),
                 Ok(_) => bad.push(block),
                 Err(errno) => {
+                    budget.spend(took);
                     self.diagnose(DeviceIndex::PRIMARY, errno, true, part).await?;
                     bad.push(block);
                 }
