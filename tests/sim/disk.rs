@@ -11,16 +11,19 @@ mod image;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
 use vhost_remap::device::{Errno, Op, OpKind};
 
-use crate::guest::SECTOR;
+use crate::guest::{self, SECTOR};
 use crate::rng::Rng;
 
-/// A sector's bytes, by their place in a [`Store`]; 0 is zeros.
-type Content = u32;
+/// A sector's bytes: the word that they repeat, or else their place in a [`Store`] with [`STORED`] set.
+type Content = u64;
 
-/// All contents that sectors of a disk ever had. Runs are short: nothing is forgotten, and no write
-/// allocates for each of its sectors.
+/// Set in the content of a sector that is not one word again and again. No guest writes it ([`guest`]).
+const STORED: u64 = 1 << 63;
+
+/// All contents of more than one word that sectors of a disk ever had. Runs are short: nothing is forgotten.
 #[derive(Clone, Debug, Default)]
 struct Store {
     /// Shared by the copies of a disk, as far as they had come when they were made.
@@ -30,24 +33,27 @@ struct Store {
 impl Store {
     const CHUNK: usize = 32;
 
-    fn keep(&mut self, bytes: [u8; SECTOR]) -> Content {
-        if bytes == [0; SECTOR] {
-            return 0;
+    fn keep(&mut self, bytes: &[u8]) -> Content {
+        match guest::uniform(bytes) {
+            Some(word) if word & STORED == 0 => return word,
+            _ => {}
         }
         if self.chunks.last().is_none_or(|chunk| chunk.len() == Self::CHUNK) {
             self.chunks.push(Arc::new(Vec::with_capacity(Self::CHUNK)));
         }
         let full = (self.chunks.len() - 1) * Self::CHUNK;
         let chunk = Arc::make_mut(self.chunks.last_mut().expect("just made"));
-        chunk.push(bytes);
-        u32::try_from(full + chunk.len()).expect("runs are short")
+        chunk.push(bytes.try_into().expect("a sector"));
+        STORED | (full + chunk.len() - 1) as u64
     }
 
-    fn bytes(&self, content: Content) -> &[u8; SECTOR] {
-        const ZEROS: [u8; SECTOR] = [0; SECTOR];
-        match usize::try_from(content).expect("32 bits fit").checked_sub(1) {
-            None => &ZEROS,
-            Some(at) => &self.chunks[at / Self::CHUNK][at % Self::CHUNK],
+    fn copy(&self, content: Content, to: &mut [u8]) {
+        match content & STORED {
+            0 => guest::fill_with(to, content),
+            _ => {
+                let at = usize::try_from(content & !STORED).expect("kept by us");
+                to.copy_from_slice(&self.chunks[at / Self::CHUNK][at % Self::CHUNK]);
+            }
         }
     }
 }
@@ -89,7 +95,7 @@ pub(crate) enum Effect {
 struct Volatile {
     durable: Content,
     /// Later versions with the number of their write's completion, oldest first.
-    later: Vec<(u64, Content)>,
+    later: SmallVec<[(u64, Content); 2]>,
 }
 
 /// One device.
@@ -100,7 +106,7 @@ pub(crate) struct Disk {
     store: Store,
     current: Vec<Content>,
     /// By sector, where it is not at rest; `unsettled` lists those.
-    volatile: Vec<Option<Box<Volatile>>>,
+    volatile: Vec<Option<Volatile>>,
     unsettled: Vec<usize>,
     /// For copying.
     scratch: Vec<u8>,
@@ -290,9 +296,9 @@ impl Disk {
             self.hard.extend(hard.into_iter().map(|sector| (sector, self.step)));
             return Err(errno);
         }
-        self.scratch.clear();
-        for content in &self.current[first..last] {
-            self.scratch.extend_from_slice(self.store.bytes(*content));
+        self.scratch.resize((last - first) * SECTOR, 0);
+        for (content, to) in self.current[first..last].iter().zip(self.scratch.chunks_exact_mut(SECTOR)) {
+            self.store.copy(*content, to);
         }
         copy(op, &mut self.scratch, false);
         Ok(())
@@ -360,7 +366,7 @@ impl Disk {
             None if content == 0 && before == 0 => return,
             none => {
                 self.unsettled.push(sector);
-                none.insert(Box::new(Volatile { durable: before, later: Vec::new() }))
+                none.insert(Volatile { durable: before, later: SmallVec::new() })
             }
         };
         volatile.later.push((number, content));
@@ -372,11 +378,9 @@ impl Disk {
         if !matches!(op.kind, OpKind::Write) {
             return vec![0; len / SECTOR];
         }
-        self.scratch.clear();
         self.scratch.resize(len, 0);
         copy(op, &mut self.scratch, true);
-        let sectors = self.scratch.chunks_exact(SECTOR);
-        sectors.map(|sector| self.store.keep(sector.try_into().expect("exact chunks"))).collect()
+        self.scratch.chunks_exact(SECTOR).map(|sector| self.store.keep(sector)).collect()
     }
 
     fn flush(&mut self, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
@@ -438,13 +442,14 @@ impl Disk {
 
     /// Flip a bit of a sector, behind everybody's back.
     pub(crate) fn damage(&mut self, sector: usize, rng: &mut Rng) {
-        let mut bytes = *self.store.bytes(self.current[sector]);
+        let mut bytes = [0; SECTOR];
+        self.store.copy(self.current[sector], &mut bytes);
         match rng.below(3) {
             0 => bytes[rng.index(SECTOR)] ^= 1 << rng.below(8),
             1 => bytes = [0; SECTOR],
             _ => bytes = [0xff; SECTOR],
         }
-        self.current[sector] = self.store.keep(bytes);
+        self.current[sector] = self.store.keep(&bytes);
         self.volatile[sector] = None;
         self.unsettled.retain(|other| *other != sector);
     }

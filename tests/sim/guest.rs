@@ -1,5 +1,6 @@
 //! Guest memory and the data in it: every sector says which write of which sector it is.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
@@ -12,50 +13,69 @@ pub(crate) const SECTOR: usize = 512;
 /// What a sector holds: 0 is zeros, anything else the number of the write it came from.
 pub(crate) type Value = u32;
 
-fn word(sector: u64, value: Value, index: u64) -> u64 {
-    let key = (sector << 32 | u64::from(value)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    key.rotate_left(29) ^ index.wrapping_mul(0xd6e8_feb8_6659_fd93)
+/// The word that a sector consists of after write number `value`.
+fn word(sector: u64, value: Value) -> u64 {
+    if value == 0 { 0 } else { sector << 32 | u64::from(value) }
 }
 
-/// The content of `sector` after write number `value`.
-pub(crate) fn content(sector: u64, value: Value) -> [u8; SECTOR] {
-    let mut bytes = [0; SECTOR];
-    if value == 0 {
-        return bytes;
-    }
-    for (index, chunk) in bytes.chunks_exact_mut(8).enumerate() {
-        let index = index as u64;
-        let word = if index == 0 { sector << 32 | u64::from(value) } else { word(sector, value, index) };
-        chunk.copy_from_slice(&word.to_le_bytes());
-    }
-    bytes
+/// Fill `bytes` with what `sector` holds after write number `value`.
+pub(crate) fn fill(bytes: &mut [u8], sector: u64, value: Value) {
+    fill_with(bytes, word(sector, value));
+}
+
+/// Fill `bytes` with one word again and again.
+pub(crate) fn fill_with(bytes: &mut [u8], word: u64) {
+    bytes.chunks_exact_mut(8).for_each(|chunk| chunk.copy_from_slice(&word.to_le_bytes()));
+}
+
+/// The word that all of `bytes` consists of, if there is one.
+pub(crate) fn uniform(bytes: &[u8]) -> Option<u64> {
+    let first: [u8; 8] = bytes[..8].try_into().expect("eight bytes");
+    (bytes[8..] == bytes[..bytes.len() - 8]).then_some(u64::from_le_bytes(first))
 }
 
 /// Which write `bytes` is of, if it is whole and belongs to `sector`.
 pub(crate) fn value_of(sector: u64, bytes: &[u8]) -> Result<Value, String> {
-    let first = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"));
-    let value = u32::try_from(first & 0xffff_ffff).expect("masked");
-    if bytes == content(sector, value) {
+    let Some(found) = uniform(bytes) else {
+        return Err(format!("no sector content at all: {:02x?}...", &bytes[..16]));
+    };
+    let value = u32::try_from(found & 0xffff_ffff).expect("masked");
+    if found == word(sector, value) {
         return Ok(value);
     }
-    let from = first >> 32;
-    if bytes == content(from, value) {
-        return Err(format!("the content of sector {from}, write {value}"));
-    }
-    Err(format!("no sector content at all: {:02x?}...", &bytes[..16]))
+    Err(format!("the content of sector {}, write {value}", found >> 32))
 }
 
-/// `len` bytes of guest memory in one to four pieces.
+thread_local! {
+    /// Memory of requests that have ended.
+    static POOL: RefCell<Vec<Vec<AtomicU8>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Memory of a request, which goes back to the pool with it.
+struct Pooled(Vec<AtomicU8>);
+
+impl Drop for Pooled {
+    fn drop(&mut self) {
+        // The thread may be ending, and with it the pool.
+        let _ = POOL.try_with(|pool| pool.borrow_mut().push(std::mem::take(&mut self.0)));
+    }
+}
+
+/// Guest memory of `len` bytes in one to four pieces. Nobody has cleared it.
 pub(crate) fn memory(len: usize, rng: &mut Rng) -> Iovecs {
-    let bytes: Arc<Vec<AtomicU8>> = Arc::new((0..len).map(|_| AtomicU8::new(0xa5)).collect());
+    let mut bytes = POOL.with(|pool| pool.borrow_mut().pop()).unwrap_or_default();
+    if bytes.len() < len {
+        bytes.resize_with(len, || AtomicU8::new(0xa5));
+    }
+    let bytes = Arc::new(Pooled(bytes));
     let mut list = Iovecs::new();
     let mut from = 0;
     for left in (0..rng.index(4)).rev() {
         let to = if left == 0 { len } else { from + rng.index(len - from + 1) };
-        push(&mut list, &bytes, from, to);
+        push(&mut list, &bytes.0, from, to);
         from = to;
     }
-    push(&mut list, &bytes, from, len);
+    push(&mut list, &bytes.0, from, len);
     list.set_owner(bytes);
     list
 }

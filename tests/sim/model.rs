@@ -7,10 +7,12 @@
 use std::collections::BTreeSet;
 use std::hash::{Hash, Hasher};
 
+use smallvec::{SmallVec, smallvec};
+
 use crate::guest::{SECTOR, Value, value_of};
 
 /// The model's clock: it ticks with every call.
-pub(crate) type Tick = u64;
+pub(crate) type Tick = u32;
 
 /// A value a sector may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,18 +24,21 @@ struct Element {
     ok: bool,
 }
 
+/// Mostly one, or two.
+type Elements = SmallVec<[Element; 2]>;
+
 #[derive(Clone, Debug)]
 struct SectorState {
     /// Admissible for reads now.
-    now: Vec<Element>,
+    now: Elements,
     /// As `now`, without what reads have shown since the last crash.
-    unread: Vec<Element>,
+    unread: Elements,
     /// Admissible after a power cut.
-    durable: Vec<Element>,
+    durable: Elements,
     /// Writes under way.
-    flying: Vec<Element>,
+    flying: SmallVec<[Element; 1]>,
     /// What left `now`, and when, for reads that were under way.
-    replaced: Vec<(Value, Tick)>,
+    replaced: SmallVec<[(Value, Tick); 2]>,
     /// When a write last began or ended.
     changed: Tick,
     /// The last power cut, if no write has ended since.
@@ -44,17 +49,22 @@ struct SectorState {
 
 impl SectorState {
     fn new(initial: Value) -> SectorState {
-        let first = vec![Element { value: initial, start: 0, end: 0, ok: true }];
+        let first = smallvec![Element { value: initial, start: 0, end: 0, ok: true }];
         SectorState {
-            now: first.clone(),
-            unread: first.clone(),
+            now: SmallVec::clone(&first),
+            unread: SmallVec::clone(&first),
             durable: first,
-            flying: Vec::new(),
-            replaced: Vec::new(),
+            flying: SmallVec::new(),
+            replaced: SmallVec::new(),
             changed: 0,
             settling: false,
             distrusted_until: 0,
         }
+    }
+
+    /// Whether it has one value, for good.
+    fn is_at_rest(&self) -> bool {
+        self.flying.is_empty() && self.now.len() == 1 && self.unread.len() == 1 && self.durable.len() == 1
     }
 }
 
@@ -64,7 +74,7 @@ pub(crate) struct Model {
     tick: Tick,
     initial: Value,
     /// By sector, where anything has happened.
-    sectors: Vec<Option<Box<SectorState>>>,
+    sectors: Vec<Option<SectorState>>,
     distrusted_until: Tick,
 }
 
@@ -89,7 +99,7 @@ impl Model {
         }
         let (initial, distrusted) = (self.initial, self.distrusted_until);
         self.sectors[at]
-            .get_or_insert_with(|| Box::new(SectorState { distrusted_until: distrusted, ..SectorState::new(initial) }))
+            .get_or_insert_with(|| SectorState { distrusted_until: distrusted, ..SectorState::new(initial) })
     }
 
     /// Equal for models that admit the same values of every sector and were told alike of failed flushes.
@@ -104,7 +114,7 @@ impl Model {
     }
 
     fn known(&mut self) -> impl Iterator<Item = &mut SectorState> {
-        self.sectors.iter_mut().flatten().map(|state| &mut **state)
+        self.sectors.iter_mut().flatten()
     }
 
     /// A moment that nothing else shares.
@@ -156,10 +166,10 @@ impl Model {
                 // A read that began earlier may have been served before the last write ended.
                 let others = state.now.iter().filter(|other| **other != element);
                 state.replaced.extend(others.map(|other| (other.value, start)));
-                state.now = vec![element];
+                state.now = smallvec![element];
                 if state.settling {
-                    state.unread = vec![element];
-                    state.durable = vec![element];
+                    state.unread = smallvec![element];
+                    state.durable = smallvec![element];
                 }
             }
             return Ok(());
@@ -217,18 +227,23 @@ impl Model {
     pub(crate) fn crash(&mut self, crash: Crash) {
         let now = self.tick();
         for state in self.known() {
-            let flying = std::mem::take(&mut state.flying);
-            let flying: Vec<Element> = flying.into_iter().map(|element| Element { end: now, ..element }).collect();
-            state.settling &= flying.is_empty();
-            state.unread.extend(flying.clone());
-            state.durable.extend(flying);
             state.replaced.clear();
+            if state.is_at_rest() {
+                continue;
+            }
+            let mut flying = std::mem::take(&mut state.flying);
+            flying.iter_mut().for_each(|element| element.end = now);
+            state.settling &= flying.is_empty();
+            state.unread.extend_from_slice(&flying);
+            state.durable.extend_from_slice(&flying);
             state.changed = now;
             if crash == Crash::PowerCut {
                 let all = state.durable.iter().chain(&state.unread).map(|element| element.value);
-                let all: BTreeSet<Value> = all.collect();
-                state.durable =
-                    all.into_iter().map(|value| Element { value, start: now, end: now, ok: false }).collect();
+                let mut values: SmallVec<[Value; 8]> = all.collect();
+                values.sort_unstable();
+                values.dedup();
+                let left = values.into_iter().map(|value| Element { value, start: now, end: now, ok: false });
+                state.durable = left.collect();
                 state.unread = state.durable.clone();
                 state.settling = true;
             }
@@ -252,7 +267,13 @@ fn pin(state: &mut SectorState, submitted: Tick) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::content;
+    use crate::guest::fill;
+
+    fn content(value: Value) -> [u8; SECTOR] {
+        let mut bytes = [0; SECTOR];
+        fill(&mut bytes, 0, value);
+        bytes
+    }
 
     fn write(model: &mut Model, value: Value, ok: bool) {
         let start = model.begin(0..1, value);
@@ -263,7 +284,7 @@ mod tests {
         let mut copy = Model { sectors: model.sectors.clone(), ..Model::new(0) };
         copy.tick = model.tick;
         let start = copy.tick();
-        copy.read(0, start, &content(0, value)).is_ok()
+        copy.read(0, start, &content(value)).is_ok()
     }
 
     #[test]
@@ -273,7 +294,7 @@ mod tests {
         write(&mut model, 2, false);
         assert!(!may_read(&model, 0) && may_read(&model, 1) && may_read(&model, 2));
         let start = model.tick();
-        model.read(0, start, &content(0, 1)).unwrap();
+        model.read(0, start, &content(1)).unwrap();
         assert!(may_read(&model, 1) && !may_read(&model, 2));
         model.crash(Crash::Kill);
         assert!(may_read(&model, 1) && may_read(&model, 2) && !may_read(&model, 0));

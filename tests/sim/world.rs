@@ -101,6 +101,8 @@ pub(crate) struct World {
     pub(crate) settled: Option<Result<u32, String>>,
     pub(crate) done: Option<Result<String, String>>,
     pub(crate) verbose: bool,
+    /// For copying.
+    scratch: Vec<u8>,
     /// Nothing is left to chance: the oldest thing that can happen does, and this says what fails.
     pub(crate) plan: Option<Plan>,
 }
@@ -164,6 +166,7 @@ impl World {
             settled: None,
             done: None,
             verbose,
+            scratch: Vec::new(),
             plan: None,
             config,
         }
@@ -251,8 +254,15 @@ impl World {
 
     /// A random operation that is ready.
     pub(crate) fn ready_flight(&mut self) -> Option<usize> {
-        let ready: Vec<usize> = (0..self.flights.len()).filter(|i| self.flights[*i].ready <= self.now).collect();
-        (!ready.is_empty()).then(|| ready[self.choose(ready.len())])
+        let now = self.now;
+        let ready = |flight: &Flight| flight.ready <= now;
+        let count = self.flights.iter().filter(|flight| ready(flight)).count();
+        if count == 0 {
+            return None;
+        }
+        let chosen = self.choose(count);
+        let mut flights = self.flights.iter().enumerate().filter(|(_, flight)| ready(flight));
+        flights.nth(chosen).map(|(index, _)| index)
     }
 
     /// When the next operation is ready.
@@ -482,6 +492,10 @@ impl World {
 
     pub(crate) fn ask_read(&mut self, range: SectorRange) {
         let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
+        // What an earlier request left there may look just like what this one is to bring.
+        self.scratch.clear();
+        self.scratch.resize(data.len(), 0xa5);
+        data.copy_from(0, &self.scratch);
         self.reads_under_way += 1;
         let start = self.model.tick();
         self.ask_for(RequestOp::Read { range, data }, "read", vec![range], start, false);
@@ -490,9 +504,11 @@ impl World {
     pub(crate) fn ask_write(&mut self, range: SectorRange, value: Value) {
         self.next_value += 1;
         let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
-        for (at, sector) in sectors(&[range]).enumerate() {
-            data.copy_from(at * SECTOR, &guest::content(sector, value));
+        self.scratch.resize(data.len(), 0);
+        for (sector, bytes) in sectors(&[range]).zip(self.scratch.chunks_exact_mut(SECTOR)) {
+            guest::fill(bytes, sector, value);
         }
+        data.copy_from(0, &self.scratch);
         let start = self.model.begin(sectors(&[range]), value);
         let through = self.config.write_through && self.rng.percent(20);
         self.ask_for(RequestOp::Write { range, data }, "write", vec![range], start, through);
@@ -577,9 +593,9 @@ impl World {
             RequestOp::Read { data, .. } => {
                 self.reads_under_way -= 1;
                 if ok {
-                    let mut bytes = vec![0; data.len()];
-                    data.copy_to(0, &mut bytes);
-                    for (sector, bytes) in sectors(&asked.ranges).zip(bytes.chunks_exact(SECTOR)) {
+                    self.scratch.resize(data.len(), 0);
+                    data.copy_to(0, &mut self.scratch);
+                    for (sector, bytes) in sectors(&asked.ranges).zip(self.scratch.chunks_exact(SECTOR)) {
                         if let Err(lie) = self.model.read(sector, asked.start, bytes) {
                             panic!("R1: {lie}");
                         }

@@ -6,6 +6,7 @@ use std::hash::{Hash, Hasher};
 use vhost_remap::device::{Op, OpKind};
 
 use super::{Disk, NEVER, Volatile, sectors};
+use crate::guest::SECTOR;
 
 impl Disk {
     /// What an operation under way writes, as one more write that no flush has covered; its number.
@@ -70,7 +71,7 @@ impl Disk {
             (sector, self.words(*content)).hash(hasher);
         }
         for sector in &self.unsettled {
-            let Some(Volatile { durable, later }) = self.volatile[*sector].as_deref() else { continue };
+            let Some(Volatile { durable, later }) = &self.volatile[*sector] else { continue };
             (sector, self.words(*durable)).hash(hasher);
             later.iter().for_each(|(number, content)| (*number == NEVER, self.words(*content)).hash(hasher));
         }
@@ -78,8 +79,9 @@ impl Disk {
 
     /// A number for a sector's bytes.
     fn words(&self, content: super::Content) -> u64 {
-        let words = self.store.bytes(content).chunks_exact(8);
-        words.fold(0, |sum: u64, word| {
+        let mut bytes = [0; SECTOR];
+        self.store.copy(content, &mut bytes);
+        bytes.chunks_exact(8).fold(0, |sum: u64, word| {
             let word = u64::from_le_bytes(word.try_into().expect("eight bytes"));
             (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31)
         })
