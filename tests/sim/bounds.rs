@@ -33,7 +33,7 @@ fn open(failing_ns: u64) -> World {
     let mut world = World::with(config, rng, false);
     world.create();
     world.open_once(false, None).expect("no crash was asked for").expect("a new volume opens");
-    world.ask_write(ALL, 1);
+    world.ask_write(ALL);
     world.settle_down();
     world.disks[0].failing_ns = failing_ns;
     world
@@ -42,7 +42,7 @@ fn open(failing_ns: u64) -> World {
 fn mark(world: &mut World, sectors: std::ops::Range<usize>, read: bool, until: Until) {
     let disk = &mut world.disks[0];
     let marks = if read { &mut disk.bad_reads } else { &mut disk.bad_writes };
-    marks.extend(sectors.map(|sector| (sector, Bad { errno: Errno(libc::EIO).0, until })));
+    marks.extend(sectors.map(|sector| (sector, Bad { errno: Errno(libc::EIO).0, until, fault: None })));
 }
 
 /// Do it, and say how many seconds it took and how many errors the guest got.
@@ -83,7 +83,7 @@ fn a_write_gives_up_rewriting_in_place_within_two_seconds_of_device_time() {
     for failing in [SECOND / 20, SECOND / 2, 3 * SECOND] {
         let mut world = open(failing);
         mark(&mut world, 0..SECTORS as usize, false, Until::Healed);
-        let (seconds, errors) = timed(&mut world, |world| world.ask_write(ALL, 2));
+        let (seconds, errors) = timed(&mut world, |world| world.ask_write(ALL));
         // Then each part that is left (a halving of one of two chunks) fails once and moves.
         let limit = 2.0 + (2 + 2 * 9) as f64 * failing as f64 / SECOND as f64 + 0.5;
         assert!(errors == 0 && seconds <= limit, "{errors} errors, {seconds} s of {limit}");
@@ -99,6 +99,6 @@ fn a_write_gives_up_rewriting_in_place_within_two_seconds_of_device_time() {
 fn blocks_that_take_their_write_stay_where_they_are_though_time_is_up() {
     let mut world = open(3 * SECOND);
     mark(&mut world, 0..8, false, Until::Healed);
-    let (_, errors) = timed(&mut world, |world| world.ask_write(ALL, 2));
+    let (_, errors) = timed(&mut world, |world| world.ask_write(ALL));
     assert_eq!((errors, world.status().live <= 128), (0, true), "{:?}", world.status());
 }

@@ -2,12 +2,12 @@
 //! a run, so that each gets its turn to be frequent).
 
 use vhost_remap::engine::healer::{OnLoss, Policy};
-use vhost_remap::volume::layout::{label_size, spare_size};
+use vhost_remap::volume::layout::{Layout, label_size, spare_size};
 
 use crate::rng::Rng;
 
 /// Kinds of faults.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Fault {
     /// Reads of a guest sector fail a few times.
     PrimaryReadOnce,
@@ -44,7 +44,7 @@ pub(crate) enum Fault {
     Latency,
 }
 
-const FAULTS: [Fault; 18] = [
+pub(crate) const FAULTS: [Fault; 18] = [
     Fault::PrimaryReadOnce,
     Fault::PrimaryReadUntilWritten,
     Fault::PrimaryReadForEver,
@@ -82,36 +82,35 @@ pub(crate) struct Config {
     /// Requests at a time.
     pub(crate) depth: usize,
     pub(crate) faults: Vec<Fault>,
-    /// Faults in a thousand steps.
+    /// Faults to a thousand requests.
     pub(crate) fault_rate: u64,
-    /// Orders in a thousand steps.
+    /// Orders to a thousand requests.
     pub(crate) order_rate: u64,
-    /// Queue resets in a thousand steps.
-    pub(crate) withdraw_rate: u64,
+    /// Queue resets to a thousand requests.
+    pub(crate) reset_rate: u64,
     pub(crate) write_through: bool,
     pub(crate) discards: bool,
     pub(crate) no_zeroes: bool,
     pub(crate) no_discard: bool,
-    pub(crate) sessions: u64,
-    pub(crate) requests: u64,
-    /// Percent of sessions that end in a crash.
-    pub(crate) crashes: u64,
 }
 
 impl Config {
     pub(crate) fn of(rng: &mut Rng) -> Config {
         let logical = if rng.percent(20) { [rng.pick(&[512, 4096]), rng.pick(&[512, 4096])] } else { [512, 512] };
-        let blocks = if rng.percent(10) { 600 + rng.below(300) } else { 16 + rng.below(100) };
+        let blocks = if rng.percent(2) { 600 + rng.below(300) } else { 16 + rng.below(48) };
         let short = if logical == [512, 512] && rng.percent(30) { rng.below(8) } else { 0 };
-        let max_remaps = match rng.below(10) {
+        let max_remaps = match rng.below(20) {
             0 => 512 + 8,
-            1..5 => 16,
+            1..10 => 16,
             _ => 24 + u32::try_from(rng.below(40)).expect("small"),
         };
         let on_loss = |rng: &mut Rng| if rng.percent(60) { OnLoss::Fail } else { OnLoss::Hold(1 + rng.below(6)) };
         let policy = Policy { primary_gone: on_loss(rng), spare_full: on_loss(rng), passthrough: false };
-        let share = rng.pick(&[0, 8, 15, 30, 50]);
-        let faults = FAULTS.into_iter().filter(|_| rng.percent(share)).collect();
+        let share = rng.pick(&[4, 8, 15, 30, 50]);
+        let mut faults: Vec<Fault> = FAULTS.into_iter().filter(|_| rng.percent(share)).collect();
+        if faults.is_empty() {
+            faults.push(rng.pick(&FAULTS));
+        }
         Config {
             shards: 1 + rng.index(3),
             capacity: blocks * 8 - short,
@@ -123,16 +122,13 @@ impl Config {
             weak: std::array::from_fn(|_| rng.below(blocks)),
             depth: 1 + rng.index(12),
             faults,
-            fault_rate: rng.pick(&[4, 15, 60]),
-            order_rate: rng.pick(&[0, 5, 30]),
-            withdraw_rate: rng.pick(&[0, 0, 5]),
+            fault_rate: rng.pick(&[20, 75, 250]),
+            order_rate: rng.pick(&[0, 25, 100]),
+            reset_rate: rng.pick(&[0, 0, 25]),
             write_through: rng.percent(30),
             discards: rng.percent(40),
             no_zeroes: rng.percent(20),
             no_discard: rng.percent(20),
-            sessions: 1 + rng.below(4),
-            requests: 10 + rng.below(60),
-            crashes: rng.pick(&[0, 50, 100]),
         }
     }
 
@@ -143,6 +139,20 @@ impl Config {
 
     pub(crate) fn spare_bytes(&self) -> u64 {
         spare_size(self.max_remaps)
+    }
+
+    pub(crate) fn layout(&self) -> Layout {
+        Layout::new(self.spare_bytes(), self.max_remaps).expect("the configuration is possible")
+    }
+
+    /// Sectors of a place, as far as the format writes them.
+    pub(crate) fn place_sectors(&self) -> u64 {
+        (4 + 2 * u64::from(self.layout().table_pages)) * 8
+    }
+
+    /// Sectors of the larger logical block of the two devices.
+    pub(crate) fn unit(&self) -> u64 {
+        self.logical.into_iter().max().unwrap_or(512) / 512
     }
 
     pub(crate) fn has(&self, faults: &[Fault]) -> bool {

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use vhost_remap::device::{Errno, Op, OpKind};
 
+use crate::config::Fault;
 use crate::guest::{self, SECTOR};
 use crate::rng::Rng;
 
@@ -77,6 +78,24 @@ pub(crate) enum Until {
 pub(crate) struct Bad {
     pub(crate) errno: i32,
     pub(crate) until: Until,
+    /// What it is counted as.
+    pub(crate) fault: Option<Fault>,
+}
+
+/// A write of a dead process that the kernel has still to do.
+#[derive(Clone, Debug)]
+pub(crate) struct Late {
+    pub(crate) device: usize,
+    pub(crate) first: usize,
+    contents: Vec<Content>,
+    /// What a bad sector does not take.
+    is_write: bool,
+}
+
+impl Late {
+    pub(crate) fn len(&self) -> usize {
+        self.contents.len()
+    }
 }
 
 /// What an operation does all the same that fails.
@@ -126,6 +145,8 @@ pub(crate) struct Disk {
     pub(crate) bad_flushes: u32,
     pub(crate) no_zeroes: bool,
     pub(crate) no_discard: bool,
+    /// What failed the last operation that failed.
+    pub(crate) struck_by: Option<Fault>,
     /// What operations do that fail, where that is not left to chance.
     pub(crate) effect: Option<Effect>,
     /// The world's step, for the notes below.
@@ -171,6 +192,7 @@ impl Disk {
             bad_flushes: 0,
             no_zeroes: false,
             no_discard: false,
+            struck_by: None,
             effect: None,
             step: 0,
             hard: BTreeMap::new(),
@@ -189,6 +211,11 @@ impl Disk {
         (self.current.len() * SECTOR) as u64
     }
 
+    /// The one of the two that is this device's.
+    fn own(&self, faults: [Fault; 2]) -> Fault {
+        faults[usize::from(self.name == "spare")]
+    }
+
     /// What a flush submitted now will make durable.
     pub(crate) fn completed(&self) -> u64 {
         self.completed
@@ -199,11 +226,16 @@ impl Disk {
         self.shortages.iter().filter(|when| **when >= step).count() > 3
     }
 
+    /// Passing troubles of the device as a whole are over.
+    pub(crate) fn recover(&mut self) {
+        (self.gone, self.burst, self.full, self.bad_flushes) = (false, (0, 0), 0, 0);
+    }
+
     /// Everything works again; what was unreadable has its last content.
     pub(crate) fn heal(&mut self) {
         self.bad_reads.clear();
         self.bad_writes.clear();
-        (self.gone, self.burst, self.full, self.bad_flushes) = (false, (0, 0), 0, 0);
+        self.recover();
     }
 
     /// How much longer the operation takes for trying hard before it fails.
@@ -226,7 +258,7 @@ impl Disk {
 
     fn try_to(&mut self, op: &Op, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
         if self.gone {
-            self.troubled = self.step;
+            (self.troubled, self.struck_by) = (self.step, Some(self.own([Fault::PrimaryGone, Fault::SpareGone])));
             return Err(Errno(libc::ENODEV));
         }
         if matches!(op.kind, OpKind::Identify) {
@@ -235,6 +267,7 @@ impl Disk {
         if self.burst.0 > 0 {
             self.burst.0 -= 1;
             let ours = matches!(self.burst.1, libc::EAGAIN | libc::ENOMEM);
+            self.struck_by = Some(if ours { Fault::Ours } else { Fault::Burst });
             if ours {
                 self.shortages.push(self.step);
             } else {
@@ -289,8 +322,8 @@ impl Disk {
     fn read(&mut self, op: &Op) -> Result<(), Errno> {
         let (first, last) = sectors(op);
         let mut hard = Vec::new();
-        if let Some(errno) = strike(&mut self.bad_reads, first, last, &mut hard) {
-            self.struck = self.step;
+        if let Some((errno, fault)) = strike(&mut self.bad_reads, first, last, &mut hard) {
+            (self.struck, self.struck_by) = (self.step, fault);
             let over = (first..last).filter(|sector| !self.bad_reads.contains_key(sector));
             self.passed.extend(over.map(|sector| (sector, self.step)));
             self.hard.extend(hard.into_iter().map(|sector| (sector, self.step)));
@@ -308,12 +341,12 @@ impl Disk {
         let (first, last) = sectors(op);
         if self.full > 0 {
             self.full -= 1;
-            self.troubled = self.step;
+            (self.troubled, self.struck_by) = (self.step, Some(Fault::Full));
             self.apply_some(op, rng);
             return Err(Errno(libc::ENOSPC));
         }
-        if let Some(errno) = strike(&mut self.bad_writes, first, last, &mut Vec::new()) {
-            self.struck = self.step;
+        if let Some((errno, fault)) = strike(&mut self.bad_writes, first, last, &mut Vec::new()) {
+            (self.struck, self.struck_by) = (self.step, fault);
             self.apply_some(op, rng);
             return Err(errno);
         }
@@ -358,6 +391,30 @@ impl Disk {
         }
     }
 
+    /// What is left of an operation in the kernel when its process dies.
+    pub(crate) fn late(&mut self, device: usize, op: &Op) -> Option<Late> {
+        let writes = matches!(op.kind, OpKind::Write | OpKind::WriteZeroes { .. } | OpKind::Discard);
+        let (first, last) = sectors(op);
+        let possible = writes && last <= self.current.len();
+        let is_write = matches!(op.kind, OpKind::Write);
+        possible.then(|| Late { device, first, contents: self.data(op), is_write })
+    }
+
+    /// The kernel does what a dead process left: all of it, a part or nothing.
+    pub(crate) fn land_late(&mut self, late: &Late, rng: &mut Rng) {
+        let share = rng.pick(&[0, 0, 50, 100]);
+        if self.gone || share == 0 {
+            return;
+        }
+        self.completed += 1;
+        for (sector, content) in (late.first..).zip(&late.contents) {
+            let unwritable = late.is_write && self.bad_writes.contains_key(&sector);
+            if (share == 100 || rng.percent(share)) && !unwritable {
+                self.put(sector, *content, self.completed);
+            }
+        }
+    }
+
     fn put(&mut self, sector: usize, content: Content, number: u64) {
         self.mtime += 1;
         let before = std::mem::replace(&mut self.current[sector], content);
@@ -386,7 +443,7 @@ impl Disk {
     fn flush(&mut self, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
         if self.bad_flushes > 0 {
             self.bad_flushes -= 1;
-            self.troubled = self.step;
+            (self.troubled, self.struck_by) = (self.step, Some(self.own([Fault::PrimaryFlush, Fault::SpareFlush])));
             self.fail_flush(rng);
             return Err(Errno(libc::EIO));
         }
@@ -457,11 +514,11 @@ impl Disk {
 
 /// A bad sector in the range fails the operation; each of them counts it. Those that do not stop
 /// failing by themselves are added to `hard`.
-fn strike(bad: &mut BTreeMap<usize, Bad>, first: usize, last: usize, hard: &mut Vec<usize>) -> Option<Errno> {
-    let mut errno = None;
+fn strike(bad: &mut BTreeMap<usize, Bad>, first: usize, last: usize, hard: &mut Vec<usize>) -> Option<(Errno, Option<Fault>)> {
+    let mut struck = None;
     let mut over = Vec::new();
     for (sector, bad) in bad.range_mut(first..last) {
-        errno = Some(Errno(bad.errno));
+        struck = Some((Errno(bad.errno), bad.fault));
         match &mut bad.until {
             Until::Times(1) => over.push(*sector),
             Until::Times(times) => {
@@ -474,7 +531,7 @@ fn strike(bad: &mut BTreeMap<usize, Bad>, first: usize, last: usize, hard: &mut 
         }
     }
     over.iter().for_each(|sector| _ = bad.remove(sector));
-    errno
+    struck
 }
 
 fn sectors(op: &Op) -> (usize, usize) {

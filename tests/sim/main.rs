@@ -1,10 +1,11 @@
 //! The simulator: shards, healer and two disks in one thread, seeded.
 //!
-//! A run is a function of its seed. Every fault it injects is one the contract (DESIGN) claims to
-//! survive, so that whatever the model objects to is a bug. To see a failing run again:
+//! A run is a function of its seed, byte for byte. Every fault it injects is one the contract (DESIGN) claims
+//! to survive, so that whatever the model objects to is a bug. A run that fails is shrunk, and the command
+//! printed that shows what is left of it again. For hours:
 //!
 //! ```text
-//! VHOST_REMAP_SEED=7 cargo test --release --test sim -- replay --nocapture
+//! make simulate SEEDS=1000000
 //! ```
 //!
 //! [`every_io`] leaves nothing to chance; a row of its table alone:
@@ -16,78 +17,144 @@
 mod bounds;
 mod brief;
 mod config;
+mod coverage;
 mod disk;
 mod every_io;
 mod faults;
 mod guest;
 mod model;
 mod rng;
+mod script;
 mod session;
+mod shrink;
 mod world;
 
-use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
-use world::World;
+use coverage::Strikes;
+use script::{Deed, Script};
+use shrink::{Case, Trace, shrink};
 
 /// Runs where the environment does not say.
-const SEEDS_DEFAULT: u64 = 2000;
+const SEEDS_DEFAULT: u64 = 6000;
+/// Runs after which a word is said.
+const PROGRESS: u64 = 100_000;
 
-/// How often each kind of event came, over all runs: a fault that nobody meets tests nothing.
-static SEEN: Mutex<BTreeMap<&str, u64>> = Mutex::new(BTreeMap::new());
-
-fn run(seed: u64, verbose: bool) {
-    let mut world = World::new(seed, verbose);
-    world.run();
-    let mut seen = SEEN.lock().expect("nothing panics while counting");
-    for event in &world.events {
-        *seen.entry(event.kind).or_default() += 1;
-    }
+/// What all runs came by.
+#[derive(Default)]
+struct Sum {
+    runs: u64,
+    failed: u64,
+    requests: usize,
+    strikes: Strikes,
+    /// A kind of event that nobody meets tests nothing.
+    events: BTreeMap<&'static str, u64>,
 }
 
 fn env(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
+    let value = std::env::var(name).ok()?;
+    Some(value.parse().unwrap_or_else(|_| panic!("{name}={value}: a whole number is needed")))
+}
+
+/// Run a seed; what fails is shrunk and told.
+fn try_seed(seed: u64, sum: &mut Sum) {
+    let case = Case::of(seed);
+    sum.runs += 1;
+    match case.attempt() {
+        Ok(course) => {
+            sum.requests += course.requests;
+            sum.strikes.add(&course.strikes);
+            course.events.into_iter().for_each(|kind| *sum.events.entry(kind).or_default() += 1);
+        }
+        Err(message) => {
+            sum.failed += 1;
+            let small = shrink(&case, &message);
+            let deeds = small.only.as_ref().map_or(0, BTreeSet::len);
+            eprintln!("seed {seed} failed: {message}\n  {case}\nwith {deeds} deeds left:\n  {small}");
+        }
+    }
+}
+
+fn run_seeds(first: u64, count: u64, keep_going: bool) -> Sum {
+    shrink::silence_attempts();
+    let (next, failed) = (AtomicU64::new(first), AtomicBool::new(false));
+    let started = Instant::now();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let sums = std::thread::scope(|scope| {
+        let work = || {
+            let mut sum = Sum::default();
+            while keep_going || !failed.load(Ordering::Relaxed) {
+                let seed = next.fetch_add(1, Ordering::Relaxed);
+                if seed >= first + count {
+                    break;
+                }
+                try_seed(seed, &mut sum);
+                failed.fetch_or(sum.failed > 0, Ordering::Relaxed);
+                let done = seed - first + 1;
+                if done.is_multiple_of(PROGRESS) {
+                    eprintln!("{done} of {count} runs, {:.0} s", started.elapsed().as_secs_f64());
+                }
+            }
+            sum
+        };
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("attempts do not panic")).collect::<Vec<Sum>>()
+    });
+    let mut all = Sum::default();
+    for sum in sums {
+        (all.runs, all.failed, all.requests) = (all.runs + sum.runs, all.failed + sum.failed, all.requests + sum.requests);
+        all.strikes.add(&sum.strikes);
+        sum.events.into_iter().for_each(|(kind, count)| *all.events.entry(kind).or_default() += count);
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    println!(
+        "{} runs with {} requests in {seconds:.1} s ({:.0} a second, on {threads} cores)",
+        all.runs,
+        all.requests,
+        all.runs as f64 / seconds
+    );
+    println!("events: {:?}\nstrikes:\n{}", all.events, all.strikes);
+    all
 }
 
 #[test]
 fn every_run_keeps_the_contract() {
     let first = env("VHOST_REMAP_FIRST_SEED").unwrap_or(0);
     let count = env("VHOST_REMAP_SEEDS").unwrap_or(SEEDS_DEFAULT);
-    let keep_going = env("VHOST_REMAP_KEEP_GOING").is_some();
-    let next = AtomicU64::new(first);
-    let failed = AtomicU64::new(0);
-    let started = std::time::Instant::now();
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                while keep_going || failed.load(Ordering::Relaxed) == 0 {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= first + count {
-                        return;
-                    }
-                    if catch_unwind(AssertUnwindSafe(|| run(seed, false))).is_err() {
-                        failed.fetch_add(1, Ordering::Relaxed);
-                        eprintln!(
-                            "seed {seed} failed; see it again with\n  VHOST_REMAP_SEED={seed} cargo test --release --test sim -- replay --nocapture"
-                        );
-                    }
-                }
-            });
-        }
-    });
-    let seconds = started.elapsed().as_secs_f64();
-    let ran = next.load(Ordering::Relaxed).min(first + count) - first;
-    println!("{ran} runs in {seconds:.1} s ({:.0} a second)", ran as f64 / seconds);
-    println!("events: {:?}", SEEN.lock().expect("nothing panics while counting"));
-    assert_eq!(failed.load(Ordering::Relaxed), 0, "runs failed");
+    let sum = run_seeds(first, count, env("VHOST_REMAP_KEEP_GOING").is_some());
+    assert_eq!(sum.failed, 0, "runs failed");
+    let empty = sum.strikes.empty();
+    assert!(count < SEEDS_DEFAULT || empty.is_empty(), "faults that never struck in a state: {empty:?}");
+}
+
+#[test]
+fn a_run_is_a_function_of_its_seed() {
+    for seed in 0..40 {
+        let traces = [(); 2].map(|()| Case::of(seed).run(Trace::Kept).trace.expect("kept"));
+        assert!(traces[0] == traces[1], "seed {seed} takes two courses");
+        assert!(traces[0].lines().count() > 1000, "seed {seed} has hardly a trace");
+    }
+}
+
+#[test]
+fn a_script_has_requests_faults_and_a_crash() {
+    for seed in 0..1000 {
+        let deeds = Script::of(seed).deeds;
+        let count = |wanted: fn(&Deed) -> bool| deeds.iter().filter(|deed| wanted(deed)).count();
+        assert!(count(|deed| matches!(deed, Deed::Ask { .. })) >= 200);
+        assert!(count(|deed| matches!(deed, Deed::Fault(_))) >= 3);
+        assert!(count(|deed| matches!(deed, Deed::Crash { .. })) >= 1);
+    }
 }
 
 #[test]
 fn replay() {
     if let Some(seed) = env("VHOST_REMAP_SEED") {
-        run(seed, true);
+        let only = std::env::var("VHOST_REMAP_ONLY").ok();
+        let number = |text: &str| text.parse().unwrap_or_else(|_| panic!("VHOST_REMAP_ONLY: {text}: not a number"));
+        let only = only.map(|only| only.split(',').filter(|text| !text.is_empty()).map(number).collect());
+        Case { seed, schedule: env("VHOST_REMAP_SCHEDULE").unwrap_or(0), only }.run(Trace::Printed);
     }
 }

@@ -1,4 +1,4 @@
-//! One run: create, then open, serve and close or crash a few times, then heal everything and look.
+//! One run: create, then open, do deeds and close or crash a few times, then heal everything and look.
 
 use uuid::Uuid;
 use vhost_remap::device::{Completion, DeviceIndex, Op, OpKind};
@@ -6,10 +6,16 @@ use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::{HealerParams, Order};
 use vhost_remap::engine::open::{DeviceFacts, OpenError, OpenParams, Opening};
 use vhost_remap::units::{Sector, SectorRange};
+use vhost_remap::volume::layout::Place;
 use vhost_remap::volume::superblock::CloseStamp;
 
+use crate::config::Fault;
+use crate::coverage::Phase;
+use crate::disk::Disk;
 use crate::faults;
+use crate::guest::SECTOR;
 use crate::model::Crash;
+use crate::script::{Deed, Reopening};
 use crate::world::{Owner, World, trace};
 
 /// Steps after which a session that still has requests hangs.
@@ -78,6 +84,7 @@ impl World {
             serial: *b"simulated-disk-00000",
             now: 1_000_000,
         };
+        self.script = Phase::Creating;
         let mut creation = Creation::new(params);
         let mut result = None;
         let ended = self.script(crash_after, |world, completions, ops| {
@@ -99,7 +106,8 @@ impl World {
                 Some(result) => return result.expect("healthy disks take a new volume"),
                 None => {
                     trace!(self, "crash during creation");
-                    self.power_or_kill();
+                    let power = self.rng.percent(70);
+                    self.cut_power(power);
                     // What a broken creation left either opens or is refused; it never harms.
                     let _ = self.open_once(false, None);
                     if self.engine.is_some() {
@@ -111,21 +119,19 @@ impl World {
         }
     }
 
-    fn power_or_kill(&mut self) -> Crash {
-        if self.rng.percent(70) {
-            for disk in &mut self.disks {
-                disk.power_cut(&mut self.rng);
-            }
-            Crash::PowerCut
-        } else {
-            Crash::Kill
+    fn cut_power(&mut self, power: bool) -> Crash {
+        if !power {
+            return Crash::Kill;
         }
+        self.disks.iter_mut().for_each(|disk| disk.power_cut(&mut self.rng));
+        Crash::PowerCut
     }
 
-    /// Crash now: everything under way may have landed or not.
-    pub(crate) fn crash(&mut self) {
-        self.abandon_flights();
-        let crash = self.power_or_kill();
+    /// Crash now: everything under way may have landed or not, or lands before the volume is opened again.
+    pub(crate) fn crash(&mut self, power: bool) {
+        self.leave_flights();
+        self.await_lock(power);
+        let crash = self.cut_power(power);
         trace!(self, "crash: {crash:?}");
         self.model.crash(crash);
         if self.engine.is_some() {
@@ -139,6 +145,7 @@ impl World {
         let accept_external = self.disks.iter().any(|disk| disk.reverted);
         let params = OpenParams { primary: self.facts(0), spare: self.facts(1), read_only, accept_external };
         trace!(self, "open, read-only {read_only}, crash after {crash_after:?}");
+        self.script = Phase::Opening;
         self.read_only = read_only;
         let mut opening = Opening::new(params);
         let ended = self.script(crash_after, |world, completions, ops| {
@@ -146,8 +153,10 @@ impl World {
             opening.is_done()
         });
         if matches!(ended, Scripted::Crashed) {
-            self.abandon_flights();
-            let crash = self.power_or_kill();
+            self.leave_flights();
+            let power = self.rng.percent(70);
+            self.await_lock(power);
+            let crash = self.cut_power(power);
             trace!(self, "crash during opening: {crash:?}");
             self.model.crash(crash);
             return None;
@@ -164,13 +173,13 @@ impl World {
     }
 
     /// Open, through crashes and refusals that the faults of the moment explain.
-    pub(crate) fn open(&mut self) {
+    fn open(&mut self, reopening: &Reopening) {
+        let mut cuts = reopening.cuts.iter().copied();
+        let mut read_only = reopening.read_only;
         loop {
-            let crash_after = self.rng.percent(10).then(|| self.rng.below(30));
-            let read_only = self.rng.percent(3);
             let began = self.step;
             let one_place_is_whole = faults::one_place_is_whole(self);
-            match self.open_once(read_only, crash_after) {
+            match self.open_once(std::mem::take(&mut read_only), cuts.next()) {
                 None => {}
                 Some(Ok(())) => return,
                 Some(Err(error)) => {
@@ -184,69 +193,67 @@ impl World {
         }
     }
 
-    /// Serve `requests` of the guest, and finish them unless a crash comes first.
-    fn serve(&mut self, mut requests: u64, crash_at: Option<u64>) -> bool {
-        let began = self.step;
-        let mut last_request = self.now;
-        loop {
-            if crash_at.is_some_and(|at| self.step - began >= at) {
-                return false;
+    /// What happens to the devices while nobody uses them, then the next opening.
+    fn reopen(&mut self, reopening: &Reopening) {
+        if !self.retired && !self.config.has(&[Fault::MetadataWrite]) {
+            let first = self.config.layout().place_start(Place::Tail) / SECTOR as u64;
+            for sector in &reopening.damage {
+                let sector = usize::try_from(first + sector).expect("small");
+                trace!(self, "damage at spare sector {sector}");
+                self.disks[1].damage(sector, &mut self.rng);
+                self.count_strike(Some(Fault::MetadataDamage));
             }
-            if requests > 0 && self.unanswered() < self.config.depth && self.rng.percent(20) {
-                requests -= 1;
-                last_request = self.now;
-                self.ask();
+        }
+        for (disk, over) in self.disks.iter_mut().zip(reopening.over) {
+            if over {
+                disk.recover();
             }
-            if requests > 0 {
-                self.disturb();
-            }
+        }
+        self.open(reopening);
+    }
+
+    /// Some steps of whatever can happen.
+    fn pace(&mut self, steps: u64) {
+        for _ in 0..steps {
             if !self.advance() {
                 self.resume_queues();
-                if requests == 0 && self.is_quiet() {
-                    self.check_quiet();
-                    return true;
-                }
-                if requests == 0 || self.rng.percent(30) {
-                    let waits = self.wait();
-                    assert!(waits || requests > 0, "hang: nothing will ever happen: {}", self.describe_waiting());
+                if !self.rng.percent(30) || !self.wait() {
+                    return;
                 }
             }
-            let waited = self.now.since_ns(last_request);
-            assert!(
-                requests > 0 || (waited < PATIENCE_NS && self.step - began < STEPS_MAX),
-                "hang: {}",
-                self.describe_waiting()
-            );
         }
     }
 
-    /// Faults, orders and resets of queues, now and then.
-    fn disturb(&mut self) {
-        if self.rng.below(1000) < self.config.fault_rate {
-            faults::inject(self);
+    /// Go on until `done`.
+    fn serve_until(&mut self, mut done: impl FnMut(&mut World) -> bool) {
+        let (began, since) = (self.step, self.now);
+        while !done(self) {
+            if !self.advance() {
+                self.resume_queues();
+                if !done(self) {
+                    let waits = self.wait();
+                    assert!(waits, "hang: nothing will ever happen: {}", self.describe_waiting());
+                }
+            }
+            let in_time = self.now.since_ns(since) < PATIENCE_NS && self.step - began < STEPS_MAX;
+            assert!(in_time, "hang: {}", self.describe_waiting());
         }
-        if self.rng.below(1000) < self.config.order_rate {
-            self.some_order();
-        }
-        if self.rng.below(1000) < self.config.withdraw_rate {
-            self.reset_queue();
-        }
-        self.resume_queues();
     }
 
     /// Run until nothing is under way.
+    pub(crate) fn run_dry(&mut self) {
+        self.serve_until(World::is_quiet);
+    }
+
+    /// Run until nothing is under way, and look.
     pub(crate) fn settle_down(&mut self) {
-        assert!(self.serve(0, None));
+        self.run_dry();
+        self.check_quiet();
     }
 
     /// Devices that come back are used again, bad sectors or not.
     fn check_return(&mut self) {
-        if self.rng.percent(70) {
-            return;
-        }
-        self.disks
-            .iter_mut()
-            .for_each(|disk| (disk.gone, disk.burst, disk.full, disk.bad_flushes) = (false, (0, 0), 0, 0));
+        self.disks.iter_mut().for_each(Disk::recover);
         let mut whole = faults::one_place_is_whole(self);
         self.let_pass(4);
         if !whole && faults::one_place_is_whole(self) {
@@ -274,14 +281,13 @@ impl World {
     pub(crate) fn close(&mut self) {
         self.settle_down();
         if self.read_only {
-            self.crash();
-            return;
+            return self.crash(false);
         }
         let submitted = self.model.tick();
         self.order(Order::Settle);
         self.settle_down();
         let Some(Ok(sample_crc)) = self.settled.take() else {
-            return self.crash();
+            return self.crash(false);
         };
         self.model.flushed(submitted);
         let stamp = CloseStamp { size: self.disks[0].bytes(), mtime_ns: self.disks[0].mtime, sample_crc };
@@ -292,28 +298,53 @@ impl World {
             trace!(self, "closed");
             self.stop();
         } else {
-            self.crash();
+            self.crash(false);
         }
     }
 
     /// The whole run.
-    pub(crate) fn run(&mut self) {
+    pub(crate) fn run<'a>(&mut self, deeds: impl Iterator<Item = &'a Deed>) {
         self.create();
-        for _ in 0..self.config.sessions {
-            self.open();
-            let crash_at = self.rng.percent(self.config.crashes).then(|| self.rng.below(400));
-            let served = self.serve(self.config.requests, crash_at);
-            if served {
-                self.check_return();
-            }
-            if served && self.rng.percent(50) {
-                self.close();
-            } else {
-                self.crash();
-            }
-            faults::between_sessions(self);
+        let mut deeds = deeds.peekable();
+        let mut reopening = &Reopening::default();
+        while deeds.peek().is_some() {
+            self.reopen(reopening);
+            let Some(next) = self.session(&mut deeds) else { break };
+            reopening = next;
         }
         self.finish();
+    }
+
+    /// Do deeds to the end of the session, or of the run; it ends with nothing open.
+    fn session<'a>(&mut self, deeds: &mut impl Iterator<Item = &'a Deed>) -> Option<&'a Reopening> {
+        for deed in deeds {
+            let steps = self.rng.below(10);
+            self.pace(steps);
+            self.resume_queues();
+            match deed {
+                Deed::Ask { ask, queue, write_through } => {
+                    let depth = self.config.depth;
+                    self.serve_until(|world| world.unanswered() < depth);
+                    self.ask(ask, *queue, *write_through);
+                }
+                Deed::Fault(trouble) => trouble.strike(self),
+                Deed::Order(order) => self.order(order.clone()),
+                Deed::Reset { queue, finish } => self.reset_queue(*queue, *finish),
+                Deed::Settle => self.settle_down(),
+                Deed::Return => self.check_return(),
+                Deed::Close(reopening) => {
+                    self.close();
+                    return Some(reopening);
+                }
+                Deed::Crash { after, power, reopening } => {
+                    self.pace(*after);
+                    self.crash(*power);
+                    return Some(reopening);
+                }
+            }
+        }
+        self.crash(true);
+        None
     }
 
     /// Heal every fault, open, and see that every sector has an admissible value; then that the volume
@@ -338,6 +369,11 @@ impl World {
         self.crash_and_check();
     }
 
+    /// Errors the guest got so far.
+    pub(crate) fn guest_errors(&self) -> usize {
+        self.events.iter().filter(|event| event.kind == "guest-error").count()
+    }
+
     fn pieces(&self) -> Vec<SectorRange> {
         let capacity = self.config.capacity;
         (0..capacity)
@@ -349,10 +385,10 @@ impl World {
     /// Read every sector; only lost ones may fail, and only where a device once failed to read them.
     pub(crate) fn check_all_readable(&mut self) {
         for piece in self.pieces() {
-            let errors = self.events.iter().filter(|event| event.kind == "guest-error").count();
+            let errors = self.guest_errors();
             self.ask_read(piece);
-            self.settle_down();
-            if self.events.iter().filter(|event| event.kind == "guest-error").count() == errors {
+            self.run_dry();
+            if self.guest_errors() == errors {
                 continue;
             }
             let lost: Vec<u64> = self
@@ -370,7 +406,7 @@ impl World {
                 }
                 let errors = self.events.len();
                 self.ask_read(SectorRange { start: Sector(sector), count: 1 });
-                self.settle_down();
+                self.run_dry();
                 let failed = self.events[errors..].iter().any(|event| event.kind == "guest-error");
                 assert!(!failed, "sector {sector} is not lost and does not read from healthy devices");
             }
@@ -379,15 +415,14 @@ impl World {
 
     /// Write everything anew: on healthy devices that never fails.
     pub(crate) fn rewrite_all(&mut self) {
-        let errors = self.events.iter().filter(|event| event.kind == "guest-error").count();
+        let errors = self.guest_errors();
         for piece in self.pieces() {
-            let value = self.next_value;
-            self.ask_write(piece, value);
+            self.ask_write(piece);
         }
-        self.settle_down();
+        self.run_dry();
         self.ask_flush();
-        self.settle_down();
-        let after = self.events.iter().filter(|event| event.kind == "guest-error").count();
+        self.run_dry();
+        let after = self.guest_errors();
         assert_eq!(errors, after, "healthy devices take every write");
     }
 
@@ -399,12 +434,12 @@ impl World {
         self.model.crash(Crash::PowerCut);
         self.stop();
         self.open_once(false, None).expect("no crash was asked for").unwrap_or_else(|e| panic!("healed: {e}"));
-        let errors = self.events.iter().filter(|event| event.kind == "guest-error").count();
+        let errors = self.guest_errors();
         for piece in self.pieces() {
             self.ask_read(piece);
         }
-        self.settle_down();
-        let after = self.events.iter().filter(|event| event.kind == "guest-error").count();
+        self.run_dry();
+        let after = self.guest_errors();
         assert_eq!(errors, after, "what was rewritten and flushed reads");
         self.check_quiet();
         if self.config.labelled && self.rng.percent(30) {
@@ -423,7 +458,7 @@ impl World {
         assert!(matches!(self.done, Some(Ok(_))), "healthy devices take counters and label: {:?}", self.done);
         let moved: Vec<u64> =
             self.list().iter().filter(|(_, state, _)| state.slot.is_some()).map(|(block, ..)| block.0).collect();
-        self.crash();
+        self.crash(true);
         self.disk(DeviceIndex::SPARE).gone = true;
         self.open_degraded().unwrap_or_else(|error| panic!("a whole label is refused: {error}"));
         let changes = self.disks[0].mtime;

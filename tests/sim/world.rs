@@ -8,15 +8,18 @@ use vhost_remap::engine::healer::{Healer, HealerOut, HealerStatus, Order, OrderI
 use vhost_remap::engine::message::{ToHealer, ToShard};
 use vhost_remap::engine::request::{Answer, Request, RequestOp, Status, Token};
 use vhost_remap::engine::shard::{Shard, ShardOut};
+use vhost_remap::engine::view::PrimaryState;
 use vhost_remap::units::{Sector, SectorRange, Time};
 
 use crate::brief::{brief, brief_back};
-use crate::config::Config;
-use crate::disk::Disk;
+use crate::config::{Config, Fault};
+use crate::coverage::{Phase, State, Strikes};
+use crate::disk::{Disk, Late};
 use crate::every_io::plan::Plan;
 use crate::guest::{self, SECTOR, Value};
 use crate::model::{Model, Tick};
 use crate::rng::Rng;
+use crate::script::Ask;
 
 /// Queues of a shard.
 pub(crate) const QUEUES: u16 = 2;
@@ -57,7 +60,22 @@ struct Asked {
 enum Ordered {
     /// With the poison of that moment.
     Clear(Option<PoisonReport>),
-    Other,
+    /// [`Order::Remap`] or [`Order::Release`].
+    Move,
+    Save,
+    /// [`Order::Settle`] or [`Order::Seal`].
+    Close,
+}
+
+/// A queue that is stopping.
+#[derive(Debug)]
+struct Stopping {
+    queue: u16,
+    shard: usize,
+    /// What comes back is asked for again, to be served to its end.
+    finish: bool,
+    /// What has come back.
+    back: Vec<Request>,
 }
 
 /// The volume while it is open.
@@ -77,7 +95,7 @@ pub(crate) struct World {
     to_shard: Vec<VecDeque<ToShard>>,
     asked: BTreeMap<u32, Asked>,
     reads_under_way: usize,
-    stopping: Vec<(u16, usize)>,
+    stopping: Vec<Stopping>,
     next_token: u32,
     pub(crate) next_value: Value,
     orders: BTreeMap<OrderId, Ordered>,
@@ -100,7 +118,15 @@ pub(crate) struct World {
     pub(crate) events: Vec<Event>,
     pub(crate) settled: Option<Result<u32, String>>,
     pub(crate) done: Option<Result<String, String>>,
+    /// Whether there is a trace: printed, or kept.
     pub(crate) verbose: bool,
+    pub(crate) kept: Option<String>,
+    /// Writes of a dead process that the kernel has not done yet.
+    pub(crate) late: Vec<Late>,
+    /// What the operations of [`Owner::Script`] belong to.
+    pub(crate) script: Phase,
+    /// Which fault struck in which states, where that is counted.
+    pub(crate) strikes: Option<Strikes>,
     /// For copying.
     scratch: Vec<u8>,
     /// Nothing is left to chance: the oldest thing that can happen does, and this says what fails.
@@ -110,19 +136,14 @@ pub(crate) struct World {
 macro_rules! trace {
     ($world:expr, $($arg:tt)*) => {
         if $world.verbose {
-            eprintln!("{:6} {:>12} {}", $world.step, $world.now.0, format_args!($($arg)*));
+            let line = format!("{:6} {:>12} {}", $world.step, $world.now.0, format_args!($($arg)*));
+            $world.tell(line);
         }
     };
 }
 pub(crate) use trace;
 
 impl World {
-    pub(crate) fn new(seed: u64, verbose: bool) -> World {
-        let mut rng = Rng::new(seed);
-        let config = Config::of(&mut rng);
-        World::with(config, rng, verbose)
-    }
-
     pub(crate) fn with(config: Config, rng: Rng, verbose: bool) -> World {
         let mut primary = Disk::new("primary", config.primary_bytes(), config.logical[0]);
         let mut spare = Disk::new("spare", config.spare_bytes(), config.logical[1]);
@@ -134,9 +155,6 @@ impl World {
     }
 
     pub(crate) fn on(disks: [Disk; 2], config: Config, rng: Rng, verbose: bool) -> World {
-        if verbose {
-            eprintln!("{config:?}");
-        }
         World {
             rng,
             now: Time(0),
@@ -166,9 +184,24 @@ impl World {
             settled: None,
             done: None,
             verbose,
+            kept: None,
             scratch: Vec::new(),
+            late: Vec::new(),
+            script: Phase::Opening,
+            strikes: None,
             plan: None,
             config,
+        }
+    }
+
+    /// A line of the trace.
+    pub(crate) fn tell(&mut self, line: String) {
+        match &mut self.kept {
+            None => eprintln!("{line}"),
+            Some(kept) => {
+                kept.push_str(&line);
+                kept.push('\n');
+            }
         }
     }
 
@@ -208,20 +241,20 @@ impl World {
 
     pub(crate) fn submit(&mut self, owner: Owner, ops: Vec<Op>, slow: bool) {
         for op in ops {
-            let disk = &self.disks[usize::from(op.device.0)];
             assert!(
                 !self.read_only || matches!(op.kind, OpKind::Read | OpKind::Identify | OpKind::Flush),
                 "a read-only volume is written: {op:?}"
             );
-            let mut latency = 1 + disk.hesitation_ns(&op);
+            let mut latency = 1 + self.disk(op.device).hesitation_ns(&op);
             if self.plan.is_none() {
                 latency += self.rng.below(20_000);
             }
             if slow && self.rng.percent(3) {
                 latency += self.rng.below(12_000_000_000);
-                trace!(self, "slow: {:?} takes {latency} ns", op);
+                trace!(self, "slow: {:?} {}+{} takes {latency} ns", op.kind, op.offset, op.len);
+                self.count_strike(Some(Fault::Latency));
             }
-            let durable_to = disk.completed();
+            let durable_to = self.disk(op.device).completed();
             self.flights.push(Flight { owner, op, ready: self.now.plus_ns(latency), durable_to });
         }
     }
@@ -236,6 +269,10 @@ impl World {
             Some(errno) => disk.fail(&op, errno, &mut self.rng),
             None => disk.perform(&op, durable_to, &mut self.rng),
         };
+        if result.is_err() {
+            let fault = disk.struck_by.take();
+            self.count_strike(fault);
+        }
         trace!(
             self,
             "{owner:?} {} {:?} {}+{} -> {result:?}",
@@ -280,22 +317,42 @@ impl World {
         }
     }
 
+    /// The process dies with operations in the kernel, which may do its writes yet.
+    pub(crate) fn leave_flights(&mut self) {
+        for Flight { op, .. } in std::mem::take(&mut self.flights) {
+            let device = usize::from(op.device.0);
+            self.late.extend(self.disks[device].late(device, &op));
+        }
+    }
+
+    /// What a dead process left in the kernel is done, or lost if the power goes meanwhile. Until then it has
+    /// the devices' lock, which a successor waits for (O4).
+    pub(crate) fn await_lock(&mut self, power_goes: bool) {
+        let mut left = std::mem::take(&mut self.late);
+        let landing = if power_goes { self.rng.index(left.len() + 1) } else { left.len() };
+        for _ in 0..landing {
+            let late = left.swap_remove(self.rng.index(left.len()));
+            trace!(self, "late: {} sectors at {} of device {}", late.len(), late.first, late.device);
+            self.disks[late.device].land_late(&late, &mut self.rng);
+        }
+    }
+
     // ---- steps
 
     fn take_shard(&mut self, shard: usize, out: ShardOut) {
-        let slow = self.config.has(&[crate::config::Fault::Latency]);
+        let slow = self.config.has(&[Fault::Latency]);
         self.submit(Owner::Shard(shard), out.ops, slow);
         self.to_healer[shard].extend(out.to_healer);
         for Answer { request, status } in out.answers {
             self.answered(request, status);
         }
         for request in out.withdrawn {
-            self.withdrawn(&request);
+            self.withdrawn(request);
         }
     }
 
     fn take_healer(&mut self, out: HealerOut) {
-        let slow = self.config.has(&[crate::config::Fault::Latency]);
+        let slow = self.config.has(&[Fault::Latency]);
         self.submit(Owner::Healer, out.ops, slow);
         for event in out.events {
             trace!(
@@ -351,12 +408,7 @@ impl World {
         self.note_trouble();
         self.step += 1;
         self.now = self.now.plus_ns(self.rng.below(2_000));
-        let shards = self.config.shards;
-        let busy: Vec<usize> = (0..2 * shards)
-            .filter(
-                |i| if *i < shards { !self.to_healer[*i].is_empty() } else { !self.to_shard[*i - shards].is_empty() },
-            )
-            .collect();
+        let busy = self.busy();
         let flight = self.ready_flight();
         if flight.is_some() && self.plan.is_none() && self.rng.percent(3) {
             let Flight { op, .. } = &self.flights[self.rng.index(self.flights.len())];
@@ -369,10 +421,10 @@ impl World {
             self.wake_healer();
             return true;
         }
-        match (busy.is_empty(), flight) {
+        match (busy == 0, flight) {
             (true, None) => false,
             (false, None) => {
-                self.deliver(&busy);
+                self.deliver(busy);
                 true
             }
             (true, Some(flight)) => {
@@ -381,7 +433,7 @@ impl World {
             }
             (false, Some(flight)) => {
                 if self.choose(2) == 0 {
-                    self.deliver(&busy)
+                    self.deliver(busy)
                 } else {
                     self.complete(flight)
                 }
@@ -398,22 +450,29 @@ impl World {
         true
     }
 
-    fn deliver(&mut self, busy: &[usize]) {
+    /// The channels that messages wait in, as a mask: those to the healer, then those to the shards.
+    fn busy(&self) -> u32 {
+        let channels = self.to_healer.iter().map(VecDeque::is_empty).chain(self.to_shard.iter().map(VecDeque::is_empty));
+        channels.enumerate().fold(0, |mask, (channel, empty)| mask | u32::from(!empty) << channel)
+    }
+
+    fn deliver(&mut self, busy: u32) {
         let (shards, now) = (self.config.shards, self.now);
-        let channel = busy[self.choose(busy.len())];
-        let engine = self.engine.as_mut().expect("the volume is open");
+        let chosen = self.choose(busy.count_ones() as usize);
+        let left = (0..chosen).fold(busy, |left, _| left & (left - 1));
+        let channel = left.trailing_zeros() as usize;
         if channel < shards {
             let message = self.to_healer[channel].pop_front().expect("busy");
             trace!(self, "shard {channel} -> healer: {}", brief(&message));
             let mut out = HealerOut::default();
-            engine.healer.message(now, message, &mut out);
+            self.healer().message(now, message, &mut out);
             self.take_healer(out);
         } else {
             let shard = channel - shards;
             let message = self.to_shard[shard].pop_front().expect("busy");
             trace!(self, "healer -> shard {shard}: {}", brief_back(&message));
             let mut out = ShardOut::default();
-            engine.shards[shard].message(now, message, &mut out);
+            self.engine.as_mut().expect("the volume is open").shards[shard].message(now, message, &mut out);
             self.take_shard(shard, out);
         }
     }
@@ -457,51 +516,61 @@ impl World {
 
     // ---- the guest
 
-    fn some_range(&mut self) -> SectorRange {
-        let unit = if self.rng.percent(85) { self.config.logical.into_iter().max().unwrap_or(512) / 512 } else { 1 };
-        let capacity = self.config.capacity;
-        if self.rng.percent(30) {
-            let block = self.rng.pick(&self.config.weak.clone());
-            let first = block * 8 + if self.rng.percent(50) { 0 } else { self.rng.below(8) / unit * unit };
-            let start = first.min(capacity - 1) / unit * unit;
-            let count = (1 + self.rng.below(8)).next_multiple_of(unit).min(capacity - start);
-            return SectorRange { start: Sector(start), count };
-        }
-        let limit = if self.rng.percent(80) { (self.config.hot * 8).min(capacity) } else { capacity };
-        let unit = if self.rng.percent(40) { 8 } else { unit };
-        let start = self.rng.below(limit) / unit * unit;
-        let longest = if self.rng.percent(10) { 200 } else { 24 };
-        let count = ((1 + self.rng.below(longest)).next_multiple_of(unit)).min(capacity - start);
-        SectorRange { start: Sector(start), count }
+    /// The guest asks for something in a queue.
+    pub(crate) fn ask(&mut self, ask: &Ask, queue: u16, through: bool) {
+        let through = through && matches!(ask, Ask::Write(_) | Ask::Zeroes(..));
+        let (op, what, ranges, start) = match ask {
+            Ask::Read(range) => self.a_read(*range),
+            Ask::Write(range) => self.a_write(*range),
+            Ask::Flush => (RequestOp::Flush, "flush", Vec::new(), self.model.tick()),
+            Ask::Zeroes(range, unmap) => {
+                let start = self.model.begin(sectors(&[*range]), 0);
+                (RequestOp::WriteZeroes { ranges: vec![(*range, *unmap)] }, "zeroes", vec![*range], start)
+            }
+            Ask::Discard(ranges) => {
+                let start = self.model.begin(sectors(ranges), 0);
+                (RequestOp::Discard { ranges: ranges.clone() }, "discard", ranges.clone(), start)
+            }
+        };
+        let (shard, queue) = self.open_queue(queue);
+        let token = self.next_token;
+        self.next_token += 1;
+        trace!(self, "guest {token}: {what} {ranges:?} value {} through {through} queue {queue}", self.next_value - 1);
+        self.asked.insert(token, Asked { queue, what, ranges, start, events: self.events.len(), step: self.step });
+        self.hand_in(shard, Request { token: Token(token), queue, write_through: through, op });
     }
 
-    /// The guest asks for something.
-    pub(crate) fn ask(&mut self) {
-        let range = self.some_range();
-        let kind = self.rng.below(100);
-        let value = self.next_value;
-        match kind {
-            0..45 => self.ask_write(range, value),
-            45..80 => self.ask_read(range),
-            80..90 => self.ask_flush(),
-            90..96 => self.ask_zeroes(range),
-            _ if self.config.discards => self.ask_some_discard(range),
-            _ => self.ask_read(range),
-        }
+    fn hand_in(&mut self, shard: usize, request: Request) {
+        let now = self.now;
+        let mut out = ShardOut::default();
+        self.engine.as_mut().expect("open").shards[shard].submit(now, request, &mut out);
+        self.take_shard(shard, out);
     }
 
-    pub(crate) fn ask_read(&mut self, range: SectorRange) {
+    /// That queue with its shard, or the next one that is not stopping; where all are, it opens again in time.
+    fn open_queue(&self, queue: u16) -> (usize, u16) {
+        let queues = u16::try_from(self.config.shards).expect("few") * QUEUES;
+        let open = |queue: &u16| self.stopping.iter().all(|stopping| stopping.queue != *queue);
+        let queue = (queue..queues).chain(0..queue).find(open).unwrap_or(queue);
+        (usize::from(queue / QUEUES), queue)
+    }
+
+    fn some_queue(&mut self) -> u16 {
+        u16::try_from(self.rng.index(self.config.shards * usize::from(QUEUES))).expect("few")
+    }
+
+    fn a_read(&mut self, range: SectorRange) -> (RequestOp, &'static str, Vec<SectorRange>, Tick) {
         let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
         // What an earlier request left there may look just like what this one is to bring.
         self.scratch.clear();
         self.scratch.resize(data.len(), 0xa5);
         data.copy_from(0, &self.scratch);
         self.reads_under_way += 1;
-        let start = self.model.tick();
-        self.ask_for(RequestOp::Read { range, data }, "read", vec![range], start, false);
+        (RequestOp::Read { range, data }, "read", vec![range], self.model.tick())
     }
 
-    pub(crate) fn ask_write(&mut self, range: SectorRange, value: Value) {
+    fn a_write(&mut self, range: SectorRange) -> (RequestOp, &'static str, Vec<SectorRange>, Tick) {
+        let value = self.next_value;
         self.next_value += 1;
         let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
         self.scratch.resize(data.len(), 0);
@@ -510,67 +579,32 @@ impl World {
         }
         data.copy_from(0, &self.scratch);
         let start = self.model.begin(sectors(&[range]), value);
-        let through = self.config.write_through && self.rng.percent(20);
-        self.ask_for(RequestOp::Write { range, data }, "write", vec![range], start, through);
+        (RequestOp::Write { range, data }, "write", vec![range], start)
+    }
+
+    pub(crate) fn ask_read(&mut self, range: SectorRange) {
+        let queue = self.some_queue();
+        self.ask(&Ask::Read(range), queue, false);
+    }
+
+    pub(crate) fn ask_write(&mut self, range: SectorRange) {
+        let queue = self.some_queue();
+        self.ask(&Ask::Write(range), queue, false);
     }
 
     pub(crate) fn ask_flush(&mut self) {
-        let start = self.model.tick();
-        self.ask_for(RequestOp::Flush, "flush", Vec::new(), start, false);
+        let queue = self.some_queue();
+        self.ask(&Ask::Flush, queue, false);
     }
 
     pub(crate) fn ask_zeroes(&mut self, range: SectorRange) {
-        let start = self.model.begin(sectors(&[range]), 0);
-        let through = self.config.write_through && self.rng.percent(20);
-        let ranges = vec![(range, self.rng.percent(50))];
-        self.ask_for(RequestOp::WriteZeroes { ranges }, "zeroes", vec![range], start, through);
-    }
-
-    fn ask_some_discard(&mut self, range: SectorRange) {
-        let mut ranges = vec![range];
-        let more = self.some_range();
-        if self.rng.percent(30) && (more.end() <= range.start || range.end() <= more.start) {
-            ranges.push(more);
-        }
-        self.ask_discard(ranges);
+        let queue = self.some_queue();
+        self.ask(&Ask::Zeroes(range, false), queue, false);
     }
 
     pub(crate) fn ask_discard(&mut self, ranges: Vec<SectorRange>) {
-        let start = self.model.begin(sectors(&ranges), 0);
-        self.ask_for(RequestOp::Discard { ranges: ranges.clone() }, "discard", ranges, start, false);
-    }
-
-    fn ask_for(
-        &mut self,
-        op: RequestOp,
-        what: &'static str,
-        ranges: Vec<SectorRange>,
-        start: Tick,
-        write_through: bool,
-    ) {
-        let mut shard = self.rng.index(self.config.shards);
-        let mut queue = 0;
-        // A queue that is being reset takes nothing; where all are, the first one opens again in time.
-        for _ in 0..16 {
-            shard = self.rng.index(self.config.shards);
-            queue = u16::try_from(shard).expect("few") * QUEUES + u16::try_from(self.rng.below(2)).expect("few");
-            if self.stopping.iter().all(|(stopping, _)| *stopping != queue) {
-                break;
-            }
-        }
-        let token = self.next_token;
-        self.next_token += 1;
-        trace!(
-            self,
-            "guest {token}: {what} {ranges:?} value {} through {write_through} shard {shard}",
-            self.next_value - 1
-        );
-        self.asked.insert(token, Asked { queue, what, ranges, start, events: self.events.len(), step: self.step });
-        let request = Request { token: Token(token), queue, write_through, op };
-        let now = self.now;
-        let mut out = ShardOut::default();
-        self.engine.as_mut().expect("open").shards[shard].submit(now, request, &mut out);
-        self.take_shard(shard, out);
+        let queue = self.some_queue();
+        self.ask(&Ask::Discard(ranges), queue, false);
     }
 
     fn answered(&mut self, request: Request, status: Status) {
@@ -627,7 +661,7 @@ impl World {
         if self.read_only
             || self.troubled >= since
             || self.disks.iter().any(|disk| disk.troubled >= since || disk.short_since(since))
-            || self.config.has(&[crate::config::Fault::Latency])
+            || self.config.has(&[Fault::Latency])
         {
             return;
         }
@@ -646,7 +680,7 @@ impl World {
                         });
                         lost || self.disks[0].hard.get(&at).is_some_and(|when| *when >= since)
                     };
-                    let unit = self.config.logical.into_iter().max().unwrap_or(512) / 512;
+                    let unit = self.config.unit();
                     let wide = |range: &SectorRange| range.start.0 / unit * unit..range.end().0.next_multiple_of(unit);
                     // Several passing troubles in one large sector may outlast the ladder together.
                     let several = unit > 1 && self.disks[0].struck >= since;
@@ -661,10 +695,15 @@ impl World {
         assert!(justified, "{} fails without a reason ({cause}): {asked:?}", asked.what);
     }
 
-    fn withdrawn(&mut self, request: &Request) {
+    fn withdrawn(&mut self, request: Request) {
         let token = request.token.0;
+        trace!(self, "withdrawn {token}");
+        let stopping = self.stopping.iter_mut().find(|stopping| stopping.queue == request.queue);
+        let stopping = stopping.expect("only a queue that stops gives requests back");
+        if stopping.finish {
+            return stopping.back.push(request);
+        }
         let asked = self.asked.remove(&token).unwrap_or_else(|| panic!("request {token} ends twice"));
-        trace!(self, "withdrawn {token}: {asked:?}");
         match asked.what {
             "read" => self.reads_under_way -= 1,
             "flush" => {}
@@ -672,30 +711,45 @@ impl World {
         }
     }
 
-    /// Reset a queue, or go on with those whose reset is complete.
-    pub(crate) fn reset_queue(&mut self) {
-        let shard = self.rng.index(self.config.shards);
-        let queue = u16::try_from(shard).expect("few") * QUEUES;
-        if self.stopping.iter().any(|(stopping, _)| *stopping == queue) {
+    /// Stop a queue.
+    pub(crate) fn reset_queue(&mut self, queue: u16, finish: bool) {
+        if self.stopping.iter().any(|stopping| stopping.queue == queue) {
             return;
         }
-        trace!(self, "withdraw queue {queue} of shard {shard}");
-        self.stopping.push((queue, shard));
+        let shard = usize::from(queue / QUEUES);
+        trace!(self, "withdraw queue {queue} of shard {shard}, finish {finish}");
+        self.stopping.push(Stopping { queue, shard, finish, back: Vec::new() });
         let mut out = ShardOut::default();
         self.engine.as_mut().expect("open").shards[shard].withdraw(queue, &mut out);
         self.take_shard(shard, out);
     }
 
+    /// What came back from a queue that stops is served to its end; a queue that has stopped goes on.
     pub(crate) fn resume_queues(&mut self) {
+        for at in 0..self.stopping.len() {
+            let Stopping { queue, shard, .. } = self.stopping[at];
+            let back = std::mem::take(&mut self.stopping[at].back);
+            if back.is_empty() {
+                continue;
+            }
+            let mut out = ShardOut::default();
+            self.engine.as_mut().expect("open").shards[shard].finish(queue, &mut out);
+            self.take_shard(shard, out);
+            back.into_iter().for_each(|request| self.hand_in(shard, request));
+        }
+        if self.stopping.is_empty() {
+            return;
+        }
         let engine = self.engine.as_mut().expect("open");
         let asked = &self.asked;
-        self.stopping.retain(|(queue, shard)| {
+        self.stopping.retain(|Stopping { queue, shard, back, .. }| {
             let left = engine.shards[*shard].unanswered(*queue);
-            assert_eq!(left, asked.values().filter(|asked| asked.queue == *queue).count(), "unanswered of {queue}");
-            if left == 0 {
+            let waiting = asked.values().filter(|asked| asked.queue == *queue).count();
+            assert_eq!(left + back.len(), waiting, "unanswered of {queue}");
+            if waiting == 0 {
                 engine.shards[*shard].resume(*queue);
             }
-            left > 0
+            waiting > 0
         });
     }
 
@@ -707,7 +761,10 @@ impl World {
         trace!(self, "order {order:?}");
         let ordered = match &order {
             Order::Clear => Ordered::Clear(self.status().poison),
-            _ => Ordered::Other,
+            Order::Remap(_) | Order::Release(_) => Ordered::Move,
+            Order::Save => Ordered::Save,
+            Order::Settle | Order::Seal(_) => Ordered::Close,
+            Order::Status | Order::List { .. } => unreachable!("these are answered at once"),
         };
         self.orders.insert(id, ordered);
         let now = self.now;
@@ -758,16 +815,44 @@ impl World {
         }
     }
 
-    pub(crate) fn some_order(&mut self) {
-        let range = self.some_range();
-        let few = SectorRange { count: range.count.min(24), ..range };
-        let order = match self.rng.below(8) {
-            0..3 => Order::Remap(few),
-            3..6 => Order::Release(few),
-            6 => Order::Save,
-            _ => Order::Clear,
+    /// What the volume is busy with.
+    fn states(&mut self) -> Vec<State> {
+        let Some(engine) = &self.engine else { return vec![State::Script(self.script)] };
+        let mode = engine.healer.view().mode.clone();
+        let slots = self.config.layout().slots_start;
+        let healers = |flight: &&Flight| flight.owner == Owner::Healer;
+        let commit = |flight: &Flight| {
+            flight.op.device == DeviceIndex::SPARE && flight.op.kind == OpKind::Write && flight.op.offset < slots
         };
-        self.order(order);
+        let flights = || self.flights.iter().filter(healers);
+        let ordered = |wanted: fn(&Ordered) -> bool| self.orders.values().any(wanted);
+        let mut states = [
+            (State::Committing, flights().any(commit)),
+            (State::Flushing, flights().any(|flight| flight.op.kind == OpKind::Flush)),
+            (State::Moving, ordered(|order| matches!(order, Ordered::Move))),
+            (State::Closing, ordered(|order| matches!(order, Ordered::Close))),
+            (State::Stopping, !self.stopping.is_empty()),
+            (State::Poisoned, mode.poisoned),
+            (State::SpareDown, !mode.spare_up),
+            (State::PrimaryDown, mode.primary != PrimaryState::Up),
+        ]
+        .to_vec();
+        let status = self.status();
+        states.extend([
+            (State::Repairing, status.repairs > 0),
+            (State::Holding, status.held > 0),
+            (State::InDoubt, status.in_doubt > 0),
+            (State::SpareFull, status.free == 0),
+        ]);
+        let held: Vec<State> = states.into_iter().filter(|(_, held)| *held).map(|(state, _)| state).collect();
+        if held.is_empty() { vec![State::Idle] } else { held }
+    }
+
+    /// A fault has struck.
+    pub(crate) fn count_strike(&mut self, fault: Option<Fault>) {
+        let Some(fault) = fault.filter(|_| self.strikes.is_some()) else { return };
+        let states = self.states();
+        self.strikes.as_mut().expect("looked at above").count(fault, &states);
     }
 
     /// What must be true whenever nothing is under way.

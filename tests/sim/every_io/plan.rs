@@ -197,7 +197,7 @@ impl Snapshot {
                     self.under_way.contains(&(device, number)) && !kept.contains(&(device, number, sector))
                 }),
             }
-            (disk.gone, disk.burst, disk.full, disk.bad_flushes) = (false, (0, 0), 0, 0);
+            disk.recover();
         }
         world.model.crash(*crash);
         world

@@ -160,7 +160,7 @@ pub(crate) const TABLE: [Scenario; 20] = [
         name: "rewrite in place",
         begin: |world| {
             open(world);
-            let bad = Bad { errno: libc::EIO, until: Until::Times(1) };
+            let bad = Bad { errno: libc::EIO, until: Until::Times(1), fault: None };
             world.disks[0].bad_writes.insert(20, bad);
         },
         act: |world| {
@@ -321,7 +321,7 @@ pub(crate) const TABLE: [Scenario; 20] = [
         name: "bad read, then a rewrite",
         begin: |world| {
             open(world);
-            let bad = Bad { errno: libc::EIO, until: Until::Written };
+            let bad = Bad { errno: libc::EIO, until: Until::Written, fault: None };
             world.disks[0].bad_reads.insert(20, bad);
         },
         act: |world| {
@@ -399,7 +399,7 @@ fn open_with_bad_blocks(world: &mut World, first: u64, count: u64) {
 
 fn mark(disk: &mut Disk, sectors: std::ops::Range<u64>, read: bool) {
     let marks = if read { &mut disk.bad_reads } else { &mut disk.bad_writes };
-    let bad = Bad { errno: libc::EIO, until: Until::Healed };
+    let bad = Bad { errno: libc::EIO, until: Until::Healed, fault: None };
     marks.extend(sectors.map(|sector| (usize::try_from(sector).expect("small"), bad)));
 }
 
@@ -422,8 +422,7 @@ fn bad_table(world: &mut World, places: &[Place]) {
 }
 
 fn ask_write(world: &mut World, range: SectorRange) {
-    let value = world.next_value;
-    world.ask_write(range, value);
+    world.ask_write(range);
 }
 
 fn write(world: &mut World, range: SectorRange) {
