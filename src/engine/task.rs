@@ -46,7 +46,9 @@ pub(super) struct Spawner(Rc<RefCell<Vec<Task>>>);
 
 impl Spawner {
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        self.0.borrow_mut().push(Box::pin(task));
+        // Before the list is borrowed: a task of some kilobytes is then moved only once.
+        let task = Box::pin(task);
+        self.0.borrow_mut().push(task);
     }
 }
 

@@ -51,6 +51,7 @@ struct Leaf {
 
 #[derive(Clone, Debug)]
 struct Node {
+    /// As many as the volume has under this node.
     leaves: Vec<Option<Arc<Leaf>>>,
 }
 
@@ -102,6 +103,18 @@ impl Leaf {
         }
     }
 
+    /// The entries from `at` on.
+    fn iter_from(&self, at: usize) -> impl Iterator<Item = (u64, BlockState)> + '_ {
+        let first = at / 64;
+        let words = self.present.iter().zip(0..).skip(first);
+        let places = words.flat_map(move |(present, word)| {
+            let hidden = if word == first as u64 { !0 << (at % 64) } else { !0 };
+            bits_of(present & hidden).map(move |bit| word * 64 + u64::from(bit))
+        });
+        let before = self.index(at).unwrap_or_else(|before| before);
+        places.zip(self.entries[before..].iter().copied())
+    }
+
     fn any(&self, from: usize, to: usize) -> bool {
         let (first, last) = (from / 64, (to - 1) / 64);
         (first..=last).any(|word| {
@@ -115,6 +128,17 @@ impl Leaf {
             bits != 0
         })
     }
+}
+
+/// The bits that are set, lowest first.
+fn bits_of(mut word: u64) -> impl Iterator<Item = u32> {
+    std::iter::from_fn(move || {
+        let bit = word.trailing_zeros();
+        (word != 0).then(|| {
+            word &= word - 1;
+            bit
+        })
+    })
 }
 
 fn split(block: Block) -> (usize, usize, usize) {
@@ -151,7 +175,7 @@ impl Map {
     pub fn get(&self, block: Block) -> BlockState {
         let (node, leaf, at) = split(block);
         let Some(Some(node)) = self.root.get(node) else { return BlockState::default() };
-        let Some(leaf) = &node.leaves[leaf] else { return BlockState::default() };
+        let Some(Some(leaf)) = node.leaves.get(leaf) else { return BlockState::default() };
         leaf.index(at).map_or_else(|_| BlockState::default(), |i| leaf.entries[i])
     }
 
@@ -166,7 +190,7 @@ impl Map {
                 continue;
             };
             let end = ((block / LEAF_BLOCKS + 1) * LEAF_BLOCKS).min(range.end.0);
-            if let Some(leaf) = &node.leaves[leaf] {
+            if let Some(Some(leaf)) = node.leaves.get(leaf) {
                 let count = usize::try_from(end - block).expect("at most a leaf");
                 if leaf.any(at, at + count) {
                     return false;
@@ -186,7 +210,8 @@ impl Map {
             return;
         }
         let node_ref = root[node].get_or_insert_with(|| {
-            Arc::new(Node { leaves: vec![None; usize::try_from(NODE_LEAVES).expect("a small constant")] })
+            let leaves = self.blocks.div_ceil(LEAF_BLOCKS) - node as u64 * NODE_LEAVES;
+            Arc::new(Node { leaves: vec![None; usize::try_from(leaves.min(NODE_LEAVES)).expect("a small number")] })
         });
         let inner = Arc::make_mut(node_ref);
         let leaf_ref = inner.leaves[leaf].get_or_insert_with(|| Arc::new(Leaf::new()));
@@ -210,8 +235,7 @@ impl Map {
                     move |(l, leaf)| {
                         let skip = if (n, l) == (first_node, first_leaf) { first_at } else { 0 };
                         let base = (n as u64 * NODE_LEAVES + l as u64) * LEAF_BLOCKS;
-                        (skip..WORDS * 64)
-                            .filter_map(move |at| Some((Block(base + at as u64), leaf.entries[leaf.index(at).ok()?])))
+                        leaf.iter_from(skip).map(move |(at, state)| (Block(base + at), state))
                     },
                 )
             },

@@ -154,8 +154,11 @@ impl Page {
         if !ours {
             return None;
         }
-        let entries =
-            (0..ENTRIES_PER_PAGE as usize).map(|i| Entry::decode(f.u64(HEADER + 8 * i))).collect::<Option<Vec<_>>>()?;
+        // Not collected: an iterator of options says nothing of its length, and the list would grow step by step.
+        let mut entries = Vec::with_capacity(ENTRIES_PER_PAGE as usize);
+        for i in 0..ENTRIES_PER_PAGE as usize {
+            entries.push(Entry::decode(f.u64(HEADER + 8 * i))?);
+        }
         Some(Page { sequence: f.u64(16), entries })
     }
 }

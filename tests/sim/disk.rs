@@ -329,11 +329,11 @@ impl Disk {
             self.hard.extend(hard.into_iter().map(|sector| (sector, self.step)));
             return Err(errno);
         }
-        self.scratch.resize((last - first) * SECTOR, 0);
-        for (content, to) in self.current[first..last].iter().zip(self.scratch.chunks_exact_mut(SECTOR)) {
+        let scratch = guest::at_least(&mut self.scratch, (last - first) * SECTOR);
+        for (content, to) in self.current[first..last].iter().zip(scratch.chunks_exact_mut(SECTOR)) {
             self.store.copy(*content, to);
         }
-        copy(op, &mut self.scratch, false);
+        copy(op, scratch, false);
         Ok(())
     }
 
@@ -435,9 +435,9 @@ impl Disk {
         if !matches!(op.kind, OpKind::Write) {
             return vec![0; len / SECTOR];
         }
-        self.scratch.resize(len, 0);
-        copy(op, &mut self.scratch, true);
-        self.scratch.chunks_exact(SECTOR).map(|sector| self.store.keep(sector)).collect()
+        let scratch = guest::at_least(&mut self.scratch, len);
+        copy(op, scratch, true);
+        scratch.chunks_exact(SECTOR).map(|sector| self.store.keep(sector)).collect()
     }
 
     fn flush(&mut self, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {

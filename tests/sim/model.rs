@@ -24,8 +24,8 @@ struct Element {
     ok: bool,
 }
 
-/// Mostly one, or two.
-type Elements = SmallVec<[Element; 2]>;
+/// Mostly one, or a few.
+type Elements = SmallVec<[Element; 4]>;
 
 #[derive(Clone, Debug)]
 struct SectorState {

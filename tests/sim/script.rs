@@ -197,7 +197,7 @@ impl Author<'_> {
         let limit = if rng.percent(80) { (config.hot * 8).min(capacity) } else { capacity };
         let unit = if rng.percent(40) { 8 } else { unit };
         let start = rng.below(limit) / unit * unit;
-        let longest = if rng.percent(10) { 200 } else { 24 };
+        let longest = if rng.percent(3) { 200 } else { 20 };
         let count = ((1 + rng.below(longest)).next_multiple_of(unit)).min(capacity - start);
         SectorRange { start: Sector(start), count }
     }

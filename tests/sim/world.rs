@@ -562,9 +562,10 @@ impl World {
     fn a_read(&mut self, range: SectorRange) -> (RequestOp, &'static str, Vec<SectorRange>, Tick) {
         let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
         // What an earlier request left there may look just like what this one is to bring.
-        self.scratch.clear();
-        self.scratch.resize(data.len(), 0xa5);
-        data.copy_from(0, &self.scratch);
+        static DIRT: [u8; 64 * SECTOR] = [0xa5; 64 * SECTOR];
+        for at in (0..data.len()).step_by(DIRT.len()) {
+            data.copy_from(at, &DIRT[..DIRT.len().min(data.len() - at)]);
+        }
         self.reads_under_way += 1;
         (RequestOp::Read { range, data }, "read", vec![range], self.model.tick())
     }
@@ -573,11 +574,11 @@ impl World {
         let value = self.next_value;
         self.next_value += 1;
         let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
-        self.scratch.resize(data.len(), 0);
-        for (sector, bytes) in sectors(&[range]).zip(self.scratch.chunks_exact_mut(SECTOR)) {
+        let scratch = guest::at_least(&mut self.scratch, data.len());
+        for (sector, bytes) in sectors(&[range]).zip(scratch.chunks_exact_mut(SECTOR)) {
             guest::fill(bytes, sector, value);
         }
-        data.copy_from(0, &self.scratch);
+        data.copy_from(0, scratch);
         let start = self.model.begin(sectors(&[range]), value);
         (RequestOp::Write { range, data }, "write", vec![range], start)
     }
@@ -627,9 +628,9 @@ impl World {
             RequestOp::Read { data, .. } => {
                 self.reads_under_way -= 1;
                 if ok {
-                    self.scratch.resize(data.len(), 0);
-                    data.copy_to(0, &mut self.scratch);
-                    for (sector, bytes) in sectors(&asked.ranges).zip(self.scratch.chunks_exact(SECTOR)) {
+                    let scratch = guest::at_least(&mut self.scratch, data.len());
+                    data.copy_to(0, scratch);
+                    for (sector, bytes) in sectors(&asked.ranges).zip(scratch.chunks_exact(SECTOR)) {
                         if let Err(lie) = self.model.read(sector, asked.start, bytes) {
                             panic!("R1: {lie}");
                         }
