@@ -7,57 +7,16 @@
 //! makes it durable.
 
 mod image;
+mod store;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use smallvec::SmallVec;
 use vhost_remap::device::{Errno, Op, OpKind};
 
 use crate::config::Fault;
 use crate::guest::{self, SECTOR};
 use crate::rng::Rng;
-
-/// A sector's bytes: the word that they repeat, or else their place in a [`Store`] with [`STORED`] set.
-type Content = u64;
-
-/// Set in the content of a sector that is not one word again and again. No guest writes it ([`guest`]).
-const STORED: u64 = 1 << 63;
-
-/// All contents of more than one word that sectors of a disk ever had. Runs are short: nothing is forgotten.
-#[derive(Clone, Debug, Default)]
-struct Store {
-    /// Shared by the copies of a disk, as far as they had come when they were made.
-    chunks: Vec<Arc<Vec<[u8; SECTOR]>>>,
-}
-
-impl Store {
-    const CHUNK: usize = 32;
-
-    fn keep(&mut self, bytes: &[u8]) -> Content {
-        match guest::uniform(bytes) {
-            Some(word) if word & STORED == 0 => return word,
-            _ => {}
-        }
-        if self.chunks.last().is_none_or(|chunk| chunk.len() == Self::CHUNK) {
-            self.chunks.push(Arc::new(Vec::with_capacity(Self::CHUNK)));
-        }
-        let full = (self.chunks.len() - 1) * Self::CHUNK;
-        let chunk = Arc::make_mut(self.chunks.last_mut().expect("just made"));
-        chunk.push(bytes.try_into().expect("a sector"));
-        STORED | (full + chunk.len() - 1) as u64
-    }
-
-    fn copy(&self, content: Content, to: &mut [u8]) {
-        match content & STORED {
-            0 => guest::fill_with(to, content),
-            _ => {
-                let at = usize::try_from(content & !STORED).expect("kept by us");
-                to.copy_from_slice(&self.chunks[at / Self::CHUNK][at % Self::CHUNK]);
-            }
-        }
-    }
-}
+use store::{Cache, Content, Store};
 
 /// No flush makes a version with this number durable.
 const NEVER: u64 = u64::MAX;
@@ -109,14 +68,6 @@ pub(crate) enum Effect {
     All,
 }
 
-/// Versions of a sector that a power cut may leave.
-#[derive(Clone, Debug)]
-struct Volatile {
-    durable: Content,
-    /// Later versions with the number of their write's completion, oldest first.
-    later: SmallVec<[(u64, Content); 2]>,
-}
-
 /// One device.
 #[derive(Clone, Debug)]
 pub(crate) struct Disk {
@@ -124,9 +75,7 @@ pub(crate) struct Disk {
     pub(crate) logical: u64,
     store: Store,
     current: Vec<Content>,
-    /// By sector, where it is not at rest; `unsettled` lists those.
-    volatile: Vec<Option<Volatile>>,
-    unsettled: Vec<usize>,
+    cache: Cache,
     /// For copying.
     scratch: Vec<u8>,
     /// Writes completed so far.
@@ -179,8 +128,7 @@ impl Disk {
             logical,
             store: Store::default(),
             current: vec![0; sectors],
-            volatile: vec![None; sectors],
-            unsettled: Vec::new(),
+            cache: Cache::new(sectors),
             scratch: Vec::new(),
             completed: 0,
             bad_reads: BTreeMap::new(),
@@ -378,15 +326,20 @@ impl Disk {
             Some(Effect::Half) => (100, first.midpoint(last)),
             Some(Effect::All) => (100, last),
         };
-        if share == 0 {
-            return;
+        if share > 0 {
+            let mut contents = self.data(op);
+            contents.truncate(end - first);
+            self.scatter(first, &contents, matches!(op.kind, OpKind::Write), share, rng);
         }
+    }
+
+    /// So many percent of the sectors get their content, of a write only those that take it.
+    fn scatter(&mut self, first: usize, contents: &[Content], is_write: bool, share: u64, rng: &mut Rng) {
         self.completed += 1;
-        let number = self.completed;
-        for (sector, content) in (first..end).zip(self.data(op)) {
-            let unwritable = matches!(op.kind, OpKind::Write) && self.bad_writes.contains_key(&sector);
+        for (sector, content) in (first..).zip(contents) {
+            let unwritable = is_write && self.bad_writes.contains_key(&sector);
             if (share == 100 || rng.percent(share)) && !unwritable {
-                self.put(sector, content, number);
+                self.put(sector, *content, self.completed);
             }
         }
     }
@@ -403,30 +356,17 @@ impl Disk {
     /// The kernel does what a dead process left: all of it, a part or nothing.
     pub(crate) fn land_late(&mut self, late: &Late, rng: &mut Rng) {
         let share = rng.pick(&[0, 0, 50, 100]);
-        if self.gone || share == 0 {
-            return;
-        }
-        self.completed += 1;
-        for (sector, content) in (late.first..).zip(&late.contents) {
-            let unwritable = late.is_write && self.bad_writes.contains_key(&sector);
-            if (share == 100 || rng.percent(share)) && !unwritable {
-                self.put(sector, *content, self.completed);
-            }
+        if !self.gone && share > 0 {
+            self.scatter(late.first, &late.contents, late.is_write, share, rng);
         }
     }
 
     fn put(&mut self, sector: usize, content: Content, number: u64) {
         self.mtime += 1;
         let before = std::mem::replace(&mut self.current[sector], content);
-        let volatile = match &mut self.volatile[sector] {
-            Some(volatile) => volatile,
-            None if content == 0 && before == 0 => return,
-            none => {
-                self.unsettled.push(sector);
-                none.insert(Volatile { durable: before, later: SmallVec::new() })
-            }
-        };
-        volatile.later.push((number, content));
+        if content != 0 || before != 0 || self.cache.contains(sector) {
+            self.cache.versions(sector, before).later.push((number, content));
+        }
     }
 
     /// What the operation writes, sector by sector.
@@ -447,18 +387,12 @@ impl Disk {
             self.fail_flush(rng);
             return Err(Errno(libc::EIO));
         }
-        let volatile = &mut self.volatile;
-        self.unsettled.retain(|sector| {
-            let Some(versions) = &mut volatile[*sector] else { return false };
+        self.cache.retain(|versions| {
             if let Some(newest) = versions.later.iter().rposition(|(number, _)| *number <= durable_to) {
                 versions.durable = versions.later[newest].1;
                 versions.later.drain(..=newest);
             }
-            if versions.later.is_empty() {
-                volatile[*sector] = None;
-                return false;
-            }
-            true
+            !versions.later.is_empty()
         });
         Ok(())
     }
@@ -469,9 +403,8 @@ impl Disk {
             Some(Effect::All) => 0,
             Some(Effect::Nothing | Effect::Half) => 100,
         };
-        let dropped = if self.effect == Some(Effect::Half) { self.unsettled.len() / 2 } else { self.unsettled.len() };
-        for sector in &self.unsettled[..dropped] {
-            let Some(volatile) = &mut self.volatile[*sector] else { continue };
+        let dropped = if self.effect == Some(Effect::Half) { self.cache.len() / 2 } else { self.cache.len() };
+        for volatile in self.cache.iter_mut().take(dropped) {
             for (number, _) in &mut volatile.later {
                 if rng.percent(share) {
                     *number = NEVER;
@@ -484,10 +417,9 @@ impl Disk {
     /// The power goes: every sector is at one of the values it had since it was last durable.
     pub(crate) fn power_cut(&mut self, rng: &mut Rng) {
         let lose = rng.pick(&[0, 20, 50, 80, 100]);
-        for sector in std::mem::take(&mut self.unsettled) {
-            let Some(volatile) = self.volatile[sector].take() else { continue };
+        for volatile in self.cache.take() {
             let kept = if rng.percent(lose) { rng.index(volatile.later.len()) } else { volatile.later.len() };
-            self.current[sector] = match kept {
+            self.current[volatile.sector] = match kept {
                 0 => volatile.durable,
                 n if volatile.later[n - 1].0 == NEVER => volatile.durable,
                 n => volatile.later[n - 1].1,
@@ -507,14 +439,18 @@ impl Disk {
             _ => bytes = [0xff; SECTOR],
         }
         self.current[sector] = self.store.keep(&bytes);
-        self.volatile[sector] = None;
-        self.unsettled.retain(|other| *other != sector);
+        self.cache.retain(|volatile| volatile.sector != sector);
     }
 }
 
 /// A bad sector in the range fails the operation; each of them counts it. Those that do not stop
 /// failing by themselves are added to `hard`.
-fn strike(bad: &mut BTreeMap<usize, Bad>, first: usize, last: usize, hard: &mut Vec<usize>) -> Option<(Errno, Option<Fault>)> {
+fn strike(
+    bad: &mut BTreeMap<usize, Bad>,
+    first: usize,
+    last: usize,
+    hard: &mut Vec<usize>,
+) -> Option<(Errno, Option<Fault>)> {
     let mut struck = None;
     let mut over = Vec::new();
     for (sector, bad) in bad.range_mut(first..last) {

@@ -104,7 +104,8 @@ fn run_seeds(first: u64, count: u64, keep_going: bool) -> Sum {
     });
     let mut all = Sum::default();
     for sum in sums {
-        (all.runs, all.failed, all.requests) = (all.runs + sum.runs, all.failed + sum.failed, all.requests + sum.requests);
+        (all.runs, all.failed, all.requests) =
+            (all.runs + sum.runs, all.failed + sum.failed, all.requests + sum.requests);
         all.strikes.add(&sum.strikes);
         sum.events.into_iter().for_each(|(kind, count)| *all.events.entry(kind).or_default() += count);
     }

@@ -53,7 +53,7 @@ impl World {
             let mut ops = Vec::new();
             let done = step(self, &completions, &mut ops);
             completions.clear();
-            self.submit(Owner::Script, ops, false);
+            self.submit(Owner::Script, ops);
             if done {
                 assert!(self.flights.is_empty(), "a script leaves nothing under way");
                 return Scripted::Done;
@@ -169,6 +169,7 @@ impl World {
                 self.model.distrust(None);
             }
             self.start(healer, poisoned);
+            self.retired = !self.status().retired_places.is_empty();
         }))
     }
 
@@ -254,6 +255,8 @@ impl World {
     /// Devices that come back are used again, bad sectors or not.
     fn check_return(&mut self) {
         self.disks.iter_mut().for_each(Disk::recover);
+        // What failed before may come to light late, when the rest of its request is done.
+        self.run_dry();
         let mut whole = faults::one_place_is_whole(self);
         self.let_pass(4);
         if !whole && faults::one_place_is_whole(self) {

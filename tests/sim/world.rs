@@ -239,7 +239,8 @@ impl World {
 
     // ---- devices
 
-    pub(crate) fn submit(&mut self, owner: Owner, ops: Vec<Op>, slow: bool) {
+    pub(crate) fn submit(&mut self, owner: Owner, ops: Vec<Op>) {
+        let slow = self.config.has(&[Fault::Latency]);
         for op in ops {
             assert!(
                 !self.read_only || matches!(op.kind, OpKind::Read | OpKind::Identify | OpKind::Flush),
@@ -272,6 +273,8 @@ impl World {
         if result.is_err() {
             let fault = disk.struck_by.take();
             self.count_strike(fault);
+            // A place that fails a write is retired by a write to the other one, which may land and fail too.
+            self.retired |= self.is_metadata_write(&op);
         }
         trace!(
             self,
@@ -340,8 +343,7 @@ impl World {
     // ---- steps
 
     fn take_shard(&mut self, shard: usize, out: ShardOut) {
-        let slow = self.config.has(&[Fault::Latency]);
-        self.submit(Owner::Shard(shard), out.ops, slow);
+        self.submit(Owner::Shard(shard), out.ops);
         self.to_healer[shard].extend(out.to_healer);
         for Answer { request, status } in out.answers {
             self.answered(request, status);
@@ -352,8 +354,7 @@ impl World {
     }
 
     fn take_healer(&mut self, out: HealerOut) {
-        let slow = self.config.has(&[Fault::Latency]);
-        self.submit(Owner::Healer, out.ops, slow);
+        self.submit(Owner::Healer, out.ops);
         for event in out.events {
             trace!(
                 self,
@@ -366,11 +367,7 @@ impl World {
                 "poisoned" => _ = self.poisoned_at.get_or_insert(self.step),
                 "device-gone" => self.gone[0] = true,
                 "device-back" => self.gone[0] = false,
-                "spare-down" => {
-                    (self.gone[1], self.poisoning) = (true, false);
-                    // The attempt to retire a place may be on the other one although it failed.
-                    self.retired = true;
-                }
+                "spare-down" => (self.gone[1], self.poisoning) = (true, false),
                 "spare-back" => self.gone[1] = false,
                 _ => {}
             }
@@ -452,7 +449,8 @@ impl World {
 
     /// The channels that messages wait in, as a mask: those to the healer, then those to the shards.
     fn busy(&self) -> u32 {
-        let channels = self.to_healer.iter().map(VecDeque::is_empty).chain(self.to_shard.iter().map(VecDeque::is_empty));
+        let channels =
+            self.to_healer.iter().map(VecDeque::is_empty).chain(self.to_shard.iter().map(VecDeque::is_empty));
         channels.enumerate().fold(0, |mask, (channel, empty)| mask | u32::from(!empty) << channel)
     }
 
@@ -816,19 +814,20 @@ impl World {
         }
     }
 
+    fn is_metadata_write(&self, op: &Op) -> bool {
+        let layout = self.config.layout();
+        let data = layout.slots_start..layout.tail_start;
+        op.device == DeviceIndex::SPARE && op.kind == OpKind::Write && !data.contains(&op.offset)
+    }
+
     /// What the volume is busy with.
     fn states(&mut self) -> Vec<State> {
         let Some(engine) = &self.engine else { return vec![State::Script(self.script)] };
         let mode = engine.healer.view().mode.clone();
-        let slots = self.config.layout().slots_start;
-        let healers = |flight: &&Flight| flight.owner == Owner::Healer;
-        let commit = |flight: &Flight| {
-            flight.op.device == DeviceIndex::SPARE && flight.op.kind == OpKind::Write && flight.op.offset < slots
-        };
-        let flights = || self.flights.iter().filter(healers);
+        let flights = || self.flights.iter().filter(|flight| flight.owner == Owner::Healer);
         let ordered = |wanted: fn(&Ordered) -> bool| self.orders.values().any(wanted);
         let mut states = [
-            (State::Committing, flights().any(commit)),
+            (State::Committing, flights().any(|flight| self.is_metadata_write(&flight.op))),
             (State::Flushing, flights().any(|flight| flight.op.kind == OpKind::Flush)),
             (State::Moving, ordered(|order| matches!(order, Ordered::Move))),
             (State::Closing, ordered(|order| matches!(order, Ordered::Close))),

@@ -5,7 +5,8 @@ use std::hash::{Hash, Hasher};
 
 use vhost_remap::device::{Op, OpKind};
 
-use super::{Disk, NEVER, Volatile, sectors};
+use super::store::{Content, Volatile};
+use super::{Disk, NEVER, sectors};
 use crate::guest::SECTOR;
 
 impl Disk {
@@ -27,10 +28,9 @@ impl Disk {
     /// are not among them: no power cut leaves them.
     pub(crate) fn unflushed(&self) -> BTreeMap<u64, Vec<usize>> {
         let mut writes: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
-        for sector in &self.unsettled {
-            let Some(volatile) = &self.volatile[*sector] else { continue };
+        for volatile in self.cache.iter() {
             for (number, _) in volatile.later.iter().filter(|(number, _)| *number != NEVER) {
-                writes.entry(*number).or_default().push(*sector);
+                writes.entry(*number).or_default().push(volatile.sector);
             }
         }
         writes
@@ -38,10 +38,10 @@ impl Disk {
 
     /// The power goes. Of what no flush covered there is left what `kept` names: the write's number, the sector.
     pub(crate) fn cut(&mut self, kept: impl Fn(u64, usize) -> bool) {
-        for sector in std::mem::take(&mut self.unsettled) {
-            let Some(volatile) = self.volatile[sector].take() else { continue };
-            let left = |(number, _): &&(u64, _)| *number != NEVER && kept(*number, sector);
-            self.current[sector] = volatile.later.iter().rfind(left).map_or(volatile.durable, |(_, content)| *content);
+        for volatile in self.cache.take() {
+            let left = |(number, _): &&(u64, _)| *number != NEVER && kept(*number, volatile.sector);
+            self.current[volatile.sector] =
+                volatile.later.iter().rfind(left).map_or(volatile.durable, |(_, content)| *content);
         }
         self.reverted |= self.dropped;
         self.dropped = false;
@@ -49,36 +49,28 @@ impl Disk {
 
     /// The process goes, and with it those writes under way that `undone` names.
     pub(crate) fn undo(&mut self, undone: impl Fn(u64, usize) -> bool) {
-        for sector in &self.unsettled {
-            let Some(volatile) = &mut self.volatile[*sector] else { continue };
-            volatile.later.retain(|(number, _)| !undone(*number, *sector));
-            self.current[*sector] = volatile.later.last().map_or(volatile.durable, |(_, content)| *content);
-        }
-        let volatile = &mut self.volatile;
-        self.unsettled.retain(|sector| match &volatile[*sector] {
-            Some(versions) if versions.later.is_empty() => {
-                volatile[*sector] = None;
-                false
-            }
-            versions => versions.is_some(),
+        let current = &mut self.current;
+        self.cache.retain(|volatile| {
+            volatile.later.retain(|(number, _)| !undone(*number, volatile.sector));
+            current[volatile.sector] = volatile.later.last().map_or(volatile.durable, |(_, content)| *content);
+            !volatile.later.is_empty()
         });
     }
 
     /// Equal for disks with the same content that keep the same through every crash.
     pub(crate) fn fingerprint(&self, hasher: &mut impl Hasher) {
-        (self.dropped, self.reverted, self.unsettled.len()).hash(hasher);
+        (self.dropped, self.reverted, self.cache.len()).hash(hasher);
         for (sector, content) in self.current.iter().enumerate().filter(|(_, content)| **content != 0) {
             (sector, self.words(*content)).hash(hasher);
         }
-        for sector in &self.unsettled {
-            let Some(Volatile { durable, later }) = &self.volatile[*sector] else { continue };
+        for Volatile { sector, durable, later } in self.cache.iter() {
             (sector, self.words(*durable)).hash(hasher);
             later.iter().for_each(|(number, content)| (*number == NEVER, self.words(*content)).hash(hasher));
         }
     }
 
     /// A number for a sector's bytes.
-    fn words(&self, content: super::Content) -> u64 {
+    fn words(&self, content: Content) -> u64 {
         let mut bytes = [0; SECTOR];
         self.store.copy(content, &mut bytes);
         bytes.chunks_exact(8).fold(0, |sum: u64, word| {
