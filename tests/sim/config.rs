@@ -28,6 +28,10 @@ pub(crate) enum Fault {
     MetadataRead,
     /// Sectors of metadata, in one place, change while nobody looks.
     MetadataDamage,
+    /// A write of metadata, in one place, succeeds and is not done.
+    MetadataLost,
+    /// ... or is done elsewhere in that place.
+    MetadataMisdirected,
     /// A few operations fail with an error that is our own fault.
     Ours,
     /// A few operations of any kind fail on the medium.
@@ -44,7 +48,7 @@ pub(crate) enum Fault {
     Latency,
 }
 
-pub(crate) const FAULTS: [Fault; 18] = [
+pub(crate) const FAULTS: [Fault; 20] = [
     Fault::PrimaryReadOnce,
     Fault::PrimaryReadUntilWritten,
     Fault::PrimaryReadForEver,
@@ -55,6 +59,8 @@ pub(crate) const FAULTS: [Fault; 18] = [
     Fault::MetadataWrite,
     Fault::MetadataRead,
     Fault::MetadataDamage,
+    Fault::MetadataLost,
+    Fault::MetadataMisdirected,
     Fault::Ours,
     Fault::Burst,
     Fault::Full,
@@ -64,6 +70,14 @@ pub(crate) const FAULTS: [Fault; 18] = [
     Fault::SpareFlush,
     Fault::Latency,
 ];
+
+/// These leave one place, the tail, with metadata that the next opening cannot use. With one of them nothing
+/// else may happen to the head: metadata survives what happens to one place.
+const TAIL_ONLY: [Fault; 4] =
+    [Fault::MetadataRead, Fault::MetadataDamage, Fault::MetadataLost, Fault::MetadataMisdirected];
+
+/// These may cost the volume the head.
+const EITHER_PLACE: [Fault; 3] = [Fault::Burst, Fault::Full, Fault::SpareGone];
 
 /// One run's choices.
 #[derive(Clone, Debug)]
@@ -75,6 +89,8 @@ pub(crate) struct Config {
     pub(crate) max_remaps: u32,
     pub(crate) labelled: bool,
     pub(crate) policy: Policy,
+    /// The operator begins with so many blocks in slots.
+    pub(crate) remapped: u64,
     /// Requests go mostly to so many blocks.
     pub(crate) hot: u64,
     /// The blocks that most faults and many requests hit, so that troubles meet.
@@ -108,6 +124,9 @@ impl Config {
         let policy = Policy { primary_gone: on_loss(rng), spare_full: on_loss(rng), passthrough: false };
         let share = rng.pick(&[4, 8, 15, 30, 50]);
         let mut faults: Vec<Fault> = FAULTS.into_iter().filter(|_| rng.percent(share)).collect();
+        if faults.iter().any(|fault| TAIL_ONLY.contains(fault)) {
+            faults.retain(|fault| !EITHER_PLACE.contains(fault));
+        }
         if faults.is_empty() {
             faults.push(rng.pick(&FAULTS));
         }
@@ -118,6 +137,7 @@ impl Config {
             max_remaps,
             labelled: rng.percent(60),
             policy,
+            remapped: if rng.percent(15) { u64::from(max_remaps).min(blocks) - rng.below(4) } else { 0 },
             hot: if rng.percent(50) { 2 + rng.below(8) } else { 2 + rng.below(blocks - 2) },
             weak: std::array::from_fn(|_| rng.below(blocks)),
             depth: 1 + rng.index(12),
@@ -153,6 +173,11 @@ impl Config {
     /// Sectors of the larger logical block of the two devices.
     pub(crate) fn unit(&self) -> u64 {
         self.logical.into_iter().max().unwrap_or(512) / 512
+    }
+
+    /// Whether the head is to stay whole.
+    pub(crate) fn spares_the_head(&self) -> bool {
+        self.has(&TAIL_ONLY)
     }
 
     pub(crate) fn has(&self, faults: &[Fault]) -> bool {

@@ -103,6 +103,14 @@ impl fmt::Display for Strikes {
 }
 
 /// Pairs that no run can come by.
-fn cannot_be(_fault: Fault, _state: State) -> bool {
-    false
+fn cannot_be(fault: Fault, state: State) -> bool {
+    match fault {
+        // Slots are neither looked at by an opening nor by a close.
+        Fault::SlotRead | Fault::SlotWrite => matches!(state, State::Script(_) | State::Closing),
+        // An open volume reads metadata only when its spare comes back.
+        Fault::MetadataRead => state == State::Idle,
+        // Nothing else is done while a volume is being closed.
+        Fault::MetadataDamage => state == State::Closing,
+        _ => false,
+    }
 }

@@ -57,6 +57,17 @@ impl Late {
     }
 }
 
+/// Writes that succeed and are not done where they should be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Astray {
+    pub(crate) count: u32,
+    /// How far off they are done, if they are.
+    pub(crate) by: Option<usize>,
+    /// The sectors this happens in.
+    pub(crate) first: usize,
+    pub(crate) sectors: usize,
+}
+
 /// What an operation does all the same that fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
@@ -92,6 +103,7 @@ pub(crate) struct Disk {
     pub(crate) full: u32,
     /// So many flushes fail.
     pub(crate) bad_flushes: u32,
+    pub(crate) astray: Option<Astray>,
     pub(crate) no_zeroes: bool,
     pub(crate) no_discard: bool,
     /// What failed the last operation that failed.
@@ -138,6 +150,7 @@ impl Disk {
             burst: (0, 0),
             full: 0,
             bad_flushes: 0,
+            astray: None,
             no_zeroes: false,
             no_discard: false,
             struck_by: None,
@@ -183,6 +196,7 @@ impl Disk {
     pub(crate) fn heal(&mut self) {
         self.bad_reads.clear();
         self.bad_writes.clear();
+        self.astray = None;
         self.recover();
     }
 
@@ -299,8 +313,19 @@ impl Disk {
             return Err(errno);
         }
         self.completed += 1;
-        for (sector, content) in (first..last).zip(self.data(op)) {
-            self.put(sector, content, self.completed);
+        let contents = self.data(op);
+        match self.goes_astray(first, last) {
+            None => {
+                for (sector, content) in (first..last).zip(contents) {
+                    self.put(sector, content, self.completed);
+                }
+            }
+            Some(None) => {}
+            Some(Some((from, end))) => {
+                for (sector, content) in (from..end).zip(contents) {
+                    self.put(sector, content, self.completed);
+                }
+            }
         }
         let mended: Vec<usize> = self.bad_reads.range(first..last).map(|(sector, _)| *sector).collect();
         for sector in mended {
@@ -309,6 +334,23 @@ impl Disk {
             }
         }
         Ok(())
+    }
+
+    /// The sectors a write goes to that does not go to its own, if it goes anywhere.
+    fn goes_astray(&mut self, first: usize, last: usize) -> Option<Option<(usize, usize)>> {
+        let astray = self.astray.as_mut()?;
+        let at = first.checked_sub(astray.first).filter(|_| last <= astray.first + astray.sectors)?;
+        astray.count -= 1;
+        let (sectors, by) = (astray.sectors, astray.by);
+        let start = astray.first;
+        if astray.count == 0 {
+            self.astray = None;
+        }
+        self.struck_by = Some(if by.is_some() { Fault::MetadataMisdirected } else { Fault::MetadataLost });
+        Some(by.map(|by| {
+            let from = start + (at + by) % sectors;
+            (from, (from + last - first).min(start + sectors))
+        }))
     }
 
     /// Some of the sectors get what the operation wanted, before or instead of its completion.

@@ -4,7 +4,7 @@ use vhost_remap::device::DeviceIndex;
 use vhost_remap::volume::layout::Place;
 
 use crate::config::{Config, Fault};
-use crate::disk::{Bad, Until};
+use crate::disk::{Astray, Bad, Until};
 use crate::guest::SECTOR;
 use crate::rng::Rng;
 use crate::world::{World, trace};
@@ -27,7 +27,11 @@ pub(crate) enum Trouble {
     ComeAndGo(DeviceIndex),
     /// A flush fails.
     Flush(DeviceIndex),
-    /// Chance decides at other moments: for each operation, or between sessions.
+    /// Metadata in one place changes.
+    Damage { sector: u64 },
+    /// The next writes of metadata in one place succeed and are not done, or so many sectors away.
+    Astray { count: u32, by: Option<u64> },
+    /// Chance decides for each operation.
     Elsewhere,
 }
 
@@ -51,9 +55,8 @@ impl Trouble {
                 Trouble::Bad { device: spare, sector, count: 1, read: fault == Fault::SlotRead, bad }
             }
             Fault::MetadataWrite | Fault::MetadataRead => {
-                // Reads fail in one place only, so that the other one can speak for the volume.
                 let read = fault == Fault::MetadataRead;
-                let place = if read || rng.percent(60) { Place::Tail } else { Place::Head };
+                let place = if config.spares_the_head() || rng.percent(50) { Place::Tail } else { Place::Head };
                 let bad = bad(rng.pick(&[more, Until::Written, Until::Healed]));
                 let pages = config.place_sectors() / 8;
                 let sector = config.layout().place_start(place) / 512 + rng.below(pages) * 8;
@@ -72,7 +75,13 @@ impl Trouble {
             Fault::SpareGone => Trouble::ComeAndGo(spare),
             Fault::PrimaryFlush => Trouble::Flush(primary),
             Fault::SpareFlush => Trouble::Flush(spare),
-            Fault::Latency | Fault::MetadataDamage => Trouble::Elsewhere,
+            Fault::MetadataDamage => Trouble::Damage { sector: rng.below(config.place_sectors()) },
+            Fault::MetadataLost => Trouble::Astray { count: 1 + few(rng, 2), by: None },
+            Fault::MetadataMisdirected => {
+                let pages = config.place_sectors() / 8;
+                Trouble::Astray { count: 1 + few(rng, 2), by: Some((1 + rng.below(pages - 1)) * 8) }
+            }
+            Fault::Latency => Trouble::Elsewhere,
         }
     }
 
@@ -87,9 +96,26 @@ impl Trouble {
                 disk.gone = !disk.gone;
             }
             Trouble::Flush(device) => world.disk(device).bad_flushes = 1,
+            Trouble::Damage { sector } => damage(world, sector),
+            Trouble::Astray { count, by } => {
+                let layout = world.config.layout();
+                let first = usize::try_from(layout.place_start(Place::Tail)).expect("small") / SECTOR;
+                let sectors = usize::try_from(world.config.place_sectors()).expect("small");
+                let by = by.map(|by| usize::try_from(by).expect("small"));
+                world.disk(DeviceIndex::SPARE).astray = Some(Astray { count, by, first, sectors });
+            }
             Trouble::Elsewhere => {}
         }
     }
+}
+
+/// A sector of the tail's metadata changes.
+pub(crate) fn damage(world: &mut World, sector: u64) {
+    let first = world.config.layout().place_start(Place::Tail) / SECTOR as u64;
+    let sector = usize::try_from(first + sector).expect("small");
+    trace!(world, "damage at spare sector {sector}");
+    world.disks[1].damage(sector, &mut world.rng);
+    world.count_strike(Some(Fault::MetadataDamage));
 }
 
 fn few(rng: &mut Rng, end: u64) -> u32 {

@@ -84,6 +84,10 @@ impl Author<'_> {
         let requests = REQUESTS_MIN + self.rng.below(40);
         let ends = 1 + self.rng.below(3);
         let mut deeds = Vec::with_capacity(usize::try_from(requests).expect("few") * 5 / 4);
+        if self.config.remapped > 0 {
+            let all = SectorRange { start: Sector(0), count: self.config.remapped * 8 };
+            deeds.push(Deed::Order(Order::Remap(all)));
+        }
         for number in 0..requests {
             let ask = self.ask();
             deeds.push(ask);

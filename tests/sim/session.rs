@@ -6,14 +6,11 @@ use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::{HealerParams, Order};
 use vhost_remap::engine::open::{DeviceFacts, OpenError, OpenParams, Opening};
 use vhost_remap::units::{Sector, SectorRange};
-use vhost_remap::volume::layout::Place;
 use vhost_remap::volume::superblock::CloseStamp;
 
-use crate::config::Fault;
 use crate::coverage::Phase;
 use crate::disk::Disk;
 use crate::faults;
-use crate::guest::SECTOR;
 use crate::model::Crash;
 use crate::script::{Deed, Reopening};
 use crate::world::{Owner, World, trace};
@@ -196,15 +193,7 @@ impl World {
 
     /// What happens to the devices while nobody uses them, then the next opening.
     fn reopen(&mut self, reopening: &Reopening) {
-        if !self.retired && !self.config.has(&[Fault::MetadataWrite]) {
-            let first = self.config.layout().place_start(Place::Tail) / SECTOR as u64;
-            for sector in &reopening.damage {
-                let sector = usize::try_from(first + sector).expect("small");
-                trace!(self, "damage at spare sector {sector}");
-                self.disks[1].damage(sector, &mut self.rng);
-                self.count_strike(Some(Fault::MetadataDamage));
-            }
-        }
+        reopening.damage.iter().for_each(|sector| faults::damage(self, *sector));
         for (disk, over) in self.disks.iter_mut().zip(reopening.over) {
             if over {
                 disk.recover();

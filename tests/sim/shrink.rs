@@ -82,10 +82,6 @@ impl Case {
             (None, None) => "a panic without a message".to_owned(),
         })
     }
-
-    fn size(&self) -> usize {
-        self.only.as_ref().map_or(usize::MAX, BTreeSet::len)
-    }
 }
 
 /// How to see it again.
@@ -127,43 +123,62 @@ fn kind(message: &str) -> &str {
     &message[..end.min(24)]
 }
 
-/// The shortest case that was found to fail like this one, by leaving out ever smaller parts.
+/// The shortest case that was found to fail like this one. What is left is tried in several schedules.
 pub(crate) fn shrink(failing: &Case, message: &str) -> Case {
     let all = failing.only.clone().unwrap_or_else(|| (0..Script::of(failing.seed).deeds.len()).collect());
-    let mut best = Case { only: Some(all), ..failing.clone() };
+    let mut best = Case { only: Some(all.clone()), ..failing.clone() };
     let mut runs = 0;
-    let mut part = best.size().div_ceil(2);
-    loop {
-        let before = best.size();
-        let mut from = 0;
-        while from < best.size() {
-            match without(&best, from, part, message, &mut runs) {
-                Some(smaller) => best = smaller,
-                None => from += part,
+    smallest(all, |deeds| {
+        let schedules = std::iter::once(best.schedule).chain(0..SCHEDULES);
+        for schedule in schedules {
+            let smaller = Case { seed: failing.seed, schedule, only: Some(deeds.clone()) };
+            runs += 1;
+            if runs <= RUNS_MAX && smaller.attempt().is_err_and(|failure| kind(&failure) == kind(message)) {
+                best = smaller;
+                return true;
             }
         }
-        if runs >= RUNS_MAX || (part == 1 && best.size() == before) {
+        false
+    });
+    best
+}
+
+/// A small part of `all` that still fails: ever smaller pieces are left out as long as that does.
+fn smallest(all: BTreeSet<usize>, mut fails: impl FnMut(&BTreeSet<usize>) -> bool) -> BTreeSet<usize> {
+    let mut best = all;
+    let mut piece = best.len().div_ceil(2).max(1);
+    loop {
+        let before = best.len();
+        let mut from = 0;
+        while from < best.len() {
+            let numbered = best.iter().copied().enumerate();
+            let left = numbered.filter(|(at, _)| !(from..from + piece).contains(at)).map(|(_, deed)| deed).collect();
+            if fails(&left) {
+                best = left;
+            } else {
+                from += piece;
+            }
+        }
+        if piece == 1 && best.len() == before {
             return best;
         }
-        part = part.div_ceil(2);
+        piece = piece.div_ceil(2);
     }
 }
 
-/// The case without so many deeds, if some schedule lets that fail too.
-fn without(case: &Case, from: usize, count: usize, message: &str, runs: &mut u64) -> Option<Case> {
-    let deeds = case.only.iter().flatten().copied().enumerate();
-    let left: BTreeSet<usize> =
-        deeds.filter(|(at, _)| !(from..from + count).contains(at)).map(|(_, deed)| deed).collect();
-    let schedules = std::iter::once(case.schedule).chain(0..SCHEDULES);
-    for schedule in schedules {
-        if *runs >= RUNS_MAX {
-            return None;
-        }
-        *runs += 1;
-        let smaller = Case { schedule, only: Some(left.clone()), ..case.clone() };
-        if smaller.attempt().is_err_and(|failure| kind(&failure) == kind(message)) {
-            return Some(smaller);
-        }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_of_a_failure_is_what_it_needs() {
+        let needed = BTreeSet::from([17, 60, 133]);
+        let mut attempts = 0;
+        let left = smallest((0..250).collect(), |deeds| {
+            attempts += 1;
+            needed.is_subset(deeds)
+        });
+        assert_eq!(left, needed);
+        assert!(attempts < 200, "{attempts} attempts");
     }
-    None
 }

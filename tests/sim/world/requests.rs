@@ -1,0 +1,251 @@
+//! The guest and its requests: asked, answered against the model, given back.
+
+use vhost_remap::engine::request::{Request, RequestOp, Status, Token};
+use vhost_remap::engine::shard::ShardOut;
+use vhost_remap::units::SectorRange;
+
+use super::{Asked, QUEUES, Stopping, World, sectors, trace};
+use crate::config::Fault;
+use crate::guest::{self, SECTOR};
+use crate::model::Tick;
+use crate::script::Ask;
+
+impl World {
+    /// The guest asks for something in a queue.
+    pub(crate) fn ask(&mut self, ask: &Ask, queue: u16, through: bool) {
+        let through = through && matches!(ask, Ask::Write(_) | Ask::Zeroes(..));
+        let (op, what, ranges, start) = match ask {
+            Ask::Read(range) => self.a_read(*range),
+            Ask::Write(range) => self.a_write(*range),
+            Ask::Flush => (RequestOp::Flush, "flush", Vec::new(), self.model.tick()),
+            Ask::Zeroes(range, unmap) => {
+                let start = self.model.begin(sectors(&[*range]), 0);
+                (RequestOp::WriteZeroes { ranges: vec![(*range, *unmap)] }, "zeroes", vec![*range], start)
+            }
+            Ask::Discard(ranges) => {
+                let start = self.model.begin(sectors(ranges), 0);
+                (RequestOp::Discard { ranges: ranges.clone() }, "discard", ranges.clone(), start)
+            }
+        };
+        let (shard, queue) = self.open_queue(queue);
+        let token = self.next_token;
+        self.next_token += 1;
+        trace!(self, "guest {token}: {what} {ranges:?} value {} through {through} queue {queue}", self.next_value - 1);
+        self.asked.insert(token, Asked { queue, what, ranges, start, events: self.events.len(), step: self.step });
+        self.hand_in(shard, Request { token: Token(token), queue, write_through: through, op });
+    }
+
+    fn hand_in(&mut self, shard: usize, request: Request) {
+        let now = self.now;
+        let mut out = ShardOut::default();
+        self.engine.as_mut().expect("open").shards[shard].submit(now, request, &mut out);
+        self.take_shard(shard, out);
+    }
+
+    /// That queue with its shard, or the next one that is not stopping; where all are, it opens again in time.
+    fn open_queue(&self, queue: u16) -> (usize, u16) {
+        let queues = u16::try_from(self.config.shards).expect("few") * QUEUES;
+        let open = |queue: &u16| self.stopping.iter().all(|stopping| stopping.queue != *queue);
+        let queue = (queue..queues).chain(0..queue).find(open).unwrap_or(queue);
+        (usize::from(queue / QUEUES), queue)
+    }
+
+    fn some_queue(&mut self) -> u16 {
+        u16::try_from(self.rng.index(self.config.shards * usize::from(QUEUES))).expect("few")
+    }
+
+    fn a_read(&mut self, range: SectorRange) -> (RequestOp, &'static str, Vec<SectorRange>, Tick) {
+        let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
+        // What an earlier request left there may look just like what this one is to bring.
+        static DIRT: [u8; 64 * SECTOR] = [0xa5; 64 * SECTOR];
+        for at in (0..data.len()).step_by(DIRT.len()) {
+            data.copy_from(at, &DIRT[..DIRT.len().min(data.len() - at)]);
+        }
+        self.reads_under_way += 1;
+        (RequestOp::Read { range, data }, "read", vec![range], self.model.tick())
+    }
+
+    fn a_write(&mut self, range: SectorRange) -> (RequestOp, &'static str, Vec<SectorRange>, Tick) {
+        let value = self.next_value;
+        self.next_value += 1;
+        let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
+        let scratch = guest::at_least(&mut self.scratch, data.len());
+        for (sector, bytes) in sectors(&[range]).zip(scratch.chunks_exact_mut(SECTOR)) {
+            guest::fill(bytes, sector, value);
+        }
+        data.copy_from(0, scratch);
+        let start = self.model.begin(sectors(&[range]), value);
+        (RequestOp::Write { range, data }, "write", vec![range], start)
+    }
+
+    pub(crate) fn ask_read(&mut self, range: SectorRange) {
+        let queue = self.some_queue();
+        self.ask(&Ask::Read(range), queue, false);
+    }
+
+    pub(crate) fn ask_write(&mut self, range: SectorRange) {
+        let queue = self.some_queue();
+        self.ask(&Ask::Write(range), queue, false);
+    }
+
+    pub(crate) fn ask_flush(&mut self) {
+        let queue = self.some_queue();
+        self.ask(&Ask::Flush, queue, false);
+    }
+
+    pub(crate) fn ask_zeroes(&mut self, range: SectorRange) {
+        let queue = self.some_queue();
+        self.ask(&Ask::Zeroes(range, false), queue, false);
+    }
+
+    pub(crate) fn ask_discard(&mut self, ranges: Vec<SectorRange>) {
+        let queue = self.some_queue();
+        self.ask(&Ask::Discard(ranges), queue, false);
+    }
+
+    pub(super) fn answered(&mut self, request: Request, status: Status) {
+        let token = request.token.0;
+        let asked = self.asked.remove(&token).unwrap_or_else(|| panic!("request {token} is answered twice"));
+        trace!(self, "answer {token}: {} {status:?}", asked.what);
+        let ok = status == Status::Ok;
+        if !ok {
+            self.errors_answered += 1;
+            assert!(self.errors_answered <= self.errors_reported, "P1: an error without an event: {asked:?}");
+            self.check_justified(&asked);
+        }
+        if let Some(step) = self.poisoned_at
+            && asked.what != "read"
+            && asked.step > step
+        {
+            assert!(!ok, "F2: a poisoned volume serves {asked:?}");
+        }
+        match &request.op {
+            RequestOp::Read { data, .. } => {
+                self.reads_under_way -= 1;
+                if ok {
+                    let scratch = guest::at_least(&mut self.scratch, data.len());
+                    data.copy_to(0, scratch);
+                    for (sector, bytes) in sectors(&asked.ranges).zip(scratch.chunks_exact(SECTOR)) {
+                        if let Err(lie) = self.model.read(sector, asked.start, bytes) {
+                            panic!("R1: {lie}");
+                        }
+                    }
+                }
+            }
+            // A volume that writes nothing has nothing of its own to make durable.
+            RequestOp::Flush if ok && !self.read_only => self.model.flushed(asked.start),
+            RequestOp::Flush => {}
+            RequestOp::Discard { .. } => self.model.end(sectors(&asked.ranges), asked.start, false),
+            RequestOp::Write { .. } | RequestOp::WriteZeroes { .. } => {
+                self.model.end(sectors(&asked.ranges), asked.start, ok);
+                if ok && request.write_through {
+                    self.model.pinned(sectors(&asked.ranges), asked.start);
+                }
+                if ok {
+                    self.pin_moved(&asked.ranges, asked.events, asked.start);
+                }
+            }
+        }
+        if self.reads_under_way == 0 {
+            self.model.quiet(sectors(&asked.ranges));
+        }
+    }
+
+    /// An error needs a reason that lies between the request's submission and its answer.
+    fn check_justified(&mut self, asked: &Asked) {
+        let since = asked.step;
+        if self.read_only
+            || self.troubled >= since
+            || self.disks.iter().any(|disk| disk.troubled >= since || disk.short_since(since))
+            || self.config.has(&[Fault::Latency])
+        {
+            return;
+        }
+        let special = self.list();
+        let mut blocks = asked.ranges.iter().flat_map(|range| range.blocks().iter());
+        let in_doubt = blocks.any(|block| special.iter().any(|(other, state, _)| *other == block && state.in_doubt));
+        let spare = self.disks[1].struck >= since;
+        let justified = in_doubt
+            || match asked.what {
+                "read" => {
+                    let bad = |sector| {
+                        let at = usize::try_from(sector).expect("small");
+                        let lost = special.iter().any(|(block, state, _)| {
+                            (block.start().0..block.start().0 + 8).contains(&sector)
+                                && state.lost >> (sector % 8) & 1 == 1
+                        });
+                        lost || self.disks[0].hard.get(&at).is_some_and(|when| *when >= since)
+                    };
+                    let unit = self.config.unit();
+                    let wide = |range: &SectorRange| range.start.0 / unit * unit..range.end().0.next_multiple_of(unit);
+                    // Several passing troubles in one large sector may outlast the ladder together.
+                    let several = unit > 1 && self.disks[0].struck >= since;
+                    spare || several || asked.ranges.iter().flat_map(wide).any(bad)
+                }
+                // What the primary does not take goes to a slot, where there is one.
+                "write" | "zeroes" => spare || self.status().free < self.config.depth * 32,
+                _ => false,
+            };
+        let told = self.events.iter().rev().find(|event| event.kind == "guest-error");
+        let cause = told.map_or("", |event| &event.cause);
+        assert!(justified, "{} fails without a reason ({cause}): {asked:?}", asked.what);
+    }
+
+    pub(super) fn withdrawn(&mut self, request: Request) {
+        let token = request.token.0;
+        trace!(self, "withdrawn {token}");
+        let stopping = self.stopping.iter_mut().find(|stopping| stopping.queue == request.queue);
+        let stopping = stopping.expect("only a queue that stops gives requests back");
+        if stopping.finish {
+            return stopping.back.push(request);
+        }
+        let asked = self.asked.remove(&token).unwrap_or_else(|| panic!("request {token} ends twice"));
+        match asked.what {
+            "read" => self.reads_under_way -= 1,
+            "flush" => {}
+            _ => self.model.end(sectors(&asked.ranges), asked.start, false),
+        }
+    }
+
+    /// Stop a queue.
+    pub(crate) fn reset_queue(&mut self, queue: u16, finish: bool) {
+        if self.stopping.iter().any(|stopping| stopping.queue == queue) {
+            return;
+        }
+        let shard = usize::from(queue / QUEUES);
+        trace!(self, "withdraw queue {queue} of shard {shard}, finish {finish}");
+        self.stopping.push(Stopping { queue, shard, finish, back: Vec::new() });
+        let mut out = ShardOut::default();
+        self.engine.as_mut().expect("open").shards[shard].withdraw(queue, &mut out);
+        self.take_shard(shard, out);
+    }
+
+    /// What came back from a queue that stops is served to its end; a queue that has stopped goes on.
+    pub(crate) fn resume_queues(&mut self) {
+        for at in 0..self.stopping.len() {
+            let Stopping { queue, shard, .. } = self.stopping[at];
+            let back = std::mem::take(&mut self.stopping[at].back);
+            if back.is_empty() {
+                continue;
+            }
+            let mut out = ShardOut::default();
+            self.engine.as_mut().expect("open").shards[shard].finish(queue, &mut out);
+            self.take_shard(shard, out);
+            back.into_iter().for_each(|request| self.hand_in(shard, request));
+        }
+        if self.stopping.is_empty() {
+            return;
+        }
+        let engine = self.engine.as_mut().expect("open");
+        let asked = &self.asked;
+        self.stopping.retain(|Stopping { queue, shard, back, .. }| {
+            let left = engine.shards[*shard].unanswered(*queue);
+            let waiting = asked.values().filter(|asked| asked.queue == *queue).count();
+            assert_eq!(left + back.len(), waiting, "unanswered of {queue}");
+            if waiting == 0 {
+                engine.shards[*shard].resume(*queue);
+            }
+            waiting > 0
+        });
+    }
+}
