@@ -137,7 +137,7 @@ fn a_run_is_a_function_of_its_seed() {
     for seed in 0..40 {
         let traces = [(); 2].map(|()| Case::of(seed).run(Trace::Kept).trace.expect("kept"));
         assert!(traces[0] == traces[1], "seed {seed} takes two courses");
-        assert!(traces[0].lines().count() > 1000, "seed {seed} has hardly a trace");
+        assert!(traces[0].lines().count() > 300, "seed {seed} has hardly a trace");
     }
 }
 
