@@ -49,6 +49,8 @@ pub(crate) struct Disk {
     /// So many flushes fail.
     pub(crate) bad_flushes: u32,
     pub(crate) astray: Option<Astray>,
+    /// Flushes succeed and do nothing.
+    pub(crate) lies: bool,
     pub(crate) no_zeroes: bool,
     pub(crate) no_discard: bool,
     /// What failed the last operation that failed.
@@ -96,6 +98,7 @@ impl Disk {
             full: 0,
             bad_flushes: 0,
             astray: None,
+            lies: false,
             no_zeroes: false,
             no_discard: false,
             struck_by: None,
@@ -373,6 +376,9 @@ impl Disk {
             (self.troubled, self.struck_by) = (self.step, Some(self.own([Fault::PrimaryFlush, Fault::SpareFlush])));
             self.fail_flush(rng);
             return Err(Errno(libc::EIO));
+        }
+        if self.lies {
+            return Ok(());
         }
         self.cache.retain(|versions| {
             if let Some(newest) = versions.later.iter().rposition(|(number, _)| *number <= durable_to) {

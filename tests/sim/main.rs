@@ -22,6 +22,7 @@ mod disk;
 mod every_io;
 mod faults;
 mod guest;
+mod lies;
 mod model;
 mod rng;
 mod script;

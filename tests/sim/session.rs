@@ -308,7 +308,7 @@ impl World {
     }
 
     /// Do deeds to the end of the session, or of the run; it ends with nothing open.
-    fn session<'a>(&mut self, deeds: &mut impl Iterator<Item = &'a Deed>) -> Option<&'a Reopening> {
+    pub(crate) fn session<'a>(&mut self, deeds: &mut impl Iterator<Item = &'a Deed>) -> Option<&'a Reopening> {
         for deed in deeds {
             let steps = self.rng.below(10);
             self.pace(steps);

@@ -114,6 +114,8 @@ pub(crate) struct World {
     /// The last step at which the volume as a whole could not serve everything.
     troubled: u64,
     pub(crate) read_only: bool,
+    /// Whether what is read is held against the model.
+    pub(crate) believe: bool,
     /// A place was retired in this run.
     pub(crate) retired: bool,
     pub(crate) events: Vec<Event>,
@@ -180,6 +182,7 @@ impl World {
             gone: [false; 2],
             troubled: 0,
             read_only: false,
+            believe: true,
             retired: false,
             events: Vec::new(),
             settled: None,
