@@ -1,6 +1,7 @@
 //! Opening a volume: find its superblocks, check the devices, take the newest of every page, repair.
 
 mod degraded;
+mod label;
 mod pages;
 mod repair;
 mod superblocks;
@@ -20,6 +21,7 @@ use crate::volume::layout::{Layout, LayoutError, PAGE, REMAPS_MIN};
 use crate::volume::map::{BlockState, Map};
 use crate::volume::superblock::{COMPAT_KNOWN, CloseStamp, Superblock, VERSION};
 use crate::volume::table::Table;
+pub use label::{LabelSearch, OldLabel};
 use repair::{Newest, Repair};
 use superblocks::Label;
 pub(super) use superblocks::tail_starts;

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use uuid::Uuid;
 use vhost_remap::device::memory::Keep;
+use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::open::OpenError;
 use vhost_remap::engine::request::Status;
@@ -80,6 +81,46 @@ fn an_interrupted_creation_leaves_nothing_or_a_complete_empty_volume() {
         println!("labelled {labelled}: {refused} refused, {opened} opened");
         assert!(refused > 0 && opened > 0);
     }
+}
+
+/// Without its spare nobody could tell that the label is not the new volume's.
+#[test]
+fn an_interrupted_adoption_leaves_no_new_volume_beside_an_old_label() {
+    let mut old = Rig::new(SMALL);
+    old.create().unwrap().unwrap();
+    let adopt = |rig: &mut Rig, done: &mut bool| {
+        let label = rig.find_label()?.expect("made by us");
+        assert_eq!((label.set, label.remapped), (SMALL.create_params().set, Some(0)));
+        let params = SMALL.create_params();
+        let capacity = params.primary.size / 512;
+        let params = CreateParams { set: Uuid::from_u128(2), labelled: false, capacity, ..params };
+        rig.make(Creation::replacing(params, label))?.expect("healthy disks take a volume");
+        *done = true;
+        Ok(())
+    };
+    let (mut untouched, mut neither, mut adopted) = (0, 0, 0);
+    at_every_operation(&old, adopt, |mut after, done| {
+        let labelled = after.find_label().unwrap().is_some();
+        let opened = after.try_open(after.open_params()).unwrap().is_ok();
+        after.kill();
+        assert!(opened || !done);
+        match (labelled, opened) {
+            (false, true) => adopted += 1,
+            (false, false) => neither += 1,
+            (true, false) => untouched += 1,
+            // The old volume, of which nothing is gone yet.
+            (true, true) => {
+                assert_eq!(
+                    after.peek(SPARE, 40, 16),
+                    SMALL.create_params().set.as_bytes(),
+                    "a new volume beside an old label"
+                );
+                untouched += 1;
+            }
+        }
+    });
+    println!("{untouched} before, {neither} between, {adopted} after");
+    assert!(untouched > 0 && neither > 0 && adopted > 0);
 }
 
 /// `--force` makes a volume where another one was.

@@ -5,7 +5,7 @@ use vhost_remap::device::memory::{Keep, MemoryDevice, MemoryDisks, Pending};
 use vhost_remap::device::{self, Completion, Device, DeviceIndex, Errno, Op, OpKind, Wait};
 use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::{HealerParams, OnLoss, Policy};
-use vhost_remap::engine::open::{DeviceFacts, OpenError, OpenParams, Opening};
+use vhost_remap::engine::open::{DeviceFacts, LabelSearch, OldLabel, OpenError, OpenParams, Opening};
 use vhost_remap::units::{Sector, SectorRange, Time};
 use vhost_remap::volume::layout::{LabelLayout, Layout, label_size, spare_size};
 
@@ -239,7 +239,10 @@ impl Rig {
     }
 
     pub(crate) fn create_as(&mut self, params: CreateParams) -> Result<Result<(), OpenError>, Cut> {
-        let mut creation = Creation::new(params);
+        self.make(Creation::new(params))
+    }
+
+    pub(crate) fn make(&mut self, mut creation: Creation) -> Result<Result<(), OpenError>, Cut> {
         let mut result = None;
         self.script(|completions, ops| {
             creation.step(Time(0), completions, ops);
@@ -247,6 +250,19 @@ impl Rig {
             result.is_some()
         })?;
         Ok(result.expect("done"))
+    }
+
+    /// The label of the primary as it is found without a spare.
+    pub(crate) fn find_label(&mut self) -> Result<Option<OldLabel>, Cut> {
+        let [primary, _] = self.shape.facts();
+        let mut search = LabelSearch::new(primary);
+        let mut result = None;
+        self.script(|completions, ops| {
+            search.step(Time(0), completions, ops);
+            result = search.result();
+            result.is_some()
+        })?;
+        Ok(result.expect("done").expect("of this version"))
     }
 
     pub(crate) fn open_params(&self) -> OpenParams {
