@@ -425,10 +425,10 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let label = superblocks::read_label(io, &superblock).await?;
     if let Some(label) = &label {
         superblock = label.compare(&found, superblock, &params.primary)?;
+        // Until the label is stamped again its list is as old as it was, or nobody knows how old.
+        superblock.stamped = label.newest().map_or(0, |newest| newest.stamped);
         if let Some(newest) = label.newest() {
             unknown |= superblocks::check_features(newest, DeviceIndex::PRIMARY)?;
-            // Until the label is stamped again its list is as old as it was.
-            superblock.stamped = newest.stamped;
         }
     }
     let layout = Layout::new(superblock.spare_size, superblock.max_remaps)?;

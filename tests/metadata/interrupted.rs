@@ -9,6 +9,7 @@ use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::open::OpenError;
 use vhost_remap::engine::request::Status;
+use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::volume::layout::Place;
 
 use crate::commits::{SMALL, bad_block, begun, check_copies, reopened};
@@ -81,6 +82,52 @@ fn an_interrupted_creation_leaves_nothing_or_a_complete_empty_volume() {
         println!("labelled {labelled}: {refused} refused, {opened} opened");
         assert!(refused > 0 && opened > 0);
     }
+}
+
+/// Also when the copy of the label's superblock that was written last cannot be read afterwards.
+#[test]
+fn an_interrupted_stamp_leaves_a_whole_list_or_none_to_go_by() {
+    let mut rig = Rig::new(Shape { capacity: 8192, max_remaps: 600, labelled: true });
+    rig.create().unwrap().unwrap();
+    let blocks = |from: u64, count: u64| SectorRange { start: Sector(from * BLOCK), count: count * BLOCK };
+    let mut engine = rig.open().unwrap();
+    // More than one page of the table has entries for.
+    engine.done(&mut rig, Order::Remap(blocks(0, 515)));
+    engine.done(&mut rig, Order::Save);
+    let before = engine.map();
+    engine.done(&mut rig, Order::Remap(blocks(600, 1)));
+    engine.done(&mut rig, Order::Release(blocks(3, 1)));
+    let after = engine.map();
+    drop(engine);
+    rig.crash(|_, _| Keep::Keep);
+    let stamp = |rig: &mut Rig, done: &mut bool| {
+        let mut engine = rig.try_open(rig.open_params())?.expect("nothing is damaged");
+        engine.pass(rig, 0)?;
+        *done = true;
+        Ok(())
+    };
+    let label = rig.shape.label().expect("labelled");
+    let (mut old, mut new, mut refused) = (0, 0, 0);
+    at_every_operation(&rig, stamp, |cut, done| {
+        for lost in [None, Some(0), Some(1)] {
+            let mut rig = cut.fork();
+            if let Some(copy) = lost {
+                rig.disks.poke(PRIMARY, label.superblock(copy) + 100, b"damage");
+            }
+            match rig.open_degraded().map(|engine| engine.map()) {
+                Ok(map) if map == before => old += 1,
+                Ok(map) if map == after => new += 1,
+                Ok(_) => panic!("half a list was gone by"),
+                Err(error) => {
+                    refused += 1;
+                    assert!(!done || lost.is_some(), "{error}");
+                }
+            }
+            rig.kill();
+        }
+    });
+    println!("{old} times the old list, {new} times the new one, {refused} times none");
+    assert!(old > 0 && new > 0 && refused > 0);
 }
 
 /// Without its spare nobody could tell that the label is not the new volume's.

@@ -272,7 +272,16 @@ impl Rig {
 
     /// Open, within the operations that are left.
     pub(crate) fn try_open(&mut self, params: OpenParams) -> Result<Result<Engine, OpenError>, Cut> {
-        let mut opening = Opening::new(params);
+        self.finish(Opening::new(params))
+    }
+
+    /// Open as if there were no spare.
+    pub(crate) fn open_degraded(&mut self) -> Result<Engine, OpenError> {
+        let [primary, _] = self.shape.facts();
+        self.finish(Opening::degraded(primary)).expect("no end was set")
+    }
+
+    fn finish(&mut self, mut opening: Opening) -> Result<Result<Engine, OpenError>, Cut> {
         self.script(|completions, ops| {
             opening.step(Time(0), completions, ops);
             opening.is_done()

@@ -360,9 +360,9 @@ impl Core {
         }
     }
 
-    /// Write the label's copy of the table. While that is half done, which a power cut could leave so, the
-    /// label says that its list has no date, and nobody goes by it: a block whose entry moved from one page
-    /// to another might be on neither.
+    /// Write the label's copy of the table. While that is half done, which a power cut could leave so, both
+    /// superblocks of the label say that its list has no date, and nobody goes by it: a block whose entry moved
+    /// from one page to another might be on neither.
     async fn write_label(self: &Rc<Self>, label: LabelLayout) -> Result<(), Failure> {
         let primary = DeviceIndex::PRIMARY;
         let stamp = self.wall_seconds();
@@ -373,22 +373,54 @@ impl Core {
                 (label.table(number), page.encode(self.set, number, PageSeat::Label))
             })
             .collect();
-        self.write_label_superblock(label, 0).await?;
+        let superblocks = self.label_superblocks(label).await;
+        self.date_label(label, &superblocks, 0).await?;
         self.flush(primary).await?;
         let writes = pages.iter().map(|(offset, bytes)| self.io.write(primary, *offset, bytes));
         let written: Result<(), Errno> = join_all(writes).await.into_iter().collect();
         written.map_err(|errno| Failure::errno(primary, errno))?;
         self.flush(primary).await?;
-        self.write_label_superblock(label, stamp).await
+        self.date_label(label, &superblocks, stamp).await
     }
 
-    /// The superblock goes to the copy of its generation, with the time at which the label's table was true.
-    async fn write_label_superblock(&self, label: LabelLayout, stamped: u64) -> Result<(), Failure> {
-        let superblock = Superblock { stamped, ..self.superblock.borrow().clone() };
-        let copy = Superblock::copy_for(superblock.generation);
-        let bytes = superblock.encode(Seat::Label, copy);
-        let written = self.io.write(DeviceIndex::PRIMARY, label.superblock(copy), &bytes).await;
-        written.map_err(|errno| Failure::errno(DeviceIndex::PRIMARY, errno))
+    /// What belongs into the two superblocks of the label: this generation's, and in the other copy what it has,
+    /// or this generation's too where it cannot be read.
+    async fn label_superblocks(&self, label: LabelLayout) -> [(u8, Superblock); 2] {
+        let current = self.superblock.borrow().clone();
+        let copy = Superblock::copy_for(current.generation);
+        let other = self.io.read_page(DeviceIndex::PRIMARY, label.superblock(1 - copy)).await.ok();
+        let other = other.and_then(|page| Superblock::decode(&page, Seat::Label, 1 - copy).ok());
+        let other = other.filter(|other| other.set == self.set).unwrap_or_else(|| current.clone());
+        [(copy, current), (1 - copy, other)]
+    }
+
+    /// Write both superblocks of the label with the time at which its table was true, one after the other: a
+    /// power cut tears one of them at most. One that fails is done without, as long as it does not read as one
+    /// that gives the list a date which it has no more.
+    async fn date_label(
+        self: &Rc<Self>,
+        label: LabelLayout,
+        superblocks: &[(u8, Superblock); 2],
+        stamped: u64,
+    ) -> Result<(), Failure> {
+        let primary = DeviceIndex::PRIMARY;
+        let mut dated = Err(Errno(libc::EIO));
+        for (copy, superblock) in superblocks {
+            if dated.is_ok() {
+                self.flush(primary).await?;
+            }
+            let superblock = Superblock { stamped, ..superblock.clone() };
+            let written = self.io.write(primary, label.superblock(*copy), &superblock.encode(Seat::Label, *copy)).await;
+            if let Err(errno) = written
+                && stamped == 0
+                && let Ok(page) = self.io.read_page(primary, label.superblock(*copy)).await
+                && Superblock::decode(&page, Seat::Label, *copy).is_ok_and(|old| old.stamped != 0)
+            {
+                return Err(Failure::errno(primary, errno));
+            }
+            dated = dated.or(written);
+        }
+        dated.map_err(|errno| Failure::errno(primary, errno))
     }
 
     /// Close the volume: everything durable, counters and label current. What is left to write is the
