@@ -452,7 +452,7 @@ impl Core {
             let from = usize::try_from(chunk.start.0 - piece.start.0).expect("within a request in memory") * 512;
             let done = match &handed.request.op {
                 RequestOp::Read { data, .. } => {
-                    let failed = failed.filter(|_| chunk == piece).map(|failed| failed.errno);
+                    let failed = failed.filter(|_| chunk == piece);
                     self.read_chunk(chunk, data, from, failed, &budget).await
                 }
                 RequestOp::Write { data, .. } => self.write_chunk(chunk, Some((data, from)), failed, &budget).await,
