@@ -479,3 +479,42 @@ fn a_retired_place_counts_again_only_when_it_takes_everything() {
 fn rig_map(story: &Story, moment: usize) -> Vec<Entry> {
     expect(&copies(story, moment, &[]), story.shape.layout().table_pages).expect("opens").map
 }
+
+/// F2: the label alone took the note, as when the spare has gone, and is damaged before anybody reads it.
+#[test]
+fn a_note_that_only_the_label_had_is_not_forgotten_with_it() {
+    for lost in [false, true] {
+        let mut rig = begun(SMALL);
+        rig.bad.clear();
+        let mut engine = rig.open().unwrap();
+        engine.done(&mut rig, Order::Remap(range_of(50 * BLOCK, 4096)));
+        assert_eq!(engine.write(&mut rig, 50 * BLOCK, &pattern(50 * BLOCK, BLOCK, 9)), Ok(Status::Ok));
+        let layout = rig.shape.layout();
+        rig.bad = Place::ALL.map(|place| bad_page(layout.poison(place))).into();
+        rig.bad_flushes = [0, 1];
+        assert_eq!(engine.flush(&mut rig), Ok(Status::IoErr));
+        drop(engine);
+        rig.kill();
+        rig.bad.clear();
+        let label = rig.shape.label().expect("labelled").poison();
+        if lost {
+            rig.disks.poke(PRIMARY, label, b"damage");
+        }
+        let mut engine = rig.open().unwrap();
+        assert!(engine.is_poisoned(), "the note is forgotten");
+        assert_eq!(engine.causes("poisoned").len(), usize::from(lost));
+        // Once the operator has looked and the volume was closed, that page may say what it wants.
+        engine.done(&mut rig, Order::Clear);
+        assert_eq!(engine.close(&mut rig), Ok(Ok(())));
+        drop(engine);
+        rig.kill();
+        rig.disks.poke(PRIMARY, label, b"damage");
+        assert!(!rig.open().unwrap().is_poisoned());
+        rig.kill();
+    }
+}
+
+/// A page of the spare that takes no writes.
+fn bad_page(offset: u64) -> Bad {
+    Bad { device: SPARE, from: offset, to: offset + 4096, reads: Reads::Good, writes: true }
+}

@@ -1,6 +1,6 @@
 //! Superblocks at open: where they lie, which one counts, and what the primary's label says to it.
 
-use super::repair::{Repair, What};
+use super::repair::{Repair, What, device_of};
 use super::{DeviceFacts, OpenError};
 use crate::device::DeviceIndex;
 use crate::engine::io::Io;
@@ -48,13 +48,6 @@ pub(super) async fn read_pair(io: &Io, seat: Seat, start: u64) -> Result<Vec<Fou
         found.push(Found { seat, copy, offset, result });
     }
     Ok(found)
-}
-
-fn device_of(seat: Seat) -> DeviceIndex {
-    match seat {
-        Seat::Spare(_) => DeviceIndex::SPARE,
-        Seat::Label => DeviceIndex::PRIMARY,
-    }
 }
 
 fn valid(found: &[Found]) -> impl Iterator<Item = &Superblock> {
