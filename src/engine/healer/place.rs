@@ -77,13 +77,7 @@ impl Core {
         Place::ALL.into_iter().filter(|place| !superblock.is_retired(*place)).collect()
     }
 
-    /// Write a superblock to the copy its generation goes to, in the given places, and flush.
-    async fn write_superblock(self: &Rc<Self>, superblock: &Superblock, places: &[Place]) -> Result<(), Failure> {
-        let written = self.write_superblock_pages(superblock, places).await;
-        written.map_err(|(_, errno)| Failure::errno(DeviceIndex::SPARE, errno))?;
-        self.flush(DeviceIndex::SPARE).await
-    }
-
+    /// Write a superblock to the copy its generation goes to, in the given places.
     async fn write_superblock_pages(&self, superblock: &Superblock, places: &[Place]) -> Result<(), (Place, Errno)> {
         self.places.tried.set(superblock.generation);
         let copy = Superblock::copy_for(superblock.generation);
@@ -121,20 +115,20 @@ impl Core {
         if self.superblock.borrow().is_retired(place) {
             return Ok(());
         }
-        let mut next = self.next_superblock();
-        next.retired |= 1 << place.number();
-        let others: Vec<Place> = Place::ALL.into_iter().filter(|other| !next.is_retired(*other)).collect();
-        let cause = format!("metadata at the spare's {}: {errno}", place.name());
+        let others: Vec<Place> = self.live_places().into_iter().filter(|other| *other != place).collect();
         let written = match others.is_empty() {
             true => Err(Failure::errno(DeviceIndex::SPARE, errno)),
-            false => self.write_superblock(&next, &others).await,
+            false => self.write_next_superblock(others, |_| {}).await,
         };
-        if written.is_err() {
-            self.spare_down(&cause);
+        let durable = match written {
+            Ok(next) => self.flush(DeviceIndex::SPARE).await.map(|()| next),
+            Err(failure) => Err(failure),
+        };
+        let Ok(next) = durable else {
+            self.spare_down(&format!("metadata at the spare's {}: {errno}", place.name()));
             return Err(Failure::spare_down());
-        }
-        *self.superblock.borrow_mut() = next;
-        self.place_retired(cause);
+        };
+        self.use_superblock(next, &errno.to_string());
         Ok(())
     }
 
@@ -250,7 +244,7 @@ impl Core {
         }
         let next = self.write_next_superblock(places, |_| {}).await?;
         self.flush_returning_spare().await?;
-        self.use_superblock(next);
+        self.use_superblock(next, "not taken");
         Ok(())
     }
 
@@ -278,19 +272,16 @@ impl Core {
         }
     }
 
-    /// A superblock is durable: it is the volume's, and what it retires is retired.
-    fn use_superblock(&self, next: Superblock) {
+    /// A superblock is durable: it is the volume's, and what it retires is retired, for the reason given.
+    fn use_superblock(&self, next: Superblock, why: &str) {
         let before = self.live_places();
         *self.superblock.borrow_mut() = next;
         for place in before.into_iter().filter(|place| self.superblock.borrow().is_retired(*place)) {
-            self.place_retired(format!("metadata at the spare's {} is not taken", place.name()));
+            let cause = format!("metadata at the spare's {}: {why}", place.name());
+            let action = "retired; the other place goes on alone";
+            let none = SectorRange::default();
+            self.event(Severity::Error, "place-retired", Some(DeviceIndex::SPARE), none, cause, action);
         }
-    }
-
-    fn place_retired(&self, cause: String) {
-        let none = SectorRange::default();
-        let action = "retired; the other place goes on alone";
-        self.event(Severity::Error, "place-retired", Some(DeviceIndex::SPARE), none, cause, action);
     }
 
     /// Keep the saved counters and the label's table current while the volume is open.
@@ -467,7 +458,7 @@ impl Core {
             (last.clean, last.stamp, last.sampled) = (true, Some(stamp), sampled);
         });
         let written = match written.await {
-            Ok(last) => self.flush(DeviceIndex::SPARE).await.map(|()| self.use_superblock(last)),
+            Ok(last) => self.flush(DeviceIndex::SPARE).await.map(|()| self.use_superblock(last, "not taken")),
             Err(failure) => Err(failure),
         };
         self.places.turn.release();
