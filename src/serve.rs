@@ -10,10 +10,10 @@ use std::sync::Arc;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use crate::control::server::{self as control, ServedVolume as ControlledVolume};
-use crate::control::socket::{BindError, SocketFile, bind_unix, check_unix};
+use crate::control::socket::{BindError, SocketFile, bind_unix, check_unix, is_same_place};
 use crate::runtime::handle::{FrontEndState, VolumeHandle};
 use crate::runtime::options::{Cache, Listen, ServeOptions, Transport};
-use crate::runtime::volume::{MakeError, open_volume};
+use crate::runtime::volume::{MakeError, ServedVolume, open_volume};
 use crate::runtime::worker::WorkerPort;
 use crate::vhost::device::BlkDevice;
 use crate::vhost::framework;
@@ -46,6 +46,9 @@ pub enum ServeError {
     /// The host refused a thread or a descriptor.
     #[error("the front-end socket: {0}")]
     Host(#[from] io::Error),
+    /// Serving failed, and then the volume did not close.
+    #[error("{0}; and then {1}")]
+    NotClosed(Box<ServeError>, MakeError),
 }
 
 /// Where front-ends come from: a socket that is made once there is a volume, or an inherited one.
@@ -151,20 +154,21 @@ impl Serving {
 /// # Errors
 /// When a device or socket cannot be opened, or the volume does not close cleanly.
 pub fn serve(options: &ServeOptions, front_end: FrontEnd, stop: OwnedFd) -> Result<(), ServeError> {
-    // Sockets first: what they refuse costs nothing, and opening a volume for writing changes it. But there is
-    // nothing to connect to before the volume is open: QEMU's guest stands still until a server has answered,
+    // A look at the sockets first: what they refuse costs nothing, and opening a volume for writing changes it. But
+    // none is made or replaced before the volume is open: QEMU's guest stands still until a server has answered,
     // and QEMU 7.2, for one, never connects again when the server ends instead (the volume does not open).
     if let (Listen::Fd(fd), FrontEndSocket::Connected(_), Transport::Framework) =
         (&options.listen, &front_end.0, options.transport)
     {
         return Err(ServeError::FdConnected(*fd));
     }
-    let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
-    if let (FrontEndSocket::Checked(path), Some((_, file)), Some(control_path)) =
-        (&front_end.0, &control, &options.control_path)
-        && file.is_at(path)
-    {
-        return Err(ServeError::SameSocket(control_path.clone()));
+    if let Some(control) = &options.control_path {
+        check_unix(control)?;
+        if let FrontEndSocket::Checked(path) = &front_end.0
+            && is_same_place(path, control)
+        {
+            return Err(ServeError::SameSocket(control.clone()));
+        }
     }
     if options.cache == Cache::Writeback {
         log::warn!(
@@ -172,15 +176,24 @@ pub fn serve(options: &ServeOptions, front_end: FrontEnd, stop: OwnedFd) -> Resu
             options.primary.display()
         );
     }
-    let workers = workers(options);
-    let mut volume = open_volume(options, workers)?;
-    let (front_end, _front_end_file) = match front_end.listen() {
-        Ok(front_end) => front_end,
-        Err(error) => {
-            volume.close()?;
-            return Err(error.into());
-        }
-    };
+    let mut volume = open_volume(options, workers(options))?;
+    let served = serve_volume(options, &mut volume, front_end, &stop);
+    match (served, volume.close()) {
+        (served, Ok(())) => served,
+        (Ok(()), Err(error)) => Err(error.into()),
+        (Err(first), Err(error)) => Err(ServeError::NotClosed(Box::new(first), error)),
+    }
+}
+
+/// Serve a volume that is open, until `stop` becomes readable. Whatever comes of it, it is left to be closed.
+fn serve_volume(
+    options: &ServeOptions,
+    volume: &mut ServedVolume,
+    front_end: FrontEnd,
+    stop: &OwnedFd,
+) -> Result<(), ServeError> {
+    let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
+    let (front_end, _front_end_file) = front_end.listen()?;
     let handle = volume.handle();
     let device = BlkDevice::new(volume.disk(), options.num_queues);
     let mut server = Serving::start(options.transport, front_end, device, volume.take_ports())?;
@@ -192,11 +205,10 @@ pub fn serve(options: &ServeOptions, front_end: FrontEnd, stop: OwnedFd) -> Resu
     });
     let (control, _control_file) = start_control(control, options, &handle)?;
     announce(options, &handle);
-    let served = server.run(&stop);
+    let served = server.run(stop);
     // The workers first: what they still wait for comes from the healer.
     drop(server);
     drop(control);
-    volume.close()?;
     Ok(served?)
 }
 

@@ -126,7 +126,8 @@ pub struct AdoptArgs {
     /// Layout.
     #[command(flatten)]
     pub shape: ShapeArgs,
-    /// Use the spare even if it carries the signature of a file system.
+    /// Use the spare even if it carries the signature of a file system, and the primary even if it belongs to a
+    /// volume, which is lost.
     #[arg(long)]
     pub force: bool,
 }

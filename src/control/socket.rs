@@ -84,11 +84,6 @@ impl SocketFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
-
-    /// Whether `path` leads to it, by whatever name.
-    pub fn is_at(&self, path: &Path) -> bool {
-        fs::metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity)
-    }
 }
 
 impl Drop for SocketFile {
@@ -100,12 +95,16 @@ impl Drop for SocketFile {
     }
 }
 
-/// Whether [`bind_unix`] could listen at `path` now. A stale socket there is removed; anything else there is left
-/// alone and refused.
+/// Whether [`bind_unix`] could listen at `path` now. Nothing is changed.
 ///
 /// # Errors
 /// See [`BindError`].
 pub fn check_unix(path: &Path) -> Result<(), BindError> {
+    is_stale(path).map(drop)
+}
+
+/// Whether a stale socket is in the way at `path`, where a socket could be.
+fn is_stale(path: &Path) -> Result<bool, BindError> {
     let failed = |action, source: io::Error| BindError::Io { path: path.into(), action, source };
     let address = address(path)?;
     let directory = directory_of(path);
@@ -115,13 +114,14 @@ pub fn check_unix(path: &Path) -> Result<(), BindError> {
         Err(e) if !is_missing(e.kind()) => {}
         _ => return Err(BindError::NoDirectory { path: path.into(), directory: directory.into() }),
     }
-    remove_stale(path, &address)?;
+    let stale = holds_stale(path, &address)?;
     access(directory, Access::WRITE_OK | Access::EXEC_OK).map_err(|e| match e {
         Errno::ROFS => BindError::ReadOnly(path.into()),
         // What is missing is the right to write into the directory.
         Errno::ACCESS => permission(path, directory),
         e => failed("bind", e.into()),
-    })
+    })?;
+    Ok(stale)
 }
 
 /// Listen at `path`. A stale socket there is replaced; anything else there is left alone and refused.
@@ -129,8 +129,13 @@ pub fn check_unix(path: &Path) -> Result<(), BindError> {
 /// # Errors
 /// See [`BindError`].
 pub fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
-    check_unix(path)?;
     let failed = |action, source: io::Error| BindError::Io { path: path.into(), action, source };
+    if is_stale(path)?
+        && let Err(e) = fs::remove_file(path)
+        && e.kind() != io::ErrorKind::NotFound
+    {
+        return Err(failed("remove the stale socket", e));
+    }
     let socket = stream_socket().map_err(|e| failed("make a socket", e.into()))?;
     // Linux gives the file the socket's own mode less the umask, so nobody else can get in before the chmod below.
     fchmod(&socket, Mode::from_raw_mode(MODE)).map_err(|e| failed("set the mode of the socket", e.into()))?;
@@ -145,6 +150,12 @@ pub fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let listener = UnixListener::from(socket);
     listener.set_nonblocking(false).map_err(|e| failed("make the socket blocking", e))?;
     Ok((listener, file))
+}
+
+/// Whether two paths would be one socket, by whatever names of its directory.
+pub fn is_same_place(one: &Path, other: &Path) -> bool {
+    let directories = [one, other].map(|path| fs::canonicalize(directory_of(path)).ok());
+    directories[0].is_some() && directories[0] == directories[1] && one.file_name() == other.file_name()
 }
 
 fn directory_of(path: &Path) -> &Path {
@@ -177,10 +188,11 @@ fn stream_socket() -> rustix::io::Result<OwnedFd> {
     socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 
-fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
+/// Whether a socket lies there at which nobody listens.
+fn holds_stale(path: &Path, address: &SocketAddrUnix) -> Result<bool, BindError> {
     let failed = |action, source: io::Error| BindError::Io { path: path.into(), action, source };
     let meta = match fs::symlink_metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
             return Err(permission(path, path));
         }
@@ -191,11 +203,8 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> 
     }
     let probe = stream_socket().map_err(|e| failed("make a socket", e.into()))?;
     match connect(&probe, address) {
-        Err(Errno::CONNREFUSED) => match fs::remove_file(path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove the stale socket", e)),
-            _ => Ok(()),
-        },
-        Err(Errno::NOENT) => Ok(()),
+        Err(Errno::CONNREFUSED) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
         Err(Errno::ACCESS) => Err(permission(path, path)),
         // EAGAIN: its backlog is full. EPROTOTYPE: it is no stream socket, but somebody holds it.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(BindError::InUse(path.into())),

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use super::io::Io;
-use super::open::{DeviceFacts, OpenError, io_error, tail_starts};
+use super::open::{DeviceFacts, OldLabel, OpenError, io_error, tail_starts};
 use super::script::Script;
 use super::task::join_all;
 use crate::device::buffer::AlignedBuf;
@@ -43,7 +43,13 @@ pub struct Creation(Script<()>);
 impl Creation {
     /// Begin; nothing is done before the first [`Creation::step`].
     pub fn new(params: CreateParams) -> Creation {
-        Creation(Script::start(|io| async move { create(&io, &params).await }))
+        Creation(Script::start(|io| async move { create(&io, &params, None).await }))
+    }
+
+    /// The same on a primary that carries the label of another volume, which is destroyed: without that
+    /// volume's spare, nobody could tell any more that it does not speak of the new one.
+    pub fn replacing(params: CreateParams, label: OldLabel) -> Creation {
+        Creation(Script::start(|io| async move { create(&io, &params, Some(&label)).await }))
     }
 
     /// Report what has completed, and get the operations to submit.
@@ -58,7 +64,7 @@ impl Creation {
 }
 
 /// Write a new volume: the spare complete and flushed, the primary's label last.
-async fn create(io: &Io, params: &CreateParams) -> Result<(), OpenError> {
+async fn create(io: &Io, params: &CreateParams, old_label: Option<&OldLabel>) -> Result<(), OpenError> {
     let (unit, size) = (params.primary.logical_block.max(params.spare.logical_block), params.capacity * SECTOR_SIZE);
     if !size.is_multiple_of(u64::from(unit)) {
         return Err(OpenError::Ragged { unit, size });
@@ -90,6 +96,10 @@ async fn create(io: &Io, params: &CreateParams) -> Result<(), OpenError> {
         io.write(spare, layout.counters(place), &counters).await.map_err(&failed)?;
     }
     io.flush(spare).await.map_err(&failed)?;
+    if let Some(label) = old_label {
+        // At no instant is there a new volume and an old label.
+        label.destroy(io).await?;
+    }
     for place in Place::ALL {
         for copy in 0..2 {
             let bytes = superblock.encode(Seat::Spare(place), copy);

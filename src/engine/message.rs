@@ -101,7 +101,7 @@ pub enum ToHealer {
         /// The queue that is stopping.
         queue: u16,
     },
-    /// A queue that is stopping waits for the requests it hands over from now on: none of them is held.
+    /// A queue that is stopping waits for its requests, which can be left nowhere: none of them is held any more.
     Finish {
         /// The shard.
         shard: usize,

@@ -1,6 +1,7 @@
 //! Opening a volume: find its superblocks, check the devices, take the newest of every page, repair.
 
 mod degraded;
+mod label;
 mod pages;
 mod repair;
 mod superblocks;
@@ -20,6 +21,7 @@ use crate::volume::layout::{Layout, LayoutError, PAGE, REMAPS_MIN};
 use crate::volume::map::{BlockState, Map};
 use crate::volume::superblock::{COMPAT_KNOWN, CloseStamp, Superblock, VERSION};
 use crate::volume::table::Table;
+pub use label::{LabelSearch, OldLabel};
 use repair::{Newest, Repair};
 use superblocks::Label;
 pub(super) use superblocks::tail_starts;
@@ -401,14 +403,13 @@ fn build_map(table: &Table, capacity: u64) -> Result<(Map, Vec<Slot>), OpenError
 
 /// What the operator has to know of the volume as it was found: features that are not known here, and that
 /// nobody can say whether a flush had failed.
-fn first_events(unknown: u64, poison_unknown: bool) -> Vec<Event> {
+fn first_events(unknown: u64, poison_unknown: Option<&'static str>) -> Vec<Event> {
     let mut events = Vec::new();
     if unknown != 0 {
         let cause = format!("read-only compatible features {unknown:#x} are not known here");
         event(&mut events, Severity::Warn, "read-only", DeviceIndex::SPARE, cause, "opened read-only");
     }
-    if poison_unknown {
-        let cause = "no copy of the poison page can be read".to_owned();
+    if let Some(cause) = poison_unknown.map(str::to_owned) {
         let action = "writes and flushes fail until `clear`";
         event(&mut events, Severity::Error, "poisoned", DeviceIndex::SPARE, cause, action);
     }
@@ -423,10 +424,10 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let label = superblocks::read_label(io, &superblock).await?;
     if let Some(label) = &label {
         superblock = label.compare(&found, superblock, &params.primary)?;
+        // Until the label is stamped again its list is as old as it was, or nobody knows how old.
+        superblock.stamped = label.newest().map_or(0, |newest| newest.stamped);
         if let Some(newest) = label.newest() {
             unknown |= superblocks::check_features(newest, DeviceIndex::PRIMARY)?;
-            // Until the label is stamped again its list is as old as it was.
-            superblock.stamped = newest.stamped;
         }
     }
     let layout = Layout::new(superblock.spare_size, superblock.max_remaps)?;
@@ -434,14 +435,14 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let (table, page_repairs) = pages::load_table(io, &layout, &superblock).await?;
     let (map, superseded) = build_map(&table, superblock.capacity)?;
     check_content(io, &superblock, label.is_some(), params, table.live()).await?;
-    let sidecars = pages::load_sidecars(io, &layout, &superblock, label_layout).await;
+    let read_only = params.read_only || unknown != 0;
+    let sidecars = pages::load_sidecars(io, &layout, &superblock, label_layout, read_only).await;
     let mut repairs = superblocks::repairs(&found, &superblock);
     repairs.extend(page_repairs);
     repairs.extend(sidecars.repairs);
     repairs.extend(label.iter().flat_map(Label::repairs));
     debug_assert_eq!(COMPAT_KNOWN, 0, "unknown compatible features are ignored");
     let mut events = first_events(unknown, sidecars.poison_unknown);
-    let read_only = params.read_only || unknown != 0;
     let mut tally = Tally::default();
     let (poison, saved) = (sidecars.poison, sidecars.counters);
     if read_only {

@@ -204,10 +204,7 @@ impl Shard {
     /// [`Shard::message`]. Requests with operations under way are answered as ever. The queue is stopped
     /// when [`Shard::unanswered`] is 0; [`Shard::resume`] opens it again.
     pub fn withdraw(&mut self, queue: u16, out: &mut ShardOut) {
-        self.resumed.retain(|resumed| *resumed != queue);
-        if !self.stopping.contains(&queue) {
-            self.stopping.push(queue);
-        }
+        self.note_stopping(queue);
         let mut given_back = Vec::new();
         for fence in &mut self.fences {
             let parked = std::mem::take(&mut fence.parked);
@@ -228,13 +225,21 @@ impl Shard {
         }
     }
 
-    /// Serve requests of a queue that is stopping to their end: those that come back from [`Shard::withdraw`]
-    /// and can be left nowhere. What would be held is answered with an error instead.
+    /// Serve requests of a queue that is stopping to their end, where they can be left nowhere: all of them, or
+    /// those that come back from [`Shard::withdraw`]. What is held, or would be, is answered with an error.
     pub fn finish(&mut self, queue: u16, out: &mut ShardOut) {
+        self.note_stopping(queue);
         out.to_healer.push(ToHealer::Finish { shard: self.index, queue });
     }
 
-    /// Take requests of a queue again after [`Shard::withdraw`].
+    fn note_stopping(&mut self, queue: u16) {
+        self.resumed.retain(|resumed| *resumed != queue);
+        if !self.stopping.contains(&queue) {
+            self.stopping.push(queue);
+        }
+    }
+
+    /// Take requests of a queue again after [`Shard::withdraw`] or [`Shard::finish`].
     pub fn resume(&mut self, queue: u16) {
         let before = self.stopping.len();
         self.stopping.retain(|stopping| *stopping != queue);

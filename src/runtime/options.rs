@@ -41,7 +41,8 @@ pub struct AdoptOptions {
     pub spare: PathBuf,
     /// Layout.
     pub shape: VolumeShape,
-    /// Whether a spare that carries another file system's signature may be used.
+    /// Whether a spare that carries another file system's signature may be used, and a primary that belongs to a
+    /// volume.
     pub force: bool,
 }
 

@@ -18,11 +18,11 @@ use super::signature::{Content, Found, format_of, look};
 use super::worker::{Clock, DiskInfo, WorkerPort};
 use crate::device::fault::FaultTable;
 use crate::device::open::{self, DeviceSet, OpenDevice, OpenOptions, create_file, same_file};
-use crate::device::{DeviceIndex, Errno};
+use crate::device::{Completion, DeviceIndex, Errno, Op, Reactor};
 use crate::engine::create::{CreateParams, Creation};
 use crate::engine::event::{Event, Severity};
 use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
-use crate::engine::open::{OpenError, OpenParams, Opening};
+use crate::engine::open::{LabelSearch, OldLabel, OpenError, OpenParams, Opening};
 use crate::engine::shard::Shard;
 use crate::runtime::options::IoEngine;
 use crate::units::{SECTOR_SIZE, SectorRange, Time};
@@ -130,6 +130,7 @@ pub fn create(options: &CreateOptions) -> Result<String, MakeError> {
     check_two_devices(primary, spare)?;
     let found = if exists(primary)? { Some(look(primary)?) } else { None };
     if let Some(found) = found.as_ref().filter(|found| found.content.is_some() || found.size > 0) {
+        check_no_label(primary)?;
         check_new_primary(primary, found, *size, needed)?;
     }
     check_new_spare(spare, shape, *force)?;
@@ -139,7 +140,8 @@ pub fn create(options: &CreateOptions) -> Result<String, MakeError> {
         Some(0) if !is_block_device(primary) => made.extend(primary, needed)?,
         Some(_) => {}
     }
-    let line = make(primary, spare, Some(size / SECTOR_SIZE), shape, &mut made)?;
+    let device = Arc::new(open::open(primary, &make_options())?);
+    let line = make(device, None, spare, Some(size / SECTOR_SIZE), shape, &mut made)?;
     made.0.clear();
     Ok(line)
 }
@@ -155,11 +157,81 @@ pub fn adopt(options: &AdoptOptions) -> Result<String, MakeError> {
         return Err(open::OpenError::Missing { path: primary.to_owned() }.into());
     }
     refuse_image(primary, format_of(primary))?;
+    let (device, label) = open_to_adopt(primary, *force)?;
     check_new_spare(spare, shape, *force)?;
     let mut made = Made::default();
-    let line = make(primary, spare, None, shape, &mut made)?;
+    let line = make(device, label, spare, None, shape, &mut made)?;
     made.0.clear();
     Ok(line)
+}
+
+fn make_options() -> OpenOptions {
+    OpenOptions { lock_wait: MAKE_LOCK_WAIT, ..OpenOptions::default() }
+}
+
+/// Open a primary that is not to be changed by a byte, unless it carries the label of a volume: that is refused,
+/// or is to be destroyed where the operator wants it so.
+fn open_to_adopt(primary: &Path, force: bool) -> Result<(Arc<OpenDevice>, Option<OldLabel>), MakeError> {
+    let open = |read_only| -> Result<_, MakeError> {
+        let device = Arc::new(open::open(primary, &OpenOptions { read_only, ..make_options() })?);
+        let label = label_of(primary, &device)?;
+        Ok((device, label))
+    };
+    let (device, label) = open(true)?;
+    let Some(label) = label else { return Ok((device, None)) };
+    if force {
+        drop(device);
+        return open(false);
+    }
+    let list = match label.remapped {
+        Some(blocks) => {
+            format!("its list of {} has {blocks} remapped blocks, whose newest data is", date(label.stamped))
+        }
+        None => "its list of remapped blocks is not whole, and their newest data is".to_owned(),
+    };
+    refused(format!(
+        "{}; {list} on its spare: serve it with that, or --force to lose what the spare holds",
+        belongs(primary, &label)
+    ))
+}
+
+fn belongs(primary: &Path, label: &OldLabel) -> String {
+    format!("{}: is the primary of vhost-remap volume {}, made {}", primary.display(), label.set, date(label.created))
+}
+
+/// The label of a volume on a primary that is open.
+fn label_of(primary: &Path, device: &Arc<OpenDevice>) -> Result<Option<OldLabel>, MakeError> {
+    // Not a ring, which keeps the device's lock for a moment after it has gone.
+    let mut reactor = Devices::new(DeviceSet::new(vec![device.clone()]), IoEngine::Threads, None)?.reactor()?;
+    let mut search = LabelSearch::new(facts(device));
+    let found = run_script(&mut *reactor, |now, completions, ops| {
+        search.step(now, completions, ops);
+        search.result()
+    });
+    found.map_err(|error| MakeError::Volume { primary: primary.to_owned(), spare: None, error })
+}
+
+/// Drive a script to its result.
+fn run_script<T>(reactor: &mut dyn Reactor, mut step: impl FnMut(Time, &[Completion], &mut Vec<Op>) -> Option<T>) -> T {
+    let mut result = None;
+    drive(reactor, &Clock::start(), |now, completions, ops| {
+        let ended = step(now, completions, ops);
+        result = result.take().or(ended);
+        result.is_some()
+    });
+    result.expect("driven to its end")
+}
+
+/// Refuse a new volume on the primary of another. What cannot be looked at has not been refused for that.
+fn check_no_label(primary: &Path) -> Result<(), MakeError> {
+    let options = OpenOptions { read_only: true, lock_wait: Duration::ZERO, ..OpenOptions::default() };
+    let Ok(device) = open::open(primary, &options) else { return Ok(()) };
+    match label_of(primary, &Arc::new(device)) {
+        Ok(Some(label)) => {
+            refused(format!("{}: serve it with its spare, or wipe it first to lose it", belongs(primary, &label)))
+        }
+        Ok(None) | Err(_) => Ok(()),
+    }
 }
 
 fn check_capacity(primary: &Path, capacity: u64) -> Result<(), MakeError> {
@@ -247,20 +319,20 @@ fn refuse_image(primary: &Path, content: Option<Content>) -> Result<(), MakeErro
 
 /// Make the volume: a capacity means a label at the primary's end, none means the primary is adopted.
 fn make(
-    primary: &Path,
+    primary_device: Arc<OpenDevice>,
+    old_label: Option<OldLabel>,
     spare: &Path,
     capacity: Option<u64>,
     shape: &VolumeShape,
     made: &mut Made,
 ) -> Result<String, MakeError> {
     let adopting = capacity.is_none();
-    let options = OpenOptions { lock_wait: MAKE_LOCK_WAIT, ..OpenOptions::default() };
-    let primary_device = open::open(primary, &OpenOptions { read_only: adopting, ..options.clone() })?;
+    let primary = &primary_device.path.clone();
     let spare_bytes = spare_size(shape.max_remaps);
     if !spare.exists() {
         made.file(spare, spare_bytes)?;
     }
-    let spare_device = open::open(spare, &options)?;
+    let spare_device = open::open(spare, &make_options())?;
     let set = Uuid::new_v4();
     let params = CreateParams {
         primary: facts(&primary_device),
@@ -275,16 +347,22 @@ fn make(
     };
     let capacity = params.capacity;
     check_capacity(primary, capacity)?;
-    let devices = DeviceSet::new(vec![Arc::new(primary_device), Arc::new(spare_device)]);
+    let devices = DeviceSet::new(vec![primary_device, Arc::new(spare_device)]);
     let mut reactor = Devices::new(devices, IoEngine::Auto, None)?.reactor()?;
-    let mut creation = Creation::new(params);
-    let mut result = None;
-    drive(&mut *reactor, &Clock::start(), |now, completions, ops| {
+    let primary_is = match (adopting, &old_label) {
+        (false, _) => String::new(),
+        (true, None) => ", primary adopted unchanged".to_owned(),
+        (true, Some(label)) => format!(", primary adopted, the label of its volume {} destroyed", label.set),
+    };
+    let mut creation = match old_label {
+        Some(label) => Creation::replacing(params, label),
+        None => Creation::new(params),
+    };
+    let created = run_script(&mut *reactor, |now, completions, ops| {
         creation.step(now, completions, ops);
-        result = result.take().or_else(|| creation.result());
-        result.is_some()
+        creation.result()
     });
-    result.expect("driven to its end").map_err(|error| match error {
+    created.map_err(|error| match error {
         OpenError::Io { device, errno: Errno(libc::ENOSPC | libc::EDQUOT), .. } => {
             let (path, size) = match device {
                 DeviceIndex::PRIMARY => (primary.to_owned(), label_size(shape.max_remaps)),
@@ -295,12 +373,11 @@ fn make(
         error => MakeError::Volume { primary: primary.to_owned(), spare: Some(spare.to_owned()), error },
     })?;
     Ok(format!(
-        "{}: volume {set}: {capacity} sectors ({} MiB), spare {} with {} slots{}",
+        "{}: volume {set}: {capacity} sectors ({} MiB), spare {} with {} slots{primary_is}",
         primary.display(),
         capacity / 2048,
         spare.display(),
-        shape.max_remaps,
-        if adopting { ", primary adopted unchanged" } else { "" }
+        shape.max_remaps
     ))
 }
 
@@ -451,9 +528,16 @@ fn degraded_event(stamped: u64, now: u64) -> Event {
     }
 }
 
+/// Seconds since the epoch, for a person.
+fn date(seconds: u64) -> impl std::fmt::Display {
+    // What lies on a disk may be any number, and a date has four digits for the year.
+    const LAST: u64 = 253_402_300_799;
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds.min(LAST)))
+}
+
 /// How far a label's list can be trusted that was written at `stamped`.
 pub(super) fn degraded_list(stamped: u64, now: u64) -> String {
-    let date = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(stamped));
+    let date = date(stamped);
     let age = humantime::format_duration(Duration::from_secs(now.saturating_sub(stamped)));
     format!("blocks remapped by {date} ({age} ago) fail; those remapped later may read as old data")
 }
@@ -503,8 +587,8 @@ fn check_spare_exists(primary: &Path, spare: &Path) -> Result<(), MakeError> {
     }
     refuse_image(primary, format_of(primary))?;
     refused(format!(
-        "{}: missing, and {} exists: bring the spare back; or read what the primary holds with `serve --degraded`, or \
-         `adopt` it with a new spare",
+        "{}: missing, and {} exists: bring the spare back; or read what the primary holds with `serve --degraded`; or, if it \
+         never had one, `adopt` it",
         spare.display(),
         primary.display()
     ))

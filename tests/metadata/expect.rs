@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::damage::Copy;
-use crate::seat::{At, Entry, Kind, Seat, age, live_entries, poisoned, retired};
+use crate::seat::{At, Entry, Kind, Seat, age, clean, live_entries, poisoned, retired};
 
 /// A refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub(crate) type Times = std::ops::RangeInclusive<usize>;
 pub(crate) struct Opens {
     pub(crate) map: Vec<Entry>,
     pub(crate) poisoned: bool,
-    /// Every copy of the poison page was bad.
+    /// Every copy of the poison page was bad, or every copy on one device after an unclean end.
     pub(crate) poison_unknown: bool,
     /// Of the superblock it was opened with.
     pub(crate) generation: u64,
@@ -60,8 +60,8 @@ fn copy_of(generation: u64) -> u8 {
     u8::from(generation % 2 == 1)
 }
 
-/// The generation that counts, and the places it retires.
-fn superblock(copies: &[Copy<'_>]) -> Result<(u64, u32), Refusal> {
+/// The generation that counts, the places it retires, and whether it closed the volume.
+fn superblock(copies: &[Copy<'_>]) -> Result<(u64, u32, bool), Refusal> {
     let of = |label: bool| {
         copies.iter().filter(move |copy| (copy.seat.at == At::Label) == label && is_superblock(copy.seat.kind))
     };
@@ -71,13 +71,13 @@ fn superblock(copies: &[Copy<'_>]) -> Result<(u64, u32), Refusal> {
     };
     // A label that is ahead knows of a generation that the spare must have had.
     let Some((ahead, label)) = newest(of(true)).filter(|(label, _)| *label > generation) else {
-        return Ok((generation, retired(bytes)));
+        return Ok((generation, retired(bytes), clean(bytes)));
     };
     let written = |copy: &&Copy<'_>| {
         copy.seat.kind == Kind::Superblock(copy_of(ahead)) && retired(label) & copy.seat.at.bit() == 0
     };
     let lost = of(false).filter(written).all(|copy| copy.whole.is_none());
-    if lost { Ok((ahead, retired(label))) } else { Err(Refusal::OldSpare) }
+    if lost { Ok((ahead, retired(label), clean(label))) } else { Err(Refusal::OldSpare) }
 }
 
 /// The places that take what this opening writes to them.
@@ -89,7 +89,7 @@ fn willing(copies: &[Copy<'_>], at: At) -> bool {
 
 /// What opening comes to.
 pub(crate) fn expect(copies: &[Copy<'_>], pages: u32) -> Result<Opens, Refusal> {
-    let (generation, retired) = superblock(copies)?;
+    let (generation, retired, clean) = superblock(copies)?;
     let counted: Vec<At> = At::PLACES.into_iter().filter(|at| retired & at.bit() == 0).collect();
     let mut opens = Opens { generation, ..Opens::default() };
     let on_places = |is: &dyn Fn(Kind) -> bool| -> Vec<&Copy<'_>> {
@@ -116,8 +116,14 @@ pub(crate) fn expect(copies: &[Copy<'_>], pages: u32) -> Result<Opens, Refusal> 
     opens.map.sort_unstable();
     let poisons = copies.iter().filter(|copy| copy.seat.kind == Kind::Poison);
     let note = newest(poisons.clone());
-    opens.poison_unknown = note.is_none();
-    opens.poisoned = note.is_none_or(|(_, page)| poisoned(page));
+    let silent = |label: bool| {
+        let of = || poisons.clone().filter(|copy| (copy.seat.at == At::Label) == label);
+        // What takes nothing may have had nothing.
+        of().any(|copy| !copy.dead) && of().all(|copy| copy.whole.is_none())
+    };
+    let noted = poisons.clone().filter_map(|copy| copy.whole).any(poisoned);
+    opens.poison_unknown = note.is_none() || (!clean && !noted && (silent(true) || silent(false)));
+    opens.poisoned = opens.poison_unknown || note.is_some_and(|(_, page)| poisoned(page));
     let counters = on_places(&|kind| kind == Kind::Counters);
     let saved = newest(counters.iter().copied()).map(|(sequence, _)| sequence);
     lacking.extend(
@@ -126,7 +132,11 @@ pub(crate) fn expect(copies: &[Copy<'_>], pages: u32) -> Result<Opens, Refusal> 
             .filter(|copy| copy.whole.map(|page| age(copy.seat.kind, page)) != saved || copy.whole.is_none()),
     );
     lacking.extend(
-        poisons.filter(|copy| copy.whole.is_none_or(|page| Some(age(Kind::Poison, page)) != note.map(|note| note.0))),
+        // A note of what nobody knows is newer than all of them.
+        poisons.filter(|copy| {
+            let newest = note.map(|note| note.0).filter(|_| !opens.poison_unknown);
+            copy.whole.is_none_or(|page| Some(age(Kind::Poison, page)) != newest)
+        }),
     );
     lacking.extend(
         copies.iter().filter(|copy| copy.seat.at == At::Label && is_superblock(copy.seat.kind) && copy.whole.is_none()),

@@ -5,7 +5,7 @@ use vhost_remap::device::memory::{Keep, MemoryDevice, MemoryDisks, Pending};
 use vhost_remap::device::{self, Completion, Device, DeviceIndex, Errno, Op, OpKind, Wait};
 use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::{HealerParams, OnLoss, Policy};
-use vhost_remap::engine::open::{DeviceFacts, OpenError, OpenParams, Opening};
+use vhost_remap::engine::open::{DeviceFacts, LabelSearch, OldLabel, OpenError, OpenParams, Opening};
 use vhost_remap::units::{Sector, SectorRange, Time};
 use vhost_remap::volume::layout::{LabelLayout, Layout, label_size, spare_size};
 
@@ -239,7 +239,10 @@ impl Rig {
     }
 
     pub(crate) fn create_as(&mut self, params: CreateParams) -> Result<Result<(), OpenError>, Cut> {
-        let mut creation = Creation::new(params);
+        self.make(Creation::new(params))
+    }
+
+    pub(crate) fn make(&mut self, mut creation: Creation) -> Result<Result<(), OpenError>, Cut> {
         let mut result = None;
         self.script(|completions, ops| {
             creation.step(Time(0), completions, ops);
@@ -249,6 +252,19 @@ impl Rig {
         Ok(result.expect("done"))
     }
 
+    /// The label of the primary as it is found without a spare.
+    pub(crate) fn find_label(&mut self) -> Result<Option<OldLabel>, Cut> {
+        let [primary, _] = self.shape.facts();
+        let mut search = LabelSearch::new(primary);
+        let mut result = None;
+        self.script(|completions, ops| {
+            search.step(Time(0), completions, ops);
+            result = search.result();
+            result.is_some()
+        })?;
+        Ok(result.expect("done").expect("of this version"))
+    }
+
     pub(crate) fn open_params(&self) -> OpenParams {
         let [primary, spare] = self.shape.facts();
         OpenParams { primary, spare, read_only: false, accept_external: false }
@@ -256,7 +272,16 @@ impl Rig {
 
     /// Open, within the operations that are left.
     pub(crate) fn try_open(&mut self, params: OpenParams) -> Result<Result<Engine, OpenError>, Cut> {
-        let mut opening = Opening::new(params);
+        self.finish(Opening::new(params))
+    }
+
+    /// Open as if there were no spare.
+    pub(crate) fn open_degraded(&mut self) -> Result<Engine, OpenError> {
+        let [primary, _] = self.shape.facts();
+        self.finish(Opening::degraded(primary)).expect("no end was set")
+    }
+
+    fn finish(&mut self, mut opening: Opening) -> Result<Result<Engine, OpenError>, Cut> {
         self.script(|completions, ops| {
             opening.step(Time(0), completions, ops);
             opening.is_done()

@@ -187,6 +187,11 @@ pub(crate) fn retired(superblock: &[u8]) -> u32 {
     u32_at(superblock, 76)
 }
 
+/// Whether a superblock closed the volume.
+pub(crate) fn clean(superblock: &[u8]) -> bool {
+    superblock[75] & 1 != 0
+}
+
 /// Whether a poison page says that the volume is poisoned.
 pub(crate) fn poisoned(page: &[u8]) -> bool {
     page[40] != 0

@@ -118,6 +118,39 @@ fn an_adopted_primary_is_not_served_without_its_spare() {
     check_refused(&volume, "carries no label");
 }
 
+/// Its list would be taken for that of the new volume.
+#[test]
+fn adopting_a_primary_that_belongs_to_a_volume_is_refused_or_makes_an_end_of_its_list() {
+    let (volume, model) = used();
+    let old_spare = lose_spare(&volume);
+    let primary = volume.primary.to_str().unwrap();
+    let before = fs::read(&volume.primary).unwrap();
+    let adopt = ["adopt", "--primary", primary, "--max-remaps", "64"];
+    let why = crate::server::refusal(&crate::server::vhost_remap(&adopt));
+    assert!(why.contains("has 2 remapped blocks") && why.contains("--force"), "{why}");
+    assert!(fs::read(&volume.primary).unwrap() == before && !volume.spare.exists(), "something was written");
+    let line = crate::server::done(&crate::server::vhost_remap(&[&adopt[..], &["--force"]].concat()));
+    assert!(line.contains("the label of its volume"), "{line}");
+    let after = fs::read(&volume.primary).unwrap();
+    let label = usize::try_from(label(&volume.primary).start).unwrap();
+    assert!(after[label..label + 2 * PAGE].iter().all(|byte| *byte == 0), "the label is still there");
+    assert!(after[..label] == before[..label] && after[label + 2 * PAGE..] == before[label + 2 * PAGE..]);
+    // All of it is the new volume's, with what the primary held.
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    model.check(guest.queue(), 960, 40);
+    model.check(guest.queue(), 1016, 200);
+    assert_eq!(guest.read(1000, 16).unwrap(), before[1000 * 512..1016 * 512]);
+    drop(guest);
+    server.stop();
+    fs::remove_file(&volume.spare).unwrap();
+    check_refused(&volume, "carries no label");
+    // And the old spare is not put back to a primary that has changed since.
+    fs::rename(old_spare, &volume.spare).unwrap();
+    let why = volume.serve_refused(&[]);
+    assert!(why.contains("changed by another program"), "{why}");
+}
+
 #[track_caller]
 fn check_refused(volume: &Volume, word: &str) {
     let before = fs::read(&volume.primary).unwrap();

@@ -1,6 +1,6 @@
 //! A primary that is not there.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::guest::{Failed, Io};
 use crate::model::{Model, pattern};
@@ -198,4 +198,47 @@ fn no_space_fails_only_that_write() {
     assert_eq!(server.status().state, ["ok"]);
     model.check_all(guest.queue());
     guest.write(1000, pattern(1000, 8, 3)).unwrap();
+}
+
+/// E1: a probe ends with its first good read, and the next one has not to wait behind the bad ones of all before.
+#[test]
+fn probes_read_a_place_that_takes_its_time_once_at_a_time() {
+    const SECONDS: u64 = 20;
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    let began = Instant::now();
+    server.fault(&["--ops", "read", "--sectors", "0", "--delay", &(SECONDS * 1000).to_string()]);
+    server.fault(&["--ops", "write", "--sectors", "1000-1159"]);
+    for sector in (1000..1160).step_by(8) {
+        guest.write(sector, pattern(sector, 8, 2)).unwrap();
+    }
+    assert_eq!(server.status().blocks.remapped, 20);
+    let rules = server.order(&["fault", "list", "--json"]);
+    let hits = serde_json::from_str::<serde_json::Value>(&rules).unwrap();
+    let hits = hits["rules"][0]["hits"].as_u64().unwrap();
+    assert!(hits <= 1 + began.elapsed().as_secs() / SECONDS, "{hits} reads of sector 0: {rules}");
+    server.kill();
+}
+
+/// E1: what fails after the device has gone was under way when it went. It is no storm, which takes an operator.
+#[test]
+fn a_device_that_went_before_its_writes_failed_comes_back_by_itself() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    let mut guest = server.guest(1);
+    let model = Model::written(&mut guest, 960, 256, 1);
+    server.fault(&["--ops", "write", "--errno", "ENODATA", "--delay", "2000"]);
+    server.fault(&["--ops", "read", "--sectors", "1000", "--errno", "ENODEV"]);
+    server.fault(&["--ops", "identify", "--errno", "ENODEV"]);
+    let writes = (0..40).map(|i| FAR_APART[i % 3] + i as u64 / 3 * 8);
+    let mut ios: Vec<Io> = writes.map(|sector| Io::Write { sector, data: pattern(sector, 8, 2) }).collect();
+    ios.push(Io::Read { sector: 1000, count: 1 });
+    assert!(guest.queue().run(&ios).iter().all(Result::is_err));
+    let gone = server.await_event("device-gone");
+    assert!(gone.action.contains("until it is back"), "{}", gone.action);
+    server.no_faults();
+    server.await_event("device-back");
+    assert_eq!(server.status().state, ["ok"]);
+    model.check_all(guest.queue());
 }

@@ -117,6 +117,7 @@ fn what_cannot_be_written_is_not_served_for_writing() {
     let ground = Ground::empty();
     fs::create_dir(ground.path("rw")).unwrap();
     let zeros = ground.zeros("rw/zeros", 4 << 20);
+    ground.zeros("rw/raw", 1 << 20);
     create(&ground.path("rw/disk"), &ground.path("rw/disk.spare"), "4M");
     let _mount = match Mount::read_only(&ground.path("rw"), &ground.path("ro")) {
         Ok(mount) => mount,
@@ -131,7 +132,7 @@ fn what_cannot_be_written_is_not_served_for_writing() {
         ("create --primary ro/zeros --spare spare --size 1M --max-remaps 16", format!("ro/zeros: {protected}")),
         ("create --primary new --spare ro/spare --size 1M", format!("ro/spare: {elsewhere}")),
         ("adopt --primary ro/zeros", format!("ro/zeros.spare: {elsewhere}")),
-        ("adopt --primary ro/disk --spare ro/zeros --max-remaps 16", format!("ro/zeros: {protected}")),
+        ("adopt --primary ro/raw --spare ro/zeros --max-remaps 16", format!("ro/zeros: {protected}")),
         (
             "serve --socket-path ro/s --primary ro/disk",
             "ro/s: is on a read-only file system; choose another path, such as one under /run".into(),
@@ -160,6 +161,7 @@ impl Drop for Immutable {
 fn immutable_files_are_not_served_for_writing() {
     let ground = Ground::with_volume();
     ground.zeros("zeros", 4 << 20);
+    ground.zeros("raw", 1 << 20);
     let line = |path| {
         format!("{path}: is immutable (see lsattr) or protected by the kernel; `chattr -i` it, or `serve --read-only`")
     };
@@ -171,7 +173,7 @@ fn immutable_files_are_not_served_for_writing() {
             &[
                 "create --primary zeros --size 1M --spare new --max-remaps 16",
                 "create --primary new --size 1M --spare zeros --max-remaps 16",
-                "adopt --primary disk.img --spare zeros --max-remaps 16",
+                "adopt --primary raw --spare zeros --max-remaps 16",
             ],
         ),
     ] {

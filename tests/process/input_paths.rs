@@ -15,6 +15,7 @@ fn oddities() -> Ground {
     ground.zeros("ragged", 1000);
     ground.zeros("small", 1 << 20);
     ground.zeros("zeros", 8 << 20);
+    fs::write(ground.path("raw"), vec![7; 1 << 20]).unwrap();
     fs::hard_link(ground.path("disk.img"), ground.path("hard")).unwrap();
     fs::hard_link(ground.path("zeros"), ground.path("zeros2")).unwrap();
     std::os::unix::fs::symlink("disk.img", ground.path("link")).unwrap();
@@ -52,8 +53,13 @@ fn create_refuses_what_cannot_become_a_volume() {
         ("--primary disk.img --spare link --size 1M", "link: is the primary itself; name another spare"),
         (
             "--primary disk.img --size 4M",
-            "disk.img: is not empty (some data); `adopt` keeps its content, or wipe it first",
+            "disk.img: is the primary of vhost-remap volume …, made …Z: serve it with its spare, or wipe it first to lose it",
         ),
+        (
+            "--primary disk.img --size 4M --spare new --force",
+            "disk.img: is the primary of vhost-remap volume …, made …Z: serve it with its spare, or wipe it first to lose it",
+        ),
+        ("--primary raw --size 4M", "raw: is not empty (some data); `adopt` keeps its content, or wipe it first"),
         (
             "--primary p --spare disk.img.spare --size 4M",
             "disk.img.spare: is not empty (a vhost-remap spare); name another spare, or --force to lose what it holds",
@@ -101,6 +107,7 @@ fn create_refuses_what_cannot_become_a_volume() {
 #[test]
 fn adopt_refuses_what_is_no_disk() {
     let ground = oddities();
+    let belongs = "disk.img: is the primary of vhost-remap volume …, made …Z; its list of …Z has 1 remapped blocks, whose newest data is on its spare: serve it with that, or --force to lose what the spare holds";
     for (words, line) in [
         ("--primary nowhere", "nowhere: no such file or device; check the path, or make a volume with `create`"),
         ("--primary dangling", "dangling: no such file or device; check the path, or make a volume with `create`"),
@@ -129,9 +136,13 @@ fn adopt_refuses_what_is_no_disk() {
             "small: has 1048576 bytes, and 16384 remaps need 69206016; use a larger one, or fewer with --max-remaps",
         ),
         (
-            "--primary disk.img",
+            "--primary raw --spare disk.img.spare",
             "disk.img.spare: is not empty (a vhost-remap spare); name another spare, or --force to lose what it holds",
         ),
+        // Before anything is said of the spare, which may well be that of the same volume.
+        ("--primary disk.img", belongs),
+        ("--primary disk.img --spare new", belongs),
+        ("--primary disk.img --spare small", belongs),
     ] {
         ground.refuses(&format!("adopt {words}"), line);
     }
@@ -165,11 +176,11 @@ fn serve_refuses_what_is_no_volume() {
         ),
         (
             "--primary disk.img --spare nowhere",
-            "nowhere: missing, and disk.img exists: bring the spare back; or read what the primary holds with `serve --degraded`, or `adopt` it with a new spare".into(),
+            "nowhere: missing, and disk.img exists: bring the spare back; or read what the primary holds with `serve --degraded`; or, if it never had one, `adopt` it".into(),
         ),
         (
             "--primary zeros",
-            "zeros.spare: missing, and zeros exists: bring the spare back; or read what the primary holds with `serve --degraded`, or `adopt` it with a new spare".into(),
+            "zeros.spare: missing, and zeros exists: bring the spare back; or read what the primary holds with `serve --degraded`; or, if it never had one, `adopt` it".into(),
         ),
         ("--primary disk.img --spare zeros", format!("disk.img with spare zeros: {not_ours}")),
         ("--primary disk.img --spare small", format!("disk.img with spare small: {not_ours}")),
@@ -199,8 +210,7 @@ fn serve_refuses_what_is_no_volume() {
 #[test]
 fn serve_with_create_makes_nothing_of_half_a_pair() {
     let ground = oddities();
-    let missing =
-        "bring the spare back; or read what the primary holds with `serve --degraded`, or `adopt` it with a new spare";
+    let missing = "bring the spare back; or read what the primary holds with `serve --degraded`; or, if it never had one, `adopt` it";
     for (words, line) in [
         ("--primary no/p", "no/p: there is no directory no; make it first".into()),
         ("--primary p --spare no/s", "no/s: there is no directory no; make it first".into()),
@@ -241,12 +251,11 @@ fn block_devices_need_a_spare_and_a_driver() {
     let missing = "node: no such file or device; check the path, or make a volume with `create`";
     for words in ["create --size 1M", "adopt", "serve --socket-path s", "serve --socket-path s --create --size 1M"] {
         check_refused(ground.dir(), &mut ground.command(&format!("{words} --primary node")), 2, line);
-        // `adopt` looks at the spare first.
-        let spare = if words == "adopt" { "new" } else { "disk.img.spare" };
-        ground.refuses(&format!("{words} --primary node --spare {spare}"), missing);
+        ground.refuses(&format!("{words} --primary node --spare disk.img.spare"), missing);
     }
     ground.refuses("serve --socket-path s --primary disk.img --spare node", missing);
-    ground.refuses("adopt --primary disk.img --spare node", missing);
+    ground.zeros("zeros", 1 << 20);
+    ground.refuses("adopt --primary zeros --spare node", missing);
     ground.refuses("create --primary p --size 1M --spare node", missing);
 }
 
@@ -255,6 +264,7 @@ fn block_devices_need_a_spare_and_a_driver() {
 fn images_that_are_not_raw_are_refused_with_the_line_that_converts_them() {
     let name = "images_that_are_not_raw_are_refused_with_the_line_that_converts_them";
     let ground = Ground::with_volume();
+    ground.zeros("zeros", 1 << 20);
     for (format, what) in [
         ("qcow2", "a qcow2 image"),
         ("vmdk", "a VMDK image"),
@@ -284,7 +294,7 @@ fn images_that_are_not_raw_are_refused_with_the_line_that_converts_them() {
             ground.refuses(&format!("{words} --primary {image}"), &line);
         }
         // As a spare it is data of somebody's.
-        for words in ["adopt --primary disk.img", "create --size 1M --primary p"] {
+        for words in ["adopt --primary zeros", "create --size 1M --primary p"] {
             let line = format!("{image}: is not empty ({what}); name another spare, or --force to lose what it holds");
             ground.refuses(&format!("{words} --spare {image}"), &line);
         }

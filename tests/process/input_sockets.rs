@@ -75,6 +75,17 @@ fn a_stale_control_socket_is_replaced() {
     assert!(!ground.path("stale").exists());
 }
 
+/// Whoever asks there learns from it that a server ran and has ended.
+#[test]
+fn a_server_that_is_refused_leaves_stale_sockets_alone() {
+    let (ground, _listener) = crowded();
+    drop(UnixListener::bind(ground.path("s")).unwrap());
+    let line = "nowhere: no such file or device; check the path, or make a volume with `create`";
+    ground.refuses("serve --primary nowhere --socket-path s --control-path stale", line);
+    let line = "./s: is the front-end's socket too; choose another --control-path";
+    ground.refuses("serve --primary disk.img --socket-path s --control-path ./s", line);
+}
+
 #[test]
 fn serve_refuses_descriptors_that_are_no_sockets() {
     let ground = Ground::with_volume();

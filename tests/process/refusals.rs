@@ -145,10 +145,10 @@ fn nothing_is_made_over_something_that_exists() {
     let volume = used();
     let primary = volume.primary.to_str().unwrap();
     let before = content(&volume);
-    let why = refusal(&vhost_remap(&["create", "--primary", primary, "--size", "32M"]));
-    assert!(why.contains("is not empty"), "{why}");
-    let why = refusal(&vhost_remap(&["adopt", "--primary", primary]));
-    assert!(why.contains("a vhost-remap spare"), "{why}");
+    for words in [&["create", "--size", "32M"][..], &["create", "--size", "32M", "--force"], &["adopt"]] {
+        let why = refusal(&vhost_remap(&[words, &["--primary", primary]].concat()));
+        assert!(why.contains("is the primary of vhost-remap volume"), "{why}");
+    }
     let blank = Volume::absent();
     fs::write(&blank.primary, vec![0; 16 << 20]).unwrap();
     let path = blank.primary.to_str().unwrap();

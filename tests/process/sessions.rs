@@ -1,8 +1,13 @@
 //! Front-ends that leave with requests under way, drivers that cannot flush, devices that hang, and servers
 //! killed in the middle of everything.
 
+use std::path::Path;
+use std::process::Output;
 use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
+use vhost_remap::volume::layout::Place;
+use vhost_remap::volume::superblock::{Seat, Superblock};
 use virtio_driver::VirtioBlkFeatureFlags;
 
 use crate::framework::{SETUP, chain, status};
@@ -181,23 +186,53 @@ fn a_stop_without_a_region_answers_what_is_held() {
     assert_eq!(ring.take(ANSWER_LIMIT), Some((0, 513)));
 }
 
-/// A front-end that is let in and then turned away, because the volume does not open, may never come again: QEMU 7.2
-/// does not. And while it waits for its first answer, its guest stands still.
-#[test]
-fn there_is_nothing_to_connect_to_before_the_volume_is_open() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
+/// Start a server that has to wait for the one that runs, and do something meanwhile.
+fn start_behind(volume: &Volume, server: Server, meanwhile: impl Fn(&Path)) -> (Result<Server, Output>, TempDir) {
     let dir = tempfile::tempdir().unwrap();
-    let (socket, ctl) = (dir.path().join("vm.sock"), dir.path().join("vm.sock.ctl"));
     let (waits, log) = (volume.command_in(dir.path(), &["--lock-wait", "30"]), dir.path().join("server.0.log"));
+    let place = dir.path().to_owned();
     let starting = std::thread::spawn(move || (Server::start(waits, dir.path()), dir));
     let deadline = Instant::now() + Duration::from_secs(30);
     while !std::fs::read_to_string(&log).is_ok_and(|log| log.contains("waiting up to")) {
         assert!(Instant::now() < deadline, "the second server does not wait for the first");
         std::thread::sleep(Duration::from_millis(10));
     }
-    assert!(ctl.exists() && !socket.exists());
+    meanwhile(&place);
     server.stop();
-    let (started, _dir) = starting.join().unwrap();
+    starting.join().unwrap()
+}
+
+/// A front-end that is let in and then turned away, because the volume does not open, may never come again: QEMU 7.2
+/// does not. And while it waits for its first answer, its guest stands still.
+#[test]
+fn there_is_nothing_to_connect_to_before_the_volume_is_open() {
+    let volume = Volume::create(32, 64);
+    let (started, _dir) = start_behind(&volume, volume.serve(&[]), |dir| {
+        assert!(!dir.join("vm.sock").exists() && !dir.join("vm.sock.ctl").exists());
+    });
     assert_eq!(started.unwrap().guest(1).read(0, 1), Ok(vec![0; 512]));
+}
+
+/// The look at the sockets was too early to see it.
+#[test]
+fn a_volume_whose_server_gets_no_socket_in_the_end_is_closed_cleanly() {
+    for name in ["vm.sock", "vm.sock.ctl"] {
+        let volume = Volume::create(32, 64);
+        let (started, dir) = start_behind(&volume, volume.serve(&[]), |dir| {
+            std::fs::write(dir.join(name), "precious").unwrap();
+        });
+        let Err(output) = started else { panic!("served without {name}") };
+        let log = String::from_utf8_lossy(&output.stderr);
+        let why = log.lines().last().unwrap_or_default();
+        assert!(why.contains(&format!("{name}: exists and is not a socket")) && !why.contains("closed"), "{why}");
+        assert_eq!(std::fs::read(dir.path().join(name)).unwrap(), b"precious");
+        let spare = std::fs::read(&volume.spare).unwrap();
+        let copies = [0, 1].map(|copy| {
+            let page = &spare[usize::from(copy) * 4096..][..4096];
+            Superblock::decode(page, Seat::Spare(Place::Head), copy).unwrap()
+        });
+        let newest = copies.iter().max_by_key(|superblock| superblock.generation).unwrap();
+        // Made, opened and closed twice.
+        assert_eq!((newest.generation, newest.clean), (5, true), "{name}");
+    }
 }

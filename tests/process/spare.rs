@@ -44,6 +44,20 @@ fn begin(volume: &Volume) -> (Server, Guest, Model) {
     (server, guest, model)
 }
 
+/// A read over both devices of which one fails says nothing of the other.
+#[test]
+fn a_slot_that_reads_after_a_retry_is_reported_and_not_the_blocks_beside_it() {
+    let volume = Volume::create(32, SLOTS);
+    let (server, mut guest, model) = begin(&volume);
+    server.order(&["remap", "1000-1007"]);
+    let slot = slot_sectors(&volume, slot_of(&server, 1000));
+    server.fault(&["--device", "spare", "--ops", "read", "--sectors", &slot, "--count", "1"]);
+    model.check(guest.queue(), 992, 24);
+    let recovered = server.events().into_iter().filter(|event| event.kind == "recovered-read");
+    let recovered: Vec<_> = recovered.map(|event| (event.device, event.sector, event.sectors)).collect();
+    assert_eq!(recovered, [("spare".to_owned(), Some(1000), 8)]);
+}
+
 /// Scenario 22, E3: a slot that does not take its data is retired, and another one is tried.
 #[test]
 fn a_block_moves_past_slots_that_do_not_take_it() {

@@ -28,11 +28,60 @@ const STORM_REGIONS: usize = 3;
 /// How far apart those are, in sectors (1 GiB), or a quarter of a smaller volume.
 const STORM_APART: u64 = 2 << 20;
 
+/// Places of a device that a probe reads: far apart, so that no one bad region has them all.
+const PLACES: usize = 3;
+
+/// What the reads of one probe say together: the first that succeeds, or else the last that fails.
+struct Verdict {
+    promise: RefCell<Option<Promise<Result<(), Errno>>>>,
+    unheard: Cell<usize>,
+}
+
+impl Verdict {
+    fn is_known(&self) -> bool {
+        self.promise.borrow().is_none()
+    }
+
+    fn hear(&self, read: Result<(), Errno>) {
+        self.unheard.set(self.unheard.get() - 1);
+        if (read.is_ok() || self.unheard.get() == 0)
+            && let Some(promise) = self.promise.borrow_mut().take()
+        {
+            promise.keep(read);
+        }
+    }
+}
+
+/// A place that probes read, one after the other: a read of a bad sector may outlast its probe for long, and
+/// probes that come meanwhile must not fill the device's queue with more of them.
+#[derive(Default)]
+struct ProbedPlace {
+    reading: Cell<bool>,
+    /// The probe that is to read it next; one before it has its verdict already.
+    next: RefCell<Option<Rc<Verdict>>>,
+}
+
 #[derive(Default)]
 struct Probe {
     running: Cell<bool>,
+    /// Raised by what makes earlier answers worthless.
+    doubts: Cell<u64>,
+    /// Doubts when the running probe began.
+    begun: Cell<u64>,
+    /// Who waits for the running probe.
     waiting: RefCell<Vec<Promise<Result<(), Errno>>>>,
+    /// Who waits for one that has yet to begin.
+    next: RefCell<Vec<Promise<Result<(), Errno>>>>,
     passed: Cell<Option<Time>>,
+    places: [ProbedPlace; PLACES],
+}
+
+impl Probe {
+    /// The device has failed: what it answered before, or is being asked, says nothing of now.
+    fn doubt(&self) {
+        self.doubts.set(self.doubts.get() + 1);
+        self.passed.set(None);
+    }
 }
 
 /// The breaker's state.
@@ -45,6 +94,12 @@ pub(super) struct Breaker {
     /// Tripped by a storm: only `clear` closes it.
     tripped: Cell<bool>,
     returning: Cell<bool>,
+}
+
+impl Breaker {
+    fn probe_of(&self, device: DeviceIndex) -> &Probe {
+        &self.probes[usize::from(device.0)]
+    }
 }
 
 impl Core {
@@ -69,7 +124,7 @@ impl Core {
             Class::Ambiguous | Class::Target => {
                 if !read {
                     // What follows a failed write takes slots: an answer from before it does not count.
-                    self.breaker.probes[usize::from(device.0)].passed.set(None);
+                    self.breaker.probe_of(device).doubt();
                 }
                 if let Err(probed) = self.probe(device).await {
                     return Err(self.device_gone(device, probed).at(range));
@@ -83,6 +138,8 @@ impl Core {
     /// a row, too far apart for one bad region, and it is the device after all. What the ladders try again is
     /// not counted: one bad place would stand for many.
     pub(super) fn count_failed_write(self: &Rc<Self>, errno: Errno, range: SectorRange) -> Result<(), Failure> {
+        // What was under way when the device went does not say how it went.
+        self.refuse_gone(DeviceIndex::PRIMARY)?;
         if !self.is_storm(range) {
             return Ok(());
         }
@@ -91,32 +148,47 @@ impl Core {
     }
 
     /// Ask a device whether it is there, without writing: its identity, and reads of three far places, of
-    /// which one must succeed (any of them may be a bad sector). Concurrent callers share one probe.
+    /// which one must succeed (any of them may be a bad sector). Concurrent callers share a probe, unless the
+    /// device has failed since it began.
     pub(super) async fn probe(self: &Rc<Self>, device: DeviceIndex) -> Result<(), Errno> {
-        let probe = &self.breaker.probes[usize::from(device.0)];
+        let probe = self.breaker.probe_of(device);
         if probe.passed.get().is_some_and(|passed| self.io.now().since_ns(passed) < PROBE_VALID_NS) {
             return Ok(());
         }
         let (promise, awaited) = promise();
-        probe.waiting.borrow_mut().push(promise);
+        let speaks_for_now = probe.running.get() && probe.begun.get() == probe.doubts.get();
+        let queue = if speaks_for_now { &probe.waiting } else { &probe.next };
+        queue.borrow_mut().push(promise);
         if !probe.running.replace(true) {
             let core = self.clone();
-            self.spawn(async move {
-                let result = core.probe_once(device).await;
-                let probe = &core.breaker.probes[usize::from(device.0)];
-                probe.passed.set(result.is_ok().then(|| core.io.now()));
-                probe.running.set(false);
-                let waiting = std::mem::take(&mut *probe.waiting.borrow_mut());
-                waiting.into_iter().for_each(|waiter| waiter.keep(result));
-            });
+            self.spawn(async move { core.probe_in_rounds(device).await });
         }
         awaited.await
+    }
+
+    async fn probe_in_rounds(self: &Rc<Self>, device: DeviceIndex) {
+        let probe = self.breaker.probe_of(device);
+        loop {
+            let next = std::mem::take(&mut *probe.next.borrow_mut());
+            if next.is_empty() {
+                probe.running.set(false);
+                return;
+            }
+            *probe.waiting.borrow_mut() = next;
+            probe.begun.set(probe.doubts.get());
+            let result = self.probe_once(device).await;
+            if result.is_ok() && probe.begun.get() == probe.doubts.get() {
+                probe.passed.set(Some(self.io.now()));
+            }
+            let waiting = std::mem::take(&mut *probe.waiting.borrow_mut());
+            waiting.into_iter().for_each(|waiter| waiter.keep(result));
+        }
     }
 
     /// Whether a device is there now, and not only was a moment ago: what looked like bad sectors may have been
     /// its going, and nothing is remapped, lost or pending for that.
     pub(super) async fn confirm(self: &Rc<Self>, device: DeviceIndex) -> Result<(), Failure> {
-        self.breaker.probes[usize::from(device.0)].passed.set(None);
+        self.breaker.probe_of(device).doubt();
         self.probe(device).await.map_err(|errno| self.device_gone(device, errno))?;
         // A storm trips the breaker whatever the probe says.
         self.refuse_gone(device)
@@ -130,22 +202,27 @@ impl Core {
         };
         let unit = u64::from(self.geometry.logical_block);
         let last = (size / unit).saturating_sub(1) * unit;
-        let places = [0, last / 2 / unit * unit, last];
+        let places: [u64; PLACES] = [0, last / 2 / unit * unit, last];
         let len = usize::try_from(unit).expect("512 or 4096");
         let (first_good, awaited) = promise();
-        let verdict = Rc::new((RefCell::new(Some(first_good)), Cell::new(places.len())));
-        for place in places {
-            let (core, verdict) = (self.clone(), verdict.clone());
+        let verdict = Rc::new(Verdict { promise: RefCell::new(Some(first_good)), unheard: Cell::new(places.len()) });
+        for (index, offset) in places.into_iter().enumerate() {
+            let place = &self.breaker.probe_of(device).places[index];
+            *place.next.borrow_mut() = Some(verdict.clone());
+            if place.reading.replace(true) {
+                continue;
+            }
+            let core = self.clone();
             // Not waited for together: a bad sector may take its time to fail.
             self.spawn(async move {
-                let (read, _) = core.io.read(device, place, len).await;
-                let (promise, left) = &*verdict;
-                left.set(left.get() - 1);
-                if (read.is_ok() || left.get() == 0)
-                    && let Some(promise) = promise.borrow_mut().take()
-                {
-                    promise.keep(read.map(drop));
+                let place = &core.breaker.probe_of(device).places[index];
+                loop {
+                    let verdict = place.next.borrow_mut().take();
+                    let Some(verdict) = verdict.filter(|verdict| !verdict.is_known()) else { break };
+                    let (read, _) = core.io.read(device, offset, len).await;
+                    verdict.hear(read.map(drop));
                 }
+                place.reading.set(false);
             });
         }
         awaited.await
@@ -175,7 +252,7 @@ impl Core {
     /// The device is gone: open the breaker and watch for its return.
     pub(super) fn device_gone(self: &Rc<Self>, device: DeviceIndex, errno: Errno) -> Failure {
         // A probe that passed a moment ago no longer speaks for the device.
-        self.breaker.probes[usize::from(device.0)].passed.set(None);
+        self.breaker.probe_of(device).doubt();
         if device != DeviceIndex::PRIMARY {
             self.spare_down(&errno.to_string());
             return Failure::spare_down();
@@ -203,7 +280,13 @@ impl Core {
             if self.mode.get().primary == PrimaryState::Up {
                 break;
             }
-            if !self.breaker.tripped.get() && self.probe(DeviceIndex::PRIMARY).await.is_ok() {
+            let doubts = || self.breaker.probe_of(DeviceIndex::PRIMARY).doubts.get();
+            let before = doubts();
+            if self.breaker.tripped.get() || self.probe(DeviceIndex::PRIMARY).await.is_err() {
+                continue;
+            }
+            // Meanwhile the operator may have closed the breaker, and the device or a storm opened it again.
+            if self.mode.get().primary == PrimaryState::Gone && !self.breaker.tripped.get() && doubts() == before {
                 self.primary_back();
                 break;
             }

@@ -292,9 +292,7 @@ impl Healer {
             ToHealer::Clear { shard: _, fence } => self.core.fences.clear(fence),
             ToHealer::Adopted { shard: _, ack } => self.core.adoptions.adopted(ack),
             ToHealer::Withdraw { shard, queue } => self.core.withdraw(shard, queue),
-            ToHealer::Finish { shard, queue } => {
-                self.core.stopping.borrow_mut().insert((shard, queue), Stopping::Finish);
-            }
+            ToHealer::Finish { shard, queue } => self.core.finish(shard, queue),
             ToHealer::Resumed { shard, queue } => _ = self.core.stopping.borrow_mut().remove(&(shard, queue)),
         }
         self.turn(out);
@@ -454,7 +452,7 @@ impl Core {
             let from = usize::try_from(chunk.start.0 - piece.start.0).expect("within a request in memory") * 512;
             let done = match &handed.request.op {
                 RequestOp::Read { data, .. } => {
-                    let failed = failed.filter(|_| chunk == piece).map(|failed| failed.errno);
+                    let failed = failed.filter(|_| chunk == piece);
                     self.read_chunk(chunk, data, from, failed, &budget).await
                 }
                 RequestOp::Write { data, .. } => self.write_chunk(chunk, Some((data, from)), failed, &budget).await,
@@ -568,14 +566,26 @@ impl Core {
         let (mut back, kept): (Vec<Handed>, Vec<Handed>) =
             std::mem::take(&mut *self.waiting.borrow_mut()).into_iter().partition(not_begun);
         *self.waiting.borrow_mut() = kept.into();
-        let (held, kept) = std::mem::take(&mut *self.held.borrow_mut())
-            .into_iter()
-            .partition(|held: &Held| held.handed.shard == shard && held.handed.request.queue == queue);
-        *self.held.borrow_mut() = kept;
-        back.extend(held.into_iter().map(|held: Held| held.handed));
+        back.extend(self.take_held(shard, queue).into_iter().map(|held| held.handed));
         for handed in back {
             self.send(shard, ToShard::Withdrawn { request: handed.request });
         }
+    }
+
+    /// A queue stops whose requests can be left nowhere: those that are held fail.
+    fn finish(&self, shard: usize, queue: u16) {
+        self.stopping.borrow_mut().insert((shard, queue), Stopping::Finish);
+        for held in self.take_held(shard, queue) {
+            self.fail(held.handed, &held.failure);
+        }
+    }
+
+    fn take_held(&self, shard: usize, queue: u16) -> Vec<Held> {
+        let (taken, kept) = std::mem::take(&mut *self.held.borrow_mut())
+            .into_iter()
+            .partition(|held: &Held| held.handed.shard == shard && held.handed.request.queue == queue);
+        *self.held.borrow_mut() = kept;
+        taken
     }
 }
 

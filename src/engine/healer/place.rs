@@ -77,13 +77,7 @@ impl Core {
         Place::ALL.into_iter().filter(|place| !superblock.is_retired(*place)).collect()
     }
 
-    /// Write a superblock to the copy its generation goes to, in the given places, and flush.
-    async fn write_superblock(self: &Rc<Self>, superblock: &Superblock, places: &[Place]) -> Result<(), Failure> {
-        let written = self.write_superblock_pages(superblock, places).await;
-        written.map_err(|(_, errno)| Failure::errno(DeviceIndex::SPARE, errno))?;
-        self.flush(DeviceIndex::SPARE).await
-    }
-
+    /// Write a superblock to the copy its generation goes to, in the given places.
     async fn write_superblock_pages(&self, superblock: &Superblock, places: &[Place]) -> Result<(), (Place, Errno)> {
         self.places.tried.set(superblock.generation);
         let copy = Superblock::copy_for(superblock.generation);
@@ -121,20 +115,20 @@ impl Core {
         if self.superblock.borrow().is_retired(place) {
             return Ok(());
         }
-        let mut next = self.next_superblock();
-        next.retired |= 1 << place.number();
-        let others: Vec<Place> = Place::ALL.into_iter().filter(|other| !next.is_retired(*other)).collect();
-        let cause = format!("metadata at the spare's {}: {errno}", place.name());
+        let others: Vec<Place> = self.live_places().into_iter().filter(|other| *other != place).collect();
         let written = match others.is_empty() {
             true => Err(Failure::errno(DeviceIndex::SPARE, errno)),
-            false => self.write_superblock(&next, &others).await,
+            false => self.write_next_superblock(others, |_| {}).await,
         };
-        if written.is_err() {
-            self.spare_down(&cause);
+        let durable = match written {
+            Ok(next) => self.flush(DeviceIndex::SPARE).await.map(|()| next),
+            Err(failure) => Err(failure),
+        };
+        let Ok(next) = durable else {
+            self.spare_down(&format!("metadata at the spare's {}: {errno}", place.name()));
             return Err(Failure::spare_down());
-        }
-        *self.superblock.borrow_mut() = next;
-        self.place_retired(cause);
+        };
+        self.use_superblock(next, &errno.to_string());
         Ok(())
     }
 
@@ -250,7 +244,7 @@ impl Core {
         }
         let next = self.write_next_superblock(places, |_| {}).await?;
         self.flush_returning_spare().await?;
-        self.use_superblock(next);
+        self.use_superblock(next, "not taken");
         Ok(())
     }
 
@@ -278,19 +272,16 @@ impl Core {
         }
     }
 
-    /// A superblock is durable: it is the volume's, and what it retires is retired.
-    fn use_superblock(&self, next: Superblock) {
+    /// A superblock is durable: it is the volume's, and what it retires is retired, for the reason given.
+    fn use_superblock(&self, next: Superblock, why: &str) {
         let before = self.live_places();
         *self.superblock.borrow_mut() = next;
         for place in before.into_iter().filter(|place| self.superblock.borrow().is_retired(*place)) {
-            self.place_retired(format!("metadata at the spare's {} is not taken", place.name()));
+            let cause = format!("metadata at the spare's {}: {why}", place.name());
+            let action = "retired; the other place goes on alone";
+            let none = SectorRange::default();
+            self.event(Severity::Error, "place-retired", Some(DeviceIndex::SPARE), none, cause, action);
         }
-    }
-
-    fn place_retired(&self, cause: String) {
-        let none = SectorRange::default();
-        let action = "retired; the other place goes on alone";
-        self.event(Severity::Error, "place-retired", Some(DeviceIndex::SPARE), none, cause, action);
     }
 
     /// Keep the saved counters and the label's table current while the volume is open.
@@ -360,9 +351,9 @@ impl Core {
         }
     }
 
-    /// Write the label's copy of the table. While that is half done, which a power cut could leave so, the
-    /// label says that its list has no date, and nobody goes by it: a block whose entry moved from one page
-    /// to another might be on neither.
+    /// Write the label's copy of the table. While that is half done, which a power cut could leave so, both
+    /// superblocks of the label say that its list has no date, and nobody goes by it: a block whose entry moved
+    /// from one page to another might be on neither.
     async fn write_label(self: &Rc<Self>, label: LabelLayout) -> Result<(), Failure> {
         let primary = DeviceIndex::PRIMARY;
         let stamp = self.wall_seconds();
@@ -373,22 +364,54 @@ impl Core {
                 (label.table(number), page.encode(self.set, number, PageSeat::Label))
             })
             .collect();
-        self.write_label_superblock(label, 0).await?;
+        let superblocks = self.label_superblocks(label).await;
+        self.date_label(label, &superblocks, 0).await?;
         self.flush(primary).await?;
         let writes = pages.iter().map(|(offset, bytes)| self.io.write(primary, *offset, bytes));
         let written: Result<(), Errno> = join_all(writes).await.into_iter().collect();
         written.map_err(|errno| Failure::errno(primary, errno))?;
         self.flush(primary).await?;
-        self.write_label_superblock(label, stamp).await
+        self.date_label(label, &superblocks, stamp).await
     }
 
-    /// The superblock goes to the copy of its generation, with the time at which the label's table was true.
-    async fn write_label_superblock(&self, label: LabelLayout, stamped: u64) -> Result<(), Failure> {
-        let superblock = Superblock { stamped, ..self.superblock.borrow().clone() };
-        let copy = Superblock::copy_for(superblock.generation);
-        let bytes = superblock.encode(Seat::Label, copy);
-        let written = self.io.write(DeviceIndex::PRIMARY, label.superblock(copy), &bytes).await;
-        written.map_err(|errno| Failure::errno(DeviceIndex::PRIMARY, errno))
+    /// What belongs into the two superblocks of the label: this generation's, and in the other copy what it has,
+    /// or this generation's too where it cannot be read.
+    async fn label_superblocks(&self, label: LabelLayout) -> [(u8, Superblock); 2] {
+        let current = self.superblock.borrow().clone();
+        let copy = Superblock::copy_for(current.generation);
+        let other = self.io.read_page(DeviceIndex::PRIMARY, label.superblock(1 - copy)).await.ok();
+        let other = other.and_then(|page| Superblock::decode(&page, Seat::Label, 1 - copy).ok());
+        let other = other.filter(|other| other.set == self.set).unwrap_or_else(|| current.clone());
+        [(copy, current), (1 - copy, other)]
+    }
+
+    /// Write both superblocks of the label with the time at which its table was true, one after the other: a
+    /// power cut tears one of them at most. One that fails is done without, as long as it does not read as one
+    /// that gives the list a date which it has no more.
+    async fn date_label(
+        self: &Rc<Self>,
+        label: LabelLayout,
+        superblocks: &[(u8, Superblock); 2],
+        stamped: u64,
+    ) -> Result<(), Failure> {
+        let primary = DeviceIndex::PRIMARY;
+        let mut dated = Err(Errno(libc::EIO));
+        for (copy, superblock) in superblocks {
+            if dated.is_ok() {
+                self.flush(primary).await?;
+            }
+            let superblock = Superblock { stamped, ..superblock.clone() };
+            let written = self.io.write(primary, label.superblock(*copy), &superblock.encode(Seat::Label, *copy)).await;
+            if let Err(errno) = written
+                && stamped == 0
+                && let Ok(page) = self.io.read_page(primary, label.superblock(*copy)).await
+                && Superblock::decode(&page, Seat::Label, *copy).is_ok_and(|old| old.stamped != 0)
+            {
+                return Err(Failure::errno(primary, errno));
+            }
+            dated = dated.or(written);
+        }
+        dated.map_err(|errno| Failure::errno(primary, errno))
     }
 
     /// Close the volume: everything durable, counters and label current. What is left to write is the
@@ -435,7 +458,7 @@ impl Core {
             (last.clean, last.stamp, last.sampled) = (true, Some(stamp), sampled);
         });
         let written = match written.await {
-            Ok(last) => self.flush(DeviceIndex::SPARE).await.map(|()| self.use_superblock(last)),
+            Ok(last) => self.flush(DeviceIndex::SPARE).await.map(|()| self.use_superblock(last, "not taken")),
             Err(failure) => Err(failure),
         };
         self.places.turn.release();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::commit::Commit;
 use super::failure::Failure;
+use super::write::Failed;
 use super::{Core, Severity};
 use crate::device::buffer::{AlignedBuf, Iovecs};
 use crate::device::{DeviceIndex, Errno};
@@ -146,7 +147,7 @@ impl Core {
         range: SectorRange,
         guest: &Iovecs,
         from: usize,
-        failed: Option<Errno>,
+        failed: Option<Failed>,
         budget: &Budget,
     ) -> Result<(), Failure> {
         let fence = self.fence(range.blocks()).await?;
@@ -160,7 +161,7 @@ impl Core {
         range: SectorRange,
         guest: &Iovecs,
         from: usize,
-        failed: Option<Errno>,
+        failed: Option<Failed>,
         budget: &Budget,
     ) -> Result<(), Failure> {
         self.refuse_doubted(range, false)?;
@@ -168,6 +169,7 @@ impl Core {
         let mut unreadable: Option<Failure> = None;
         for run in runs(&map, &self.geometry, range) {
             self.refuse_gone(run.device)?;
+            let failed = failed.filter(|failed| failed.device == run.device).map(|failed| failed.errno);
             let read = self.read_run(run, failed, budget).await?;
             let at = from + usize::try_from((run.range.start.0 - range.start.0) * SECTOR_SIZE).expect("a chunk fits");
             guest.copy_from(at, &read.data[read.skip..read.skip + bytes(run.range)]);

@@ -209,7 +209,10 @@ impl Core {
                     }
                     cause = Some(errno);
                     failing.push(part);
-                    // Out of time: every part is still tried once, but what fails is neither split nor tried again.
+                    // Out of time: every part is still tried once, but what fails is neither split nor tried again
+                    // and moves as a whole, half a chunk at most. To look for the bad block among its good ones
+                    // takes seven more failures, and a disk that spends all its time on one takes many seconds for
+                    // each: slots are there to be used, and can be released; a guest gives up after 30 seconds.
                     if budget.is_spent() || (again && part.blocks().len() == 1) {
                         moving.extend(part.blocks().iter());
                     } else {

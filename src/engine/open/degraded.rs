@@ -3,35 +3,15 @@
 //! one exception to R1: the primary may hold older data there.
 
 use super::pages::unknown_poison;
-use super::{DeviceFacts, OpenError, build_map, io_error, superblocks};
+use super::{DeviceFacts, OpenError, build_map, label, superblocks};
 use crate::device::DeviceIndex;
 use crate::engine::healer::Opened;
 use crate::engine::io::Io;
 use crate::engine::view::Geometry;
 use crate::units::SECTOR_SIZE;
-use crate::volume::layout::{Home, LabelLayout, Layout, PAGE, PAGE_SIZE, REGION_ALIGN, REMAPS_MAX, label_size};
+use crate::volume::layout::{LabelLayout, Layout};
 use crate::volume::sidecar::Poison;
 use crate::volume::superblock::{Seat, Superblock};
-use crate::volume::table::{Page, PageSeat, Table};
-
-/// The label and where it lies, from the primary alone. Its start depends on its own size, so it is looked
-/// for wherever one can begin, from the end on: nothing that a guest writes lies behind it.
-async fn find_label(io: &Io, primary: &DeviceFacts) -> Result<(LabelLayout, Superblock), OpenError> {
-    let end = primary.size / PAGE_SIZE * PAGE_SIZE;
-    let mut damaged = None;
-    for len in (1..=label_size(REMAPS_MAX) / REGION_ALIGN).map(|regions| regions * REGION_ALIGN) {
-        let Some(start) = end.checked_sub(len) else { break };
-        let found = superblocks::read_pair(io, Seat::Label, start).await?;
-        if let Some(superblock) = superblocks::newest(&found) {
-            let label = LabelLayout::new(primary.size, superblock.max_remaps);
-            if let Some(label) = label.filter(|label| label.start == start) {
-                return Ok((label, superblock.clone()));
-            }
-        }
-        damaged = damaged.or_else(|| superblocks::damage(&found));
-    }
-    Err(OpenError::NoLabelToGoBy(damaged.unwrap_or_else(|| "there is none at its end".to_owned())))
-}
 
 fn check(primary: &DeviceFacts, label: &LabelLayout, superblock: &Superblock) -> Result<(), OpenError> {
     superblocks::check_features(superblock, DeviceIndex::PRIMARY)?;
@@ -53,23 +33,10 @@ fn check(primary: &DeviceFacts, label: &LabelLayout, superblock: &Superblock) ->
     Ok(())
 }
 
-/// The table as it was when the label was stamped. Every page counts: without one of them nobody knows which
-/// blocks have moved.
-async fn read_table(io: &Io, label: &LabelLayout, superblock: &Superblock) -> Result<Table, OpenError> {
-    let mut table = Table::new(superblock.max_remaps);
-    for number in 0..label.table_pages {
-        let (page, _) = io.read(DeviceIndex::PRIMARY, label.table(number), PAGE).await;
-        let page = page.map_err(io_error(DeviceIndex::PRIMARY, "reading the label's list of remapped blocks"))?;
-        let page = Page::decode(&page, superblock.set, number, PageSeat::Label);
-        table.load_page(number, &page.ok_or(OpenError::LabelPage(number))?, Home::A);
-    }
-    Ok(table)
-}
-
 pub(super) async fn open(io: &Io, primary: &DeviceFacts) -> Result<Opened, OpenError> {
-    let (label, superblock) = find_label(io, primary).await?;
+    let (label, superblock) = label::find(io, primary).await?;
     check(primary, &label, &superblock)?;
-    let table = read_table(io, &label, &superblock).await?;
+    let table = label::read_table(io, &label, &superblock).await?;
     let (map, _) = build_map(&table, superblock.capacity)?;
     let page = io.read_page(DeviceIndex::PRIMARY, label.poison()).await;
     let poison = page.ok().and_then(|page| Poison::decode(&page, superblock.set, Seat::Label));

@@ -6,7 +6,7 @@ use std::fmt;
 use uuid::Uuid;
 
 use super::OpenError;
-use super::repair::{Repair, What};
+use super::repair::{Repair, What, device_of};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::io::Io;
 use crate::volume::layout::{Home, LabelLayout, Layout, PAGE, PAGE_SIZE, Place};
@@ -100,36 +100,61 @@ pub(super) async fn load_table(
     Ok((table, repairs))
 }
 
-/// What to go by where no copy of the poison page is valid: nobody knows that all is well, so nobody says so.
+/// What to go by where the copies of the poison page do not say whether a flush had failed: nobody knows that all
+/// is well, so nobody says so.
 pub(super) fn unknown_poison() -> Poison {
     Poison { sequence: 1, poisoned: true, device: DeviceIndex::SPARE.0, errno: libc::EUCLEAN, ..Poison::default() }
+}
+
+/// Why nobody knows whether a flush had failed, if so, and the device whose copies are missed.
+///
+/// The note is written wherever that is possible, which may be one device only: the other one had gone, as a
+/// spare does whose flush fails. A device without a valid copy may have held it. A volume that was closed cleanly
+/// had no note.
+fn silence(poisons: &[(Seat, Result<Poison, Flaw>)], clean: bool) -> Option<(Option<DeviceIndex>, &'static str)> {
+    let valid = || poisons.iter().filter_map(|(seat, found)| Some((device_of(*seat), found.as_ref().ok()?)));
+    if valid().next().is_none() {
+        return Some((None, "no copy of the poison page can be read"));
+    }
+    if clean || valid().any(|(_, poison)| poison.poisoned) {
+        return None;
+    }
+    let causes = [
+        (DeviceIndex::PRIMARY, "not closed, and the label's copy of the poison page cannot be read"),
+        (DeviceIndex::SPARE, "not closed, and no copy of the poison page on the spare can be read"),
+    ];
+    let has_seat = |device| poisons.iter().any(|(seat, _)| device_of(*seat) == device);
+    let is_silent = |device| has_seat(device) && !valid().any(|(of, _)| of == device);
+    causes.into_iter().find(|(device, _)| is_silent(*device)).map(|(device, cause)| (Some(device), cause))
 }
 
 /// Poison and counters, as found.
 pub(super) struct Sidecars {
     pub(super) poison: Poison,
-    /// Whether no copy of the poison page was valid.
-    pub(super) poison_unknown: bool,
+    /// Why nobody knows whether a flush had failed, if so.
+    pub(super) poison_unknown: Option<&'static str>,
     pub(super) counters: SavedCounters,
     pub(super) repairs: Vec<Repair>,
 }
 
+/// Poison and counters. Of a volume that may be written, a device that does not say whether it had a note is asked
+/// to take one: where it takes none, it may well have had none, and there would be no end to the poison.
 pub(super) async fn load_sidecars(
     io: &Io,
     layout: &Layout,
     superblock: &Superblock,
     label: Option<LabelLayout>,
+    read_only: bool,
 ) -> Sidecars {
     let set = superblock.set;
     let (mut poisons, mut counters) = (Vec::new(), Vec::new());
     // Retired places too: a poison may have found no other that took it.
-    let mut seats: Vec<(Seat, DeviceIndex, u64)> =
-        Place::ALL.map(|place| (Seat::Spare(place), DeviceIndex::SPARE, layout.poison(place))).into();
-    seats.extend(label.map(|label| (Seat::Label, DeviceIndex::PRIMARY, label.poison())));
-    for (seat, device, offset) in seats {
-        let page = io.read_page(device, offset).await;
-        let verify = |page: &[u8]| Poison::decode(page, set, seat).ok_or(Flaw::Damaged);
-        poisons.push((seat, page.map_err(Flaw::Unreadable).and_then(|page| verify(&page))));
+    let mut seats: Vec<(Seat, u64)> = Place::ALL.map(|place| (Seat::Spare(place), layout.poison(place))).into();
+    seats.extend(label.map(|label| (Seat::Label, label.poison())));
+    for (seat, offset) in &seats {
+        let page = io.read_page(device_of(*seat), *offset).await;
+        let verify = |page: &[u8]| Poison::decode(page, set, *seat).ok_or(Flaw::Damaged);
+        poisons.push((*seat, page.map_err(Flaw::Unreadable).and_then(|page| verify(&page))));
     }
     for place in Place::ALL.into_iter().filter(|place| !superblock.is_retired(*place)) {
         let (page, _) = io.read(DeviceIndex::SPARE, layout.counters(place), PAGE).await;
@@ -137,7 +162,19 @@ pub(super) async fn load_sidecars(
         counters.push((place, page.map_err(Flaw::Unreadable).and_then(|page| verify(&page))));
     }
     let noted = poisons.iter().filter_map(|(_, found)| found.as_ref().ok()).max_by_key(|poison| poison.sequence);
-    let poison = noted.cloned().unwrap_or_else(unknown_poison);
+    // Newer than every copy there is, so that all of them get it.
+    let unknown = Poison { sequence: noted.map_or(0, |noted| noted.sequence) + 1, ..unknown_poison() };
+    let mut poison_unknown = silence(&poisons, superblock.clean);
+    if let Some((Some(device), _)) = poison_unknown
+        && !read_only
+    {
+        let mut taken = false;
+        for (seat, offset) in seats.iter().filter(|(seat, _)| device_of(*seat) == device) {
+            taken |= io.write(device, *offset, &unknown.encode(set, *seat)).await.is_ok();
+        }
+        poison_unknown = poison_unknown.filter(|_| taken);
+    }
+    let poison = noted.filter(|_| poison_unknown.is_none()).cloned().unwrap_or(unknown);
     let saved = counters.iter().filter_map(|(_, found)| found.as_ref().ok()).max_by_key(|saved| saved.sequence);
     let saved = saved.cloned().unwrap_or_default();
     let sequence = |found: &Result<Poison, Flaw>| found.as_ref().map(|poison| poison.sequence).map_err(|flaw| *flaw);
@@ -150,5 +187,5 @@ pub(super) async fn load_sidecars(
         Some(Repair::new(What::Counters(*place), lacking(sequence(found), saved.sequence)?))
     });
     let repairs = bad_poisons.chain(bad_counters).collect();
-    Sidecars { poison_unknown: noted.is_none(), repairs, counters: saved, poison }
+    Sidecars { poison_unknown: poison_unknown.map(|(_, cause)| cause), repairs, counters: saved, poison }
 }

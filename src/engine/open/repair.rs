@@ -8,6 +8,14 @@ use crate::volume::sidecar::{Poison, SavedCounters};
 use crate::volume::superblock::{Seat, Superblock};
 use crate::volume::table::{PageSeat, Table};
 
+/// Where a seat lies.
+pub(super) fn device_of(seat: Seat) -> DeviceIndex {
+    match seat {
+        Seat::Spare(_) => DeviceIndex::SPARE,
+        Seat::Label => DeviceIndex::PRIMARY,
+    }
+}
+
 /// A copy of something.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum What {
@@ -35,10 +43,7 @@ impl What {
     }
 
     pub(super) fn device(self) -> DeviceIndex {
-        match self.seat() {
-            Seat::Spare(_) => DeviceIndex::SPARE,
-            Seat::Label => DeviceIndex::PRIMARY,
-        }
+        device_of(self.seat())
     }
 
     fn name(self) -> String {

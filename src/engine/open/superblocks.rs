@@ -1,10 +1,10 @@
 //! Superblocks at open: where they lie, which one counts, and what the primary's label says to it.
 
-use super::repair::{Repair, What};
+use super::repair::{Repair, What, device_of};
 use super::{DeviceFacts, OpenError};
 use crate::device::DeviceIndex;
 use crate::engine::io::Io;
-use crate::volume::layout::{LabelLayout, Layout, PAGE, PAGE_SIZE, Place, REGION_ALIGN, REMAPS_MAX, place_len};
+use crate::volume::layout::{LabelLayout, Layout, PAGE_SIZE, Place, REGION_ALIGN, REMAPS_MAX, place_len};
 use crate::volume::superblock::{INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Seat, Superblock, SuperblockError};
 
 /// A superblock's seat, and what lies there.
@@ -34,8 +34,7 @@ pub(super) async fn read_pair(io: &Io, seat: Seat, start: u64) -> Result<Vec<Fou
     let mut found = Vec::new();
     for copy in 0..2 {
         let offset = start + u64::from(copy) * PAGE_SIZE;
-        let (page, _) = io.read(device, offset, PAGE).await;
-        let result = match page {
+        let result = match io.read_page(device, offset).await {
             Err(errno) => Err(Flaw { cause: errno.to_string(), ours: true }),
             Ok(page) => match Superblock::decode(&page, seat, copy) {
                 Ok(superblock) => Ok(superblock),
@@ -51,19 +50,14 @@ pub(super) async fn read_pair(io: &Io, seat: Seat, start: u64) -> Result<Vec<Fou
     Ok(found)
 }
 
-fn device_of(seat: Seat) -> DeviceIndex {
-    match seat {
-        Seat::Spare(_) => DeviceIndex::SPARE,
-        Seat::Label => DeviceIndex::PRIMARY,
-    }
-}
-
 fn valid(found: &[Found]) -> impl Iterator<Item = &Superblock> {
     found.iter().filter_map(|found| found.result.as_ref().ok())
 }
 
+/// Of one generation a label may have two, of which one was not yet written again when the power went: as long
+/// as one gives its list a date, the list is whole.
 pub(super) fn newest(found: &[Found]) -> Option<&Superblock> {
-    valid(found).max_by_key(|superblock| superblock.generation)
+    valid(found).max_by_key(|superblock| (superblock.generation, superblock.stamped))
 }
 
 /// What is wrong with a superblock of ours among them.

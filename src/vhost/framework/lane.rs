@@ -135,8 +135,9 @@ impl Lane {
         };
         queue.stops.push(reply);
         // Nothing remembers requests that were given up, so GET_VRING_BASE waits for them.
-        if how != StopHow::Drain {
-            self.drive.shard.withdraw(number, &mut self.drive.out);
+        match how {
+            StopHow::Drain => self.drive.shard.finish(number, &mut self.drive.out),
+            StopHow::Leave | StopHow::Discard => self.drive.shard.withdraw(number, &mut self.drive.out),
         }
     }
 
