@@ -34,17 +34,18 @@
 //!
 //! # Layers
 //!
-//! `units ← device, volume ← engine ← runtime ← vhost, control ← serve ← cli ← main`. A layer uses those
+//! `units, sync ← device, volume ← engine ← runtime ← vhost, control ← serve ← cli ← main`. A layer uses those
 //! named in its row and no other; `tests/tidy.rs` reads this table.
 //!
 //! | layer | may use | what it is | what it may not know |
 //! |---|---|---|---|
 //! | [`units`] | | sectors, blocks, slots, time | anything |
-//! | [`device`] | [`units`] | where operations go: io_uring, threads, a crash model, faults by rule | slots, maps, guests |
+//! | `sync` | | where threads meet: locks, channels, atomics, wake-ups; the standard library's, or a model checker's | anything |
+//! | [`device`] | [`units`] `sync` | where operations go: io_uring, threads, a crash model, faults by rule | slots, maps, guests |
 //! | [`volume`] | [`units`] | what is on disk and what it means: layout, table, map, superblocks, poison | that devices exist |
-//! | [`engine`] | [`units`] [`device`] [`volume`] | shard, healer, opening and making volumes, as state machines | clocks, threads, system calls, protocols |
-//! | [`runtime`] | [`units`] [`device`] [`volume`] [`engine`] | threads, clocks and mailboxes around the engine; what an operator can ask, as plain data | sockets, what a guest's request looks like |
-//! | [`vhost`] | [`units`] [`device`] [`engine`] [`runtime`] | the vhost-user protocol, virtqueues in guest memory, requests out of chains | slots, maps, spares |
+//! | [`engine`] | [`units`] `sync` [`device`] [`volume`] | shard, healer, opening and making volumes, as state machines | clocks, threads, system calls, protocols |
+//! | [`runtime`] | [`units`] `sync` [`device`] [`volume`] [`engine`] | threads, clocks and mailboxes around the engine; what an operator can ask, as plain data | sockets, what a guest's request looks like |
+//! | [`vhost`] | [`units`] `sync` [`device`] [`engine`] [`runtime`] | the vhost-user protocol, virtqueues in guest memory, requests out of chains | slots, maps, spares |
 //! | [`control`] | [`units`] [`device`] [`engine`] [`runtime`] | HTTP on a Unix socket: server, client and what they say | queues, guests' memory |
 //! | [`serve`] | [`units`] [`runtime`] [`vhost`] [`control`] | one served volume, put together and taken down in order | how any part works |
 //! | [`cli`] | [`units`] [`device`] [`runtime`] [`control`] [`serve`] | what can be typed and how answers look | volumes, other than through a socket or `runtime` |
@@ -153,6 +154,7 @@ pub mod device;
 pub mod engine;
 pub mod runtime;
 pub mod serve;
+mod sync;
 pub mod units;
 pub mod vhost;
 pub mod volume;

@@ -4,7 +4,6 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
 
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -15,6 +14,7 @@ use crate::engine::view::{Geometry, Mode, PrimaryState, Progress, View};
 use crate::runtime::eventlog::EventLog;
 use crate::runtime::mailbox::{Inbox, Outbox, mailbox};
 use crate::runtime::worker::{Clock, DiskInfo, WorkerPort};
+use crate::sync::mpsc::{Receiver, channel};
 use crate::vhost::device::BlkDevice;
 use crate::vhost::memory::MemoryMap;
 use crate::vhost::ring::{Ring, RingAddresses};
