@@ -67,15 +67,20 @@ static NEW: LazyLock<MemoryDisks> = LazyLock::new(|| {
     disks
 });
 
-/// A failing flush of the spare, and what was under way then.
+/// A flush of the spare that fails while a worker's write to it is under way: both end only then.
 #[derive(Default)]
 pub(super) struct Failure {
     /// The healer's next flush of the spare fails.
     pub(super) armed: AtomicBool,
     /// A worker's write to the spare was submitted.
     writing: AtomicBool,
-    /// It was when the flush was submitted that then failed: it may be lost.
-    pub(super) lost: AtomicBool,
+}
+
+impl Failure {
+    /// Whether an operation of a worker need not wait for the failure.
+    fn lets_end(&self, op: &Op) -> bool {
+        (op.device, op.kind) != (DeviceIndex::SPARE, OpKind::Write) || !self.armed.load(SeqCst)
+    }
 }
 
 /// A queue to the disks whose operations take their time: each waits until chance has it.
@@ -98,7 +103,6 @@ impl Device for Slow {
         match (self.of_healer, op.device, op.kind) {
             (false, DeviceIndex::SPARE, OpKind::Write) => self.failure.writing.store(true, SeqCst),
             (true, DeviceIndex::SPARE, OpKind::Flush) if self.failure.armed.swap(false, SeqCst) => {
-                self.failure.lost.store(self.failure.writing.load(SeqCst), SeqCst);
                 self.failed.push(Event::Done(Completion { tag: op.tag, result: Err(Errno(libc::EIO)) }));
                 return;
             }
@@ -113,14 +117,16 @@ impl Device for Slow {
 
     fn poll(&mut self, now: Time, wait: Wait, events: &mut Vec<Event>) {
         let mut random = thread_rng();
-        let (now_due, later): (Vec<Op>, Vec<Op>) = self.held.drain(..).partition(|_| random.gen_bool(0.5));
+        let may_end = |op: &Op| self.of_healer || self.failure.lets_end(op);
+        let held = std::mem::take(&mut self.held).into_iter();
+        let (due, later): (Vec<Op>, Vec<Op>) = held.partition(|op| may_end(op) && random.gen_bool(0.5));
         self.held = later;
-        for op in now_due {
+        for op in due {
             // SAFETY: whoever submitted it keeps its memory until its completion, which is yet to come.
             unsafe { self.inner.submit(op) };
         }
         let before = events.len();
-        if random.gen_bool(0.5) {
+        if self.failure.writing.load(SeqCst) && random.gen_bool(0.5) {
             events.append(&mut self.failed);
         }
         let busy = events.len() > before || self.in_flight() > self.inner.in_flight();
