@@ -34,17 +34,18 @@
 //!
 //! # Layers
 //!
-//! `units ← device, volume ← engine ← runtime ← vhost, control ← serve ← cli ← main`. A layer uses those
+//! `units, sync ← device, volume ← engine ← runtime ← vhost, control ← serve ← cli ← main`. A layer uses those
 //! named in its row and no other; `tests/tidy.rs` reads this table.
 //!
 //! | layer | may use | what it is | what it may not know |
 //! |---|---|---|---|
 //! | [`units`] | | sectors, blocks, slots, time | anything |
-//! | [`device`] | [`units`] | where operations go: io_uring, threads, a crash model, faults by rule | slots, maps, guests |
+//! | `sync` | | where threads meet: locks, channels, atomics, wake-ups; the standard library's, or a model checker's | anything |
+//! | [`device`] | [`units`] `sync` | where operations go: io_uring, threads, a crash model, faults by rule | slots, maps, guests |
 //! | [`volume`] | [`units`] | what is on disk and what it means: layout, table, map, superblocks, poison | that devices exist |
-//! | [`engine`] | [`units`] [`device`] [`volume`] | shard, healer, opening and making volumes, as state machines | clocks, threads, system calls, protocols |
-//! | [`runtime`] | [`units`] [`device`] [`volume`] [`engine`] | threads, clocks and mailboxes around the engine; what an operator can ask, as plain data | sockets, what a guest's request looks like |
-//! | [`vhost`] | [`units`] [`device`] [`engine`] [`runtime`] | the vhost-user protocol, virtqueues in guest memory, requests out of chains | slots, maps, spares |
+//! | [`engine`] | [`units`] `sync` [`device`] [`volume`] | shard, healer, opening and making volumes, as state machines | clocks, threads, system calls, protocols |
+//! | [`runtime`] | [`units`] `sync` [`device`] [`volume`] [`engine`] | threads, clocks and mailboxes around the engine; what an operator can ask, as plain data | sockets, what a guest's request looks like |
+//! | [`vhost`] | [`units`] `sync` [`device`] [`engine`] [`runtime`] | the vhost-user protocol, virtqueues in guest memory, requests out of chains | slots, maps, spares |
 //! | [`control`] | [`units`] [`device`] [`engine`] [`runtime`] | HTTP on a Unix socket: server, client and what they say | queues, guests' memory |
 //! | [`serve`] | [`units`] [`runtime`] [`vhost`] [`control`] | one served volume, put together and taken down in order | how any part works |
 //! | [`cli`] | [`units`] [`device`] [`runtime`] [`control`] [`serve`] | what can be typed and how answers look | volumes, other than through a socket or `runtime` |
@@ -113,6 +114,8 @@
 //! `tests/process` drives the program over its sockets and compares its two transports,
 //! `tests/conformance.rs` drives all devices, `tests/hostile_chains.rs` a worker. A part that nothing tests
 //! is called *not yet*.
+//! `vhost::interleavings` runs the server's threads under a model checker, which decides who goes on; `sync` says
+//! what threads share. `ci/test tsan` and `ci/test miri` look for data races and for what is undefined.
 //! `tests/metadata` damages, tears and interrupts all that is on the disks beside data, and holds golden images.
 //! `tests/process` drives the program over its sockets, `tests/conformance.rs` all devices,
 //! `tests/hostile_chains.rs` a worker. A part that nothing tests is called *not yet*.
@@ -127,23 +130,23 @@
 //! | W2 | slot, flush, map, flush, publish, answer | `every_run_keeps_the_contract` `a_second_commit_waits_for_the_second_home_of_the_first` |
 //! | W3 | no answer before the mapping is durable `every_operation_fails_and_is_where_the_power_goes_in_turn`; storms share commits | `a_second_commit_to_a_page_never_endangers_the_first` `remaps_survive_a_kill` `sixty_four_blocks_failing_at_once_are_all_moved` `concurrent_failures_of_one_block_take_one_slot` |
 //! | W4 | a partial write merges, and loses only what cannot be read | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read` `a_sector_written_to_an_unreadable_block_loses_exactly_its_unreadable_neighbours` |
-//! | W5 | healing works from one copy and overwrites nothing newer | `every_run_keeps_the_contract` |
+//! | W5 | healing works from one copy and overwrites nothing newer | `every_run_keeps_the_contract` `no_worker_uses_an_old_map_after_a_fence` |
 //! | W6 | zeroing is a write, discard skips, release verifies | `zeroing_several_ranges_over_remapped_blocks_leaves_zeros` `a_discard_skips_remapped_and_pending_blocks` `blocks_are_moved_and_moved_back_by_hand` |
 //! | W7 | a failed write leaves each sector old or new | `every_run_keeps_the_contract` `a_failed_write_is_old_or_new_until_it_is_read` |
 //! | W8 | a commit in doubt is neither used nor undone | `every_run_keeps_the_contract` `metadata_that_cannot_be_written_anywhere_fails_the_write` `a_commit_that_failed_half_way_is_old_or_new_after_a_restart` `a_commit_in_doubt_fails_its_block_until_the_spare_is_back` `a_commit_in_doubt_is_decided_once_by_a_restart` `every_operation_fails_and_is_where_the_power_goes_in_turn` |
-//! | F1 | a flush covers all that was answered, on both devices | `every_run_keeps_the_contract` `write_through_follows_the_driver` `a_power_cut_takes_what_no_flush_has_covered` `a_driver_without_flush_gets_each_write_flushed` `a_flush_reaches_both_devices` |
+//! | F1 | a flush covers all that was answered, on both devices | `every_run_keeps_the_contract` `write_through_follows_the_driver` `a_power_cut_takes_what_no_flush_has_covered` `a_driver_without_flush_gets_each_write_flushed` `a_flush_reaches_both_devices` `a_flush_covers_what_another_queue_was_told_is_written` |
 //! | F2 | a failed flush poisons until the operator has looked | `a_failed_flush_poisons_the_volume_until_the_operator_has_looked` `a_poison_that_no_device_keeps_is_called_not_persistent` `a_poisoned_volume_does_not_close_cleanly` `a_flush_that_fails_at_opening_poisons_and_forgets_no_earlier_note` `a_real_flush_error_poisons_the_volume_until_it_is_cleared` `every_operation_fails_and_is_where_the_power_goes_in_turn` |
-//! | F3 | a clean spare that fails is down `a_spare_that_really_answers_only_errors_is_down_until_it_answers_again`; the primary goes on | `a_spare_that_fails_to_flush_while_clean_is_down_and_the_primary_goes_on` `a_spare_that_fails_to_flush_while_dirty_poisons_the_volume` `a_lost_spare_costs_only_remapped_blocks_until_it_is_back` |
+//! | F3 | a clean spare that fails is down `a_spare_that_really_answers_only_errors_is_down_until_it_answers_again`; the primary goes on | `a_spare_that_fails_to_flush_while_clean_is_down_and_the_primary_goes_on` `a_spare_that_fails_to_flush_while_dirty_poisons_the_volume` `a_lost_spare_costs_only_remapped_blocks_until_it_is_back` `a_write_that_a_failed_flush_may_have_lost_is_not_answered_as_done` |
 //! | O1 | a crash at any point leaves what R1 admits | `every_run_keeps_the_contract` `remaps_survive_a_kill` `ten_runs_after_each_other_lose_nothing` `a_kill_in_the_middle_of_moving_blocks_loses_nothing_that_was_answered` `a_torn_group_commit_leaves_each_page_old_or_new` `an_interrupted_opening_is_taken_up_by_the_next_one` `an_interrupted_close_loses_nothing` `a_kill_at_each_step_of_moving_a_block_leaves_the_old_map_or_the_new` `every_operation_fails_and_is_where_the_power_goes_in_turn`; every point in turn: of creation, opening, commits and closing; of other work: not yet |
 //! | O2 | a slot serves one block, and is free only when that is durable | `every_slot_is_given_out_once_and_counts_agree` `the_later_incarnation_wins_also_across_the_wrap` `every_run_keeps_the_contract` |
 //! | O3 | a killed backend comes back unnoticed | `with_a_region_they_stay_there_and_are_resubmitted_once` `a_crash_between_publishing_and_clearing_loses_and_repeats_nothing` `a_crash_before_publishing_repeats_the_batch` `a_server_killed_again_and_again_under_a_guest_is_not_noticed` `there_is_nothing_to_connect_to_before_the_volume_is_open` |
-//! | O4 | nothing is answered before the kernel is done; one owner at a time | `a_dropped_reactor_has_let_go_of_memory_and_locks` `a_stop_with_requests_under_way_closes_cleanly` `a_successor_gets_the_lock_once_the_holder_is_gone` `qemu_and_we_keep_each_other_out` `a_volume_has_one_server` |
-//! | O5 | stops and memory removal wait for the kernel, and only for it | `a_stop_waits_for_the_device_and_shows_the_answers` `a_stop_rewinds_the_ring_over_parked_requests` `a_stop_without_a_region_answers_what_is_held` `memory_goes_when_the_requests_into_it_have_ended` `a_reset_forgets_what_was_parked` `a_write_left_behind_by_a_front_end_does_not_land_in_the_next_session` `a_request_that_hangs_is_named_and_holds_nobody_up` |
+//! | O4 | nothing is answered before the kernel is done; one owner at a time | `a_dropped_reactor_has_let_go_of_memory_and_locks` `a_stop_with_requests_under_way_closes_cleanly` `a_successor_gets_the_lock_once_the_holder_is_gone` `qemu_and_we_keep_each_other_out` `a_volume_has_one_server` `a_worker_that_is_told_to_end_lets_go_of_everything` `a_volume_closes_cleanly_while_requests_and_orders_are_under_way` |
+//! | O5 | stops and memory removal wait for the kernel, and only for it | `a_stop_waits_for_the_device_and_shows_the_answers` `a_stop_rewinds_the_ring_over_parked_requests` `a_stop_without_a_region_answers_what_is_held` `memory_goes_when_the_requests_into_it_have_ended` `a_reset_forgets_what_was_parked` `a_write_left_behind_by_a_front_end_does_not_land_in_the_next_session` `a_request_that_hangs_is_named_and_holds_nobody_up` `a_drain_ends_and_nothing_is_taken_after_it` `a_drain_gets_its_requests_back_from_the_healer` `memory_that_was_given_back_is_used_by_nobody` |
 //! | E1 | errors are told apart; a gone device remaps nothing | `a_lost_primary_fails_requests_and_comes_back_by_itself` `a_primary_that_answers_eio_to_everything_is_gone` `a_primary_that_goes_right_after_a_probe_is_gone_and_not_full_of_bad_sectors` `a_storm_of_failed_writes_trips_the_breaker_until_the_operator_clears_it` `bad_areas_far_apart_that_are_hit_at_once_are_no_lost_device` `no_space_fails_only_that_write` `held_requests_go_on_when_the_primary_is_back` `each_real_error_of_the_medium_moves_the_block` `each_real_error_of_a_gone_device_opens_the_breaker` `a_full_file_system_under_the_primary_fails_only_first_writes` `a_primary_whose_daemon_was_killed_is_gone_and_nothing_is_lost` |
 //! | E2 | a full spare fails only what needs a slot | `a_full_spare_fails_only_writes_that_need_a_slot` `a_write_held_by_a_full_spare_goes_on_when_a_slot_is_free` `a_filling_spare_is_announced_however_fast_it_fills` `a_full_spare_costs_ext4_only_the_writes_that_need_a_slot` `writes_held_by_a_full_spare_go_on_when_blocks_are_released` |
 //! | E3 | a slot that fails writes is retired | `every_run_keeps_the_contract` `a_block_moves_past_slots_that_do_not_take_it` `a_block_whose_slot_fails_moves_to_another_slot` `a_slot_that_does_not_read_fails_exactly_its_sectors_and_loses_nothing` `a_slot_that_really_takes_no_writes_is_retired_and_another_is_taken` |
 //! | E4 | what does not fit is refused, nothing is overwritten | `a_table_page_without_a_good_home_keeps_the_volume_from_opening` `one_good_home_of_a_table_page_is_enough` `what_cannot_serve_is_refused_with_the_reason` `wrong_devices_are_refused` `devices_that_changed_while_nobody_looked_are_refused` `an_older_spare_is_refused` `a_label_that_is_not_whole_is_not_gone_by` `nothing_is_made_over_something_that_exists` `any_one_damaged_copy_is_repaired_from_the_others` `any_two_damaged_copies_after_a_crash_are_repaired_or_refused` `with_no_whole_copy_left_the_volume_is_refused_or_poisoned` `a_label_tells_an_older_spare_from_a_damaged_one` `an_interrupted_creation_leaves_nothing_or_a_complete_empty_volume` `a_creation_over_an_old_volume_never_leaves_half_of_the_old_one` `a_volume_of_a_later_format_is_refused` `a_volume_with_incompatible_features_is_refused` `a_volume_with_read_only_compatible_features_is_only_read` `renamed_swapped_and_copied_halves_are_known_again` `create_refuses_what_cannot_become_a_volume` `serve_refuses_what_is_no_volume` `without_space_nothing_is_left_behind` `devices_in_use_are_left_to_those_who_use_them` |
-//! | E5 | no guest input panics, hangs or escapes its memory | `broken_structures_come_back_empty` `requests_that_cannot_be_served_fail` `a_ring_that_lies_stops_until_it_is_restarted` `nonsense_in_the_region_is_survived` `requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing` `both_transports_answer_every_request_alike` `no_ring_that_lies_ends_the_server` `what_a_guest_writes_is_not_taken_for_a_superblock`; fuzzing: not yet |
+//! | E5 | no guest input panics, hangs or escapes its memory | `broken_structures_come_back_empty` `requests_that_cannot_be_served_fail` `a_ring_that_lies_stops_until_it_is_restarted` `nonsense_in_the_region_is_survived` `requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing` `both_transports_answer_every_request_alike` `no_ring_that_lies_ends_the_server` `everything_at_once_ends_well` `what_a_guest_writes_is_not_taken_for_a_superblock`; fuzzing: not yet |
 //! | P1 | each error a guest gets has an event | `every_run_keeps_the_contract` `a_full_spare_fails_only_writes_that_need_a_slot` `requests_beyond_the_end_or_not_in_sectors_are_refused_and_change_nothing` `a_flood_of_events_is_logged_in_part_and_says_so` |
 //! | P2 | lost sectors are counted and listed; healed means proven | `a_partial_write_loses_exactly_the_sectors_that_cannot_be_read` `the_file_on_a_lost_sector_of_ext4_is_named_and_metadata_is_not_called_a_file` `the_file_on_a_lost_sector_of_xfs_is_named_and_metadata_is_not_called_a_file`; export: not yet |
 
@@ -153,6 +156,7 @@ pub mod device;
 pub mod engine;
 pub mod runtime;
 pub mod serve;
+mod sync;
 pub mod units;
 pub mod vhost;
 pub mod volume;

@@ -9,6 +9,11 @@ use std::time::{Duration, Instant};
 // The bench speaks of `crate::…`, so that the library's own unit tests can use it too.
 use vhost_remap::{device, engine, runtime, vhost, volume};
 
+/// What the library's own tests have in its place there.
+mod sync {
+    pub(crate) use std::sync::mpsc;
+}
+
 #[expect(dead_code, reason = "the unit tests of the library use the rest")]
 #[path = "../src/vhost/testing.rs"]
 mod testing;

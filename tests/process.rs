@@ -65,6 +65,8 @@ mod sessions;
 mod soak;
 #[path = "process/spare.rs"]
 mod spare;
+#[path = "process/storm.rs"]
+mod storm;
 #[path = "process/transports.rs"]
 mod transports;
 #[path = "process/upgrade.rs"]

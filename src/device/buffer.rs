@@ -199,7 +199,8 @@ impl fmt::Debug for Iovecs {
 pub struct AlignedBuf {
     ptr: NonNull<u8>,
     len: usize,
-    iovec: Box<libc::iovec>,
+    /// From a box, but not one: a box that moves may take for granted that nobody else knows its address.
+    iovec: NonNull<libc::iovec>,
 }
 
 // SAFETY: the buffer owns its memory alone.
@@ -214,7 +215,7 @@ impl AlignedBuf {
         // SAFETY: the layout has a size of at least one byte.
         let ptr = unsafe { alloc_zeroed(layout) };
         let Some(ptr) = NonNull::new(ptr) else { handle_alloc_error(layout) };
-        let iovec = Box::new(libc::iovec { iov_base: ptr.as_ptr().cast(), iov_len: len });
+        let iovec = Box::leak(Box::new(libc::iovec { iov_base: ptr.as_ptr().cast(), iov_len: len })).into();
         AlignedBuf { ptr, len, iovec }
     }
 
@@ -228,7 +229,7 @@ impl AlignedBuf {
     /// The whole buffer as an operation's `data`. The iovec lives in the buffer and moves with
     /// neither the buffer nor its owner.
     pub fn as_io(&self) -> IoSlice {
-        IoSlice { ptr: &raw const *self.iovec, count: usize::from(self.len > 0) }
+        IoSlice { ptr: self.iovec.as_ptr(), count: usize::from(self.len > 0) }
     }
 
     fn layout(len: usize) -> Layout {
@@ -256,6 +257,8 @@ impl Drop for AlignedBuf {
     fn drop(&mut self) {
         // SAFETY: allocated in `zeroed` with this very layout.
         unsafe { dealloc(self.ptr.as_ptr(), Self::layout(self.len)) };
+        // SAFETY: leaked in `zeroed`, and not given away.
+        drop(unsafe { Box::from_raw(self.iovec.as_ptr()) });
     }
 }
 
@@ -264,3 +267,6 @@ impl fmt::Debug for AlignedBuf {
         write!(f, "AlignedBuf({} bytes)", self.len)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,13 +4,14 @@ mod rule;
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
 use super::buffer::{IoSlice, Iovecs};
 use super::{Completion, Device, DeviceIndex, Errno, Event, Op, OpKind, Reactor, Tag, Wait};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, MutexGuard};
 use crate::units::{SECTOR_SIZE, Sector, SectorRange, Time};
 pub use rule::{DELAY_MS_MAX, FaultOp, FaultRule, RuleError};
 

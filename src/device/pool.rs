@@ -3,13 +3,14 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::open::OpenDevice;
 use super::operation::{Operation, Progress};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{self, Condvar, Mutex, MutexGuard};
 
 /// An operation to perform.
 pub(super) struct Job {
@@ -94,8 +95,7 @@ impl Pool {
 
     /// Forget that something finished; call before [`Pool::collect`].
     pub(super) fn quiet(&self) {
-        // EAGAIN: nobody had called.
-        let _ = rustix::io::read(&self.shared.wake, &mut [0; 8]);
+        sync::clear(self.wake());
     }
 }
 
@@ -111,8 +111,7 @@ impl Shared {
                 let first = finished.len() == 1;
                 drop(finished);
                 if first {
-                    // Fails only if 2^64 - 2 calls went unread.
-                    let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+                    sync::signal(self.wake.as_fd());
                 }
                 queue = lock(&self.queue);
             } else if queue.closing {

@@ -1,12 +1,13 @@
 //! Watched file descriptors, by epoll.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
 use super::{Event, Wait};
+use crate::sync;
 use crate::units::Time;
 
 /// Most descriptors reported by one call; the others follow in the next.
@@ -61,8 +62,8 @@ impl Watches {
             Wait::Forever => None,
         };
         self.ready.clear();
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut self.ready), timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        match sync::wait(self.epoll.as_fd(), timeout.as_ref(), &mut self.ready) {
+            Ok(()) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => unreachable!("an epoll descriptor of ours cannot fail to wait: {errno}"),
         }
         for event in &self.ready {

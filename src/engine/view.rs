@@ -3,9 +3,9 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::device::DeviceIndex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::units::{BLOCK_SIZE, Block, BlockRange, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector, SectorRange, Slot};
 use crate::volume::map::Map;
 

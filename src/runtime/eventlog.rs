@@ -1,10 +1,11 @@
 //! The last events of a volume, in memory, for whoever asks; and a line of log for each.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 use super::report::{EventPage, EventRecord};
 use crate::engine::event::{Event, Severity};
+use crate::sync::{Mutex, MutexGuard};
 use crate::units::Time;
 
 /// Events kept; older ones are dropped and counted.

@@ -1,7 +1,6 @@
 //! The operator's side of a running volume.
 
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -18,6 +17,7 @@ use crate::device::DeviceIndex;
 use crate::device::fault::FaultTable;
 use crate::engine::healer::{HealerStatus, Order, PoisonReport, Reply, Tally};
 use crate::engine::view::PrimaryState;
+use crate::sync::mpsc::sync_channel;
 use crate::units::{Sector, SectorRange};
 
 /// The healer answers questions from memory; this much patience is for a machine in trouble.

@@ -3,8 +3,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
-use std::thread::JoinHandle;
 
 use super::devices::Devices;
 use super::eventlog::EventLog;
@@ -15,6 +13,8 @@ use crate::engine::healer::{Healer, HealerOut, HealerParams, Order, OrderId, Rep
 use crate::engine::message::{ToHealer, ToShard};
 use crate::engine::open::{OpenError, Opening, VolumeFacts};
 use crate::engine::view::{Geometry, Progress, View};
+use crate::sync::mpsc::{SyncSender, sync_channel};
+use crate::sync::thread::{self, JoinHandle};
 use crate::units::Time;
 
 const TOKEN_SHARDS: u64 = 0;
@@ -82,16 +82,29 @@ impl HealerThread {
     /// # Errors
     /// When it does not open.
     pub fn start(setup: HealerSetup) -> Result<(HealerThread, OpenedVolume), StartError> {
+        let HealerSetup { devices, opening, params, clock, log, shards } = setup;
+        let reactor = Box::new(move || devices.reactor());
+        HealerThread::start_on(reactor, opening, params, Surroundings { clock, log, shards })
+    }
+
+    /// The same on any reactor, which is made on the thread.
+    pub(crate) fn start_on(
+        reactor: Box<dyn FnOnce() -> io::Result<Box<dyn Reactor>> + Send>,
+        opening: Box<dyn FnOnce() -> Opening + Send>,
+        params: HealerParams,
+        surroundings: Surroundings,
+    ) -> Result<(HealerThread, OpenedVolume), StartError> {
         let (shards, from_shards) = mailbox()?;
         let (orders, from_orders) = mailbox()?;
-        let (opened, wait) = std::sync::mpsc::sync_channel(1);
-        let thread = std::thread::Builder::new().name("healer".into()).spawn(move || {
-            let (healer, reactor, setup) = match open(setup) {
-                Ok((healer, facts, reactor, setup)) => {
+        let (opened, wait) = sync_channel(1);
+        let thread = thread::Builder::new().name("healer".into()).spawn(move || {
+            let Surroundings { clock, log, shards } = surroundings;
+            let (healer, reactor) = match open(reactor, opening, &params, &clock) {
+                Ok((healer, facts, reactor)) => {
                     let (geometry, view, progress) = (healer.geometry(), healer.view(), healer.progress());
                     // A receiver that is gone has given up waiting; the thread then ends at its first order.
                     let _ = opened.send(Ok(OpenedVolume { facts, geometry, view, progress }));
-                    (healer, reactor, setup)
+                    (healer, reactor)
                 }
                 Err(error) => {
                     let _ = opened.send(Err(error));
@@ -101,9 +114,9 @@ impl HealerThread {
             Driver {
                 healer,
                 reactor,
-                clock: setup.clock,
-                log: setup.log,
-                shards: setup.shards,
+                clock,
+                log,
+                shards,
                 from_shards,
                 from_orders,
                 waiting: BTreeMap::new(),
@@ -140,29 +153,33 @@ struct Driver {
     stopping: bool,
 }
 
-type Parts = (Healer, VolumeFacts, Box<dyn Reactor>, HealerSetupRest);
-
-struct HealerSetupRest {
-    clock: Clock,
-    log: Arc<EventLog>,
-    shards: Vec<Outbox<ToShard>>,
+/// What the healer has to do with beside its devices.
+pub(crate) struct Surroundings {
+    pub(crate) clock: Clock,
+    pub(crate) log: Arc<EventLog>,
+    /// In their order.
+    pub(crate) shards: Vec<Outbox<ToShard>>,
 }
 
-fn open(setup: HealerSetup) -> Result<Parts, StartError> {
-    let HealerSetup { devices, opening, params, clock, log, shards } = setup;
-    let mut reactor = devices.reactor()?;
+fn open(
+    reactor: impl FnOnce() -> io::Result<Box<dyn Reactor>>,
+    opening: impl FnOnce() -> Opening,
+    params: &HealerParams,
+    clock: &Clock,
+) -> Result<(Healer, VolumeFacts, Box<dyn Reactor>), StartError> {
+    let mut reactor = reactor()?;
     let mut opening = opening();
-    drive(&mut *reactor, &clock, |now, completions, ops| {
+    drive(&mut *reactor, clock, |now, completions, ops| {
         opening.step(now, completions, ops);
         opening.is_done()
     });
-    let (healer, facts) = opening.finish(&params)?;
-    Ok((healer, facts, reactor, HealerSetupRest { clock, log, shards }))
+    let (healer, facts) = opening.finish(params)?;
+    Ok((healer, facts, reactor))
 }
 
 /// Run a script of operations to its end: `step` takes completions, gives operations, and says when it
 /// is done.
-pub(super) fn drive(
+pub(crate) fn drive(
     reactor: &mut dyn Reactor,
     clock: &Clock,
     mut step: impl FnMut(Time, &[Completion], &mut Vec<Op>) -> bool,

@@ -3,9 +3,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
+
+use crate::sync::{self, Mutex};
 
 struct Shared<T> {
     queue: Mutex<VecDeque<T>>,
@@ -43,8 +45,7 @@ impl<T> Outbox<T> {
             queue.len() == 1
         };
         if was_empty {
-            // A full counter (EAGAIN) is a wake-up that is already there.
-            let _ = rustix::io::write(self.0.wake.as_fd(), &1_u64.to_ne_bytes());
+            sync::signal(self.0.wake.as_fd());
         }
     }
 }
@@ -58,7 +59,7 @@ impl<T> Inbox<T> {
     /// Move what is there to `out`.
     pub fn drain(&mut self, out: &mut Vec<T>) {
         // Taken before the queue, so that a message sent in between wakes again.
-        let _ = rustix::io::read(self.0.wake.as_fd(), &mut [0_u8; 8]);
+        sync::clear(self.0.wake.as_fd());
         let mut queue = self.0.queue.lock().unwrap_or_else(PoisonError::into_inner);
         out.extend(queue.drain(..));
     }

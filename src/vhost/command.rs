@@ -2,11 +2,11 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 
 use super::memory::{MemoryMap, RegionBits};
 use super::queue::{Kick, StartQueue, StopHow};
 use super::ring::RingAddresses;
+use crate::sync::mpsc::Sender;
 
 /// An order to a worker. None waits for the disk; stops and memory changes are answered when they are done.
 #[derive(Debug)]

@@ -1,8 +1,7 @@
 //! The virtio-blk configuration space (virtio 1.3 §5.2.4).
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use crate::runtime::worker::DiskInfo;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::units::BLOCK_SIZE;
 
 /// Bytes of `struct virtio_blk_config` up to and with the zoned part.

@@ -4,7 +4,6 @@
 //! [`framework::Server`](super::framework::Server), on rust-vmm's daemon.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::bindings::{
     virtio_blk::{
@@ -18,6 +17,7 @@ use virtio_bindings::bindings::{
 use super::QUEUES_MAX;
 use super::config::{Config, NotWritable};
 use crate::runtime::worker::DiskInfo;
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// The vhost-user feature bit that announces protocol features (VHOST_USER_F_PROTOCOL_FEATURES).
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;

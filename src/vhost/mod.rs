@@ -26,6 +26,8 @@ pub mod thread;
 pub(crate) mod tokens;
 pub mod worker;
 
+#[cfg(all(test, feature = "shuttle"))]
+mod interleavings;
 #[cfg(test)]
 mod testing;
 

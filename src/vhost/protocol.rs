@@ -7,7 +7,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use vhost::VhostUserMemoryRegionBase;
@@ -26,6 +25,7 @@ use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
 use super::ring::{Ring, RingAddresses, RingError};
 use super::worker::{Command, QueueKick, StartQueue, StopHow};
 use crate::runtime::mailbox::Outbox;
+use crate::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 
 /// After this long a drain is reported: the device does not return requests.
 const SLOW_DRAIN: Duration = Duration::from_secs(5);

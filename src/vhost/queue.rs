@@ -1,13 +1,14 @@
 //! A started queue of a worker: its ring, its in-flight state, its notifications.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 
 use super::inflight::{InflightError, InflightQueue, InflightRegion};
 use super::memory::MemoryMap;
 use super::ring::{Ring, RingAddresses, RingError};
 use crate::engine::request::Request;
+use crate::sync;
+use crate::sync::mpsc::Sender;
 
 /// How a queue learns of new requests.
 #[derive(Debug)]
@@ -241,8 +242,7 @@ impl Queue {
 
     fn signal_call(&self) {
         if let Some(call) = &self.call {
-            // A full counter (EAGAIN) is a notification that is already there.
-            let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
+            sync::signal(call.as_fd());
         }
     }
 
@@ -281,7 +281,7 @@ impl Queue {
         self.broken = true;
         log::warn!("queue {} is broken until it is restarted: {reason}", self.index);
         if let Some(err) = &self.err {
-            let _ = rustix::io::write(err, &1_u64.to_ne_bytes());
+            sync::signal(err.as_fd());
         }
     }
 }

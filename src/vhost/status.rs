@@ -1,8 +1,8 @@
 //! What others may know of the workers without asking them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::units::Time;
 
 /// No request is under way.

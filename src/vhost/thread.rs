@@ -1,10 +1,11 @@
 //! The thread of a worker, which takes orders until it is told to end.
 
 use std::io;
-use std::thread::JoinHandle;
 
 use crate::runtime::mailbox::{Inbox, Outbox, mailbox};
 use crate::runtime::worker::{Worker, WorkerPort};
+use crate::sync::mpsc::channel;
+use crate::sync::thread::{self, JoinHandle};
 
 /// A worker that panics takes the process with it: its queues would never be served again, nor their drains
 /// answered, while the supervisor's restart finds every request in the in-flight region.
@@ -50,8 +51,8 @@ pub(crate) fn spawn_worker<C: Send + 'static>(
     run: impl FnOnce(Worker, Inbox<C>) + Send + 'static,
 ) -> io::Result<WorkerThread<C>> {
     let (commands, inbox) = mailbox()?;
-    let (opened, is_open) = std::sync::mpsc::channel();
-    let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+    let (opened, is_open) = channel();
+    let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
         let _guard = AbortOnPanic;
         match port.open() {
             Ok(worker) => {

@@ -6,7 +6,6 @@
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 
 use super::chain::{LocalMap, Scatter};
 use super::device::Settings;
@@ -22,6 +21,7 @@ use crate::device::buffer::Iovecs;
 use crate::engine::request::{Answer, Request, RequestOp, Status};
 use crate::runtime::mailbox::Inbox;
 use crate::runtime::worker::{Worker, WorkerPort};
+use crate::sync::mpsc::{Sender, channel};
 use crate::units::Time;
 
 pub use super::command::Command;
@@ -487,7 +487,7 @@ impl Drop for DataPlane {
         if std::thread::panicking() {
             return;
         }
-        let (reply, _) = std::sync::mpsc::channel();
+        let (reply, _) = channel();
         for index in self.started.clone() {
             self.stop(index, StopHow::Leave, reply.clone());
         }

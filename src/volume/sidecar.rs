@@ -167,7 +167,8 @@ mod tests {
         assert_eq!(Poison::decode(&p, set, seat), Some(poison));
         assert_eq!(SavedCounters::decode(&c, set, seat), Some(counters));
         assert_eq!(Poison::decode(&p, set, Seat::Label), None);
-        for byte in 0..PAGE {
+        // An interpreter has no time for all.
+        for byte in (0..PAGE).step_by(if cfg!(miri) { 1999 } else { 1 }) {
             let (mut p, mut c) = (p, c);
             p[byte] ^= 0x80;
             c[byte] ^= 0x80;

@@ -385,7 +385,8 @@ mod tests {
     #[test]
     fn any_flipped_bit_is_noticed() {
         let good = sample().encode(Seat::Label, 0);
-        for byte in 0..PAGE {
+        // An interpreter has no time for all.
+        for byte in (0..PAGE).step_by(if cfg!(miri) { 1999 } else { 1 }) {
             let mut page = good;
             page[byte] ^= 0x10;
             assert!(Superblock::decode(&page, Seat::Label, 0).is_err(), "byte {byte}");

@@ -379,7 +379,8 @@ mod tests {
         {
             assert_eq!(Page::decode(&bytes, set, 1, elsewhere), None);
         }
-        for byte in 0..PAGE {
+        // An interpreter has no time for all.
+        for byte in (0..PAGE).step_by(if cfg!(miri) { 1999 } else { 1 }) {
             let mut flipped = bytes;
             flipped[byte] ^= 1;
             assert_eq!(Page::decode(&flipped, set, 1, seat), None, "byte {byte}");

@@ -63,6 +63,7 @@ pub(crate) struct FrontEnd {
     pub(crate) features: u64,
     pub(crate) protocol_features: VhostUserProtocolFeatures,
     pub(crate) rings: Vec<Ring>,
+    file: Arc<File>,
 }
 
 /// The driver's side of one ring.
@@ -97,20 +98,14 @@ impl FrontEnd {
         session.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         session.get_queue_num().unwrap();
         let file = memory_file();
-        let region = |start| VhostUserMemoryRegionInfo {
-            guest_phys_addr: start,
-            memory_size: REGION,
-            userspace_addr: USER + start,
-            mmap_offset: start,
-            mmap_handle: file.as_raw_fd(),
-        };
+        let region = |start| region_of(&file, start);
         session.set_mem_table(&[region(0), region(REGION), region(2 * REGION)]).unwrap();
         let part = |start| (GuestAddress(start), REGION as usize, Some(FileOffset::from_arc(file.clone(), start)));
         let memory = GuestMemoryMmap::from_ranges_with_files([part(0), part(REGION), part(2 * REGION)]);
         let memory = Arc::new(memory.expect("mappings"));
         let event_idx = features & !setup.without & F_EVENT_IDX != 0;
         let rings = (0..setup.queues).map(|index| Ring::new(memory.clone(), index, setup.size, event_idx)).collect();
-        let mut front_end = FrontEnd { session, setup, features, protocol_features, rings };
+        let mut front_end = FrontEnd { session, setup, features, protocol_features, rings, file };
         (0..setup.queues).for_each(|queue| front_end.start(queue, 0));
         front_end
     }
@@ -147,6 +142,35 @@ impl FrontEnd {
         self.session.set_features(self.features & !self.setup.without).unwrap();
     }
 
+    /// Stop a ring and have it go on where it stopped, while its driver may be waiting. With `kick` and `call` of
+    /// the ring, as it may be in other hands.
+    pub(crate) fn interrupt(&mut self, queue: usize, (kick, call): &(EventFd, EventFd)) {
+        let base = self.stop(queue);
+        self.session.set_vring_base(queue, base).unwrap();
+        self.session.set_vring_call(queue, call).unwrap();
+        self.session.set_vring_kick(queue, kick).unwrap();
+        self.session.set_vring_enable(queue, true).unwrap();
+    }
+
+    /// Whether a queue may be served now.
+    pub(crate) fn enable(&mut self, queue: usize, enabled: bool) {
+        self.session.set_vring_enable(queue, enabled).unwrap();
+    }
+
+    /// Give the device memory beyond the guest's own, where no buffer is, and take it back.
+    pub(crate) fn lend_memory(&mut self) {
+        let extra = VhostUserMemoryRegionInfo { guest_phys_addr: MEMORY_END, ..region_of(&self.file, 0) };
+        let extra = VhostUserMemoryRegionInfo { userspace_addr: USER + MEMORY_END, ..extra };
+        self.session.add_mem_region(&extra).unwrap();
+        self.session.remove_mem_region(&extra).unwrap();
+    }
+
+    /// Take a region back that requests use, and give it again.
+    pub(crate) fn swap_memory(&mut self) {
+        self.session.remove_mem_region(&region_of(&self.file, 2 * REGION)).unwrap();
+        self.session.add_mem_region(&region_of(&self.file, 2 * REGION)).unwrap();
+    }
+
     pub(crate) fn config(&mut self, offset: u32, len: u32) -> Vec<u8> {
         let buffer = vec![0; len as usize];
         self.session.get_config(offset, len, VhostUserConfigFlags::empty(), &buffer).unwrap().1
@@ -155,6 +179,16 @@ impl FrontEnd {
     /// Whether the back-end says that it has taken it.
     pub(crate) fn set_config(&mut self, offset: u32, bytes: &[u8]) -> bool {
         self.session.set_config(offset, VhostUserConfigFlags::empty(), bytes).is_ok()
+    }
+}
+
+fn region_of(file: &File, start: u64) -> VhostUserMemoryRegionInfo {
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr: start,
+        memory_size: REGION,
+        userspace_addr: USER + start,
+        mmap_offset: start,
+        mmap_handle: file.as_raw_fd(),
     }
 }
 
@@ -242,6 +276,11 @@ impl Ring {
         if wanted {
             self.kick();
         }
+    }
+
+    /// Its kick and its call, for others.
+    pub(crate) fn events(&self) -> (EventFd, EventFd) {
+        (self.kick.try_clone().expect("a descriptor"), self.call.try_clone().expect("a descriptor"))
     }
 
     pub(crate) fn kick(&self) {

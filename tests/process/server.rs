@@ -95,7 +95,7 @@ impl Volume {
 
     /// The command line of `serve` on sockets in another directory.
     pub(crate) fn command_in(&self, dir: &Path, options: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
+        let mut command = Command::new(program_to_serve());
         command.arg("serve").arg("--primary").arg(&self.primary).arg("--spare").arg(&self.spare);
         command.arg("--socket-path").arg(dir.join("vm.sock")).args(options);
         command
@@ -110,7 +110,7 @@ impl Volume {
 
     /// The command line of `serve`, to be told where to listen.
     pub(crate) fn command_without_socket(&self, options: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
+        let mut command = Command::new(program_to_serve());
         command.arg("serve").arg("--primary").arg(&self.primary).args(options);
         command
     }
@@ -118,6 +118,12 @@ impl Volume {
     pub(crate) fn socket(&self) -> PathBuf {
         self.dir.path().join("vm.sock")
     }
+}
+
+/// The program that serves: as cargo built it, or with a sanitizer. What else is asked of it is asked of cargo's.
+fn program_to_serve() -> PathBuf {
+    let named = std::env::var_os("VHOST_REMAP_BIN");
+    named.map_or_else(|| env!("CARGO_BIN_EXE_vhost-remap").into(), PathBuf::from)
 }
 
 /// Run the program with these words.

@@ -67,9 +67,9 @@ enum Outcome {
 
 /// What came back of a chain.
 #[derive(Clone, PartialEq)]
-struct Answer {
+pub(crate) struct Answer {
     /// Head and length.
-    used: (u32, u32),
+    pub(crate) used: (u32, u32),
     status: Option<u8>,
     /// All that the device may write, where the status is good; what it holds otherwise is nobody's business.
     data: Vec<u8>,
@@ -84,7 +84,8 @@ impl std::fmt::Debug for Answer {
     }
 }
 
-fn offer(ring: &mut Ring, chain: &Chain) -> Answer {
+/// Offer a chain and wait for what comes of it.
+pub(crate) fn offer(ring: &mut Ring, chain: &Chain) -> Answer {
     let area = ring.area();
     ring.write(area, &vec![FILL; usize::try_from(AREA).expect("small")]);
     for (at, bytes) in &chain.content {

@@ -1,9 +1,7 @@
 //! A [`BlkDevice`] as the framework's daemon sees it, for one connection: kicks are passed on to the lanes.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VringRwLock};
@@ -13,6 +11,9 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 
 use super::lane::{Order, Vring};
 use crate::runtime::mailbox::Outbox;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::mpsc::channel;
+use crate::sync::{Mutex, MutexGuard};
 use crate::vhost::QUEUE_SIZE_MAX;
 use crate::vhost::device::BlkDevice;
 use crate::vhost::protocol;

@@ -4,8 +4,6 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, channel};
 
 use vhost_user_backend::{VringRwLock, VringState, VringT};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
@@ -16,6 +14,8 @@ use crate::device::buffer::Iovecs;
 use crate::engine::request::{Answer, Request, RequestOp, Status};
 use crate::runtime::mailbox::Inbox;
 use crate::runtime::worker::Worker;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::mpsc::{Sender, channel};
 use crate::units::Time;
 use crate::vhost::chain::{LocalMap, Scatter};
 use crate::vhost::device::Settings;

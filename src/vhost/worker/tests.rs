@@ -1,8 +1,7 @@
-use std::sync::mpsc::{Receiver, TryRecvError, channel};
-
 use super::*;
 use crate::engine::message::{FenceId, ToShard};
 use crate::engine::view::{Mode, PrimaryState, View};
+use crate::sync::mpsc::{Receiver, TryRecvError};
 use crate::units::{Block, BlockRange};
 use crate::vhost::inflight::InflightRegion;
 use crate::vhost::memory::RegionAddress;
