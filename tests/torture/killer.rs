@@ -31,7 +31,7 @@ pub(crate) struct Kill {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct When {
     pub(crate) after: Duration,
-    /// How long before that the disks finish nothing more.
+    /// How long before that the disks begin to hold what they are given.
     pub(crate) hold_before: Option<Duration>,
 }
 
@@ -66,10 +66,8 @@ impl Killer {
             let at = Instant::now();
             flag.store(true, Ordering::Release);
             kill_process(pid, Signal::KILL).expect("our child");
-            Some(Kill {
-                at,
-                in_kernel: disks.filter(|_| when.hold_before.is_some()).map_or(0, |disks| disks.under_way()),
-            })
+            // The successor's I/O is not held, so that it is not this that keeps it waiting.
+            Some(Kill { at, in_kernel: disks.map_or(0, |disks| disks.hold_no_more()) })
         });
         Killer { has_killed, orders, has_order: Cell::new(false), thread }
     }

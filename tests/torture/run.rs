@@ -220,8 +220,8 @@ impl Torture {
         let whole = self.counts.kills % WHOLE_EVERY == WHOLE_EVERY - 1;
         self.compare(if whole { 0..SECTORS } else { AREA }, client, killer)?;
         self.write_over_given_up(killer)?;
-        let slots_start = self.slots_start();
-        let trouble = Trouble::make(&mut self.random, &AREA, slots_start, &self.look);
+        let layout = self.layout();
+        let trouble = Trouble::make(&mut self.random, &AREA, &layout, &self.look);
         trouble.unreadable.iter().for_each(|sectors| self.expected.break_reads(sectors.clone()));
         let disks = self.disks.as_ref().filter(|_| on_slow);
         disks.into_iter().for_each(|disks| disks.fail_writes(&trouble.bad));
@@ -235,9 +235,9 @@ impl Torture {
         unreachable!("there is always something to do")
     }
 
-    fn slots_start(&self) -> u64 {
+    fn layout(&self) -> Layout {
         let len = std::fs::metadata(&self.volume.spare).expect("the spare").len();
-        Layout::new(len, SLOTS).expect("as it was made").slots_start
+        Layout::new(len, SLOTS).expect("as it was made")
     }
 
     /// Read it all and compare; rewrite what is lost.
@@ -308,7 +308,7 @@ impl Torture {
             // that takes; it has to have had the time to do something wrong.
             let next = self.start(true);
             std::thread::sleep(Duration::from_millis(50) + self.within_ms(250));
-            assert!(disks.under_way() > 0, "the kernel still has it");
+            assert!(disks.held() > 0, "the kernel still has it");
             assert!(
                 !next.dir.path().join("vm.sock").exists(),
                 "a successor serves while I/O of the killed server is under way"

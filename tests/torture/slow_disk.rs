@@ -50,6 +50,7 @@ mod abi {
 /// What waits for its time.
 struct Pending {
     due: Instant,
+    is_held: bool,
     unique: u64,
     op: Op,
 }
@@ -63,8 +64,8 @@ enum Op {
 #[derive(Default)]
 struct State {
     pending: Vec<Pending>,
-    /// Nothing is finished before.
-    held_until: Option<Instant>,
+    /// Whether what comes is held.
+    holding: bool,
     /// Sectors that take no writes.
     bad: Vec<Range<u64>>,
     ended: bool,
@@ -100,17 +101,31 @@ impl SlowDisks {
         self.disks.each_ref().map(|disk| &*disk.path)
     }
 
-    /// From now on nothing is finished.
+    /// What is there, and what comes from now on, is not finished until it is released.
     pub(crate) fn hold(&self) {
-        for disk in &self.disks {
-            disk.shared.state().held_until = Some(Instant::now() + HOLD_MAX);
-        }
+        self.for_each(State::hold);
     }
 
-    /// What is held is finished, and all that comes.
+    /// What comes from now on is finished as ever; how much is still held.
+    pub(crate) fn hold_no_more(&self) -> usize {
+        self.for_each(|state| state.holding = false);
+        self.held()
+    }
+
+    /// Finish what is held.
     pub(crate) fn release(&self) {
+        self.for_each(State::release);
+    }
+
+    /// Operations that are held.
+    pub(crate) fn held(&self) -> usize {
+        let held = |disk: &SlowDisk| disk.shared.state().pending.iter().filter(|pending| pending.is_held).count();
+        self.disks.iter().map(held).sum()
+    }
+
+    fn for_each(&self, change: impl Fn(&mut State)) {
         for disk in &self.disks {
-            disk.shared.state().held_until = None;
+            change(&mut disk.shared.state());
             disk.shared.changed.notify_all();
         }
     }
@@ -119,10 +134,20 @@ impl SlowDisks {
     pub(crate) fn fail_writes(&self, sectors: &[Range<u64>]) {
         self.disks[0].shared.state().bad = sectors.to_vec();
     }
+}
 
-    /// Operations that came and are not finished.
-    pub(crate) fn under_way(&self) -> usize {
-        self.disks.iter().map(|disk| disk.shared.state().pending.len()).sum()
+impl State {
+    fn hold(&mut self) {
+        self.holding = true;
+        let until = Instant::now() + HOLD_MAX;
+        self.pending.iter_mut().for_each(|pending| (pending.due, pending.is_held) = (until, true));
+    }
+
+    fn release(&mut self) {
+        self.holding = false;
+        let now = Instant::now();
+        let held = self.pending.iter_mut().filter(|pending| pending.is_held);
+        held.for_each(|pending| (pending.due, pending.is_held) = (now, false));
     }
 }
 
@@ -157,7 +182,7 @@ impl SlowDisk {
 
 impl Drop for SlowDisk {
     fn drop(&mut self) {
-        self.shared.state().held_until = None;
+        self.shared.state().release();
         self.shared.changed.notify_all();
         // Lazily: a server may still have it open. The threads end when the kernel lets go of it.
         let _ = unmount(&self.path, UnmountFlags::DETACH);
@@ -209,7 +234,10 @@ impl Shared {
             _ => return self.reply(unique, self.answer_at_once(opcode, body)),
         };
         let delay = DELAY_MAX * u32::try_from(random.below(1000)).expect("small") / 1000;
-        self.state().pending.push(Pending { due: Instant::now() + delay, unique, op });
+        let mut state = self.state();
+        let (is_held, delay) = if state.holding { (true, HOLD_MAX) } else { (false, delay) };
+        state.pending.push(Pending { due: Instant::now() + delay, is_held, unique, op });
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -218,8 +246,8 @@ impl Shared {
         match opcode {
             abi::INIT => {
                 let flags = (abi::ASYNC_READ | abi::BIG_WRITES | abi::ASYNC_DIO) & word(body, 12);
-                // Version, readahead, flags, background requests (64, congested at 48), longest write.
-                let mut reply = words(&[abi::VERSION[0], abi::VERSION[1], 0, flags, 64 | 48 << 16, WRITE_MAX]);
+                // Version, readahead, flags, background requests (more than are ever held), longest write.
+                let mut reply = words(&[abi::VERSION[0], abi::VERSION[1], 0, flags, 512 | 384 << 16, WRITE_MAX]);
                 reply.resize(64, 0);
                 Ok(reply)
             }
@@ -288,11 +316,8 @@ impl Shared {
         let mut state = self.state();
         loop {
             let now = Instant::now();
-            if state.held_until.is_some_and(|until| until <= now) {
-                state.held_until = None;
-            }
             let first = (0..state.pending.len()).min_by_key(|i| state.pending[*i].due);
-            let due = first.map(|first| state.pending[first].due.max(state.held_until.unwrap_or(now)));
+            let due = first.map(|first| state.pending[first].due);
             match (first, due) {
                 (Some(first), Some(due)) if due <= now => return Some(state.pending.swap_remove(first)),
                 (None, _) if state.ended => return None,

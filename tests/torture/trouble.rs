@@ -14,6 +14,7 @@ use vhost_remap::control::client::{Client, ClientError};
 use vhost_remap::device::DeviceIndex;
 use vhost_remap::device::fault::{FaultOp, FaultRule};
 use vhost_remap::units::{Block, Sector, SectorRange, Slot};
+use vhost_remap::volume::layout::{Layout, Place};
 
 use crate::model::Random;
 use crate::spare::Look;
@@ -58,7 +59,7 @@ fn with_neighbours(sectors: &Range<u64>, area: &Range<u64>) -> Range<u64> {
 
 impl Trouble {
     /// Faults in `area`, and of the slots that will be taken next.
-    pub(crate) fn make(random: &mut Random, area: &Range<u64>, slots_start: u64, look: &Look) -> Trouble {
+    pub(crate) fn make(random: &mut Random, area: &Range<u64>, layout: &Layout, look: &Look) -> Trouble {
         let mut trouble = Trouble::default();
         let (primary, spare) = (DeviceIndex::PRIMARY, DeviceIndex::SPARE);
         for _ in 0..6 + random.below(8) {
@@ -84,7 +85,7 @@ impl Trouble {
             trouble.unreadable.push(unreadable);
         }
         let of_slot = |slot: Slot| {
-            let start = slots_start / 512 + u64::from(slot.0) * BLOCK;
+            let start = layout.slots_start / 512 + u64::from(slot.0) * BLOCK;
             start..start + BLOCK
         };
         if random.below(4) == 0 {
@@ -104,7 +105,14 @@ impl Trouble {
         }
         let (slow, slower) = (1 + random.below(4), 2 + random.below(6));
         trouble.rules.push(delay(primary, &[FaultOp::Read, FaultOp::Write, FaultOp::Flush], slow, 0.4, random.next()));
-        trouble.rules.push(delay(spare, &[FaultOp::Write], slow, 0.6, random.next()));
+        trouble.rules.push(delay(spare, &[FaultOp::Write], slow, 0.5, random.next()));
+        // The map most of all: the answer waits for it.
+        for place in Place::ALL {
+            let start = layout.place_start(place) / 512;
+            let range = SectorRange { start: Sector(start), count: layout.place_len() / 512 };
+            let rule = delay(spare, &[FaultOp::Write], slower, 0.9, random.next());
+            trouble.rules.push(FaultRule { range: Some(range), ..rule });
+        }
         trouble.rules.push(delay(spare, &[FaultOp::Flush], slower, 0.8, random.next()));
         trouble
     }
