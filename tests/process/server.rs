@@ -178,7 +178,7 @@ pub(crate) struct Server {
 
 /// A server that has not said yet that it serves. Killed when dropped.
 pub(crate) struct Starting {
-    server: Server,
+    pub(crate) server: Server,
     line: Receiver<io::Result<String>>,
 }
 
@@ -203,10 +203,6 @@ impl Starting {
             let _ = stdout.read_to_end(&mut Vec::new());
         });
         Starting { server, line }
-    }
-
-    pub(crate) fn pid(&self) -> u32 {
-        self.server.pid()
     }
 
     /// Wait for the line that says that it serves; its output when it ended instead.
