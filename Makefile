@@ -45,8 +45,10 @@ simulate: ## run the simulator for long: SEEDS=1000000 [FIRST_SEED=0]; a failure
 bench: ## (not part of this version)
 	@echo "make bench: benchmarks are not part of this version" >&2; exit 1
 
-torture: ## (not part of this version)
-	@echo "make torture: long random runs are not part of this version" >&2; exit 1
+torture: ## kill a working server 1,000 times (KILLS=…) and check every answered write; SEED=… to do it again
+	@echo "follow it with: tail -F target/test-logs/torture.log"
+	@$(with_cargo) export VHOST_REMAP_KILLS="$${KILLS:-1000}" VHOST_REMAP_SEED="$${SEED:-$$((RANDOM << 15 | RANDOM))}" && \
+	    STEP_SECONDS=$$((600 + VHOST_REMAP_KILLS * 5)) ci/test torture
 
-# Variables given on make's command line reach ci/server through the environment.
-export PRIMARY SPARE SOCKET OPTIONS SEEDS FIRST_SEED
+# Variables given on make's command line reach ci/server and ci/test through the environment.
+export PRIMARY SPARE SOCKET OPTIONS SEEDS FIRST_SEED KILLS SEED

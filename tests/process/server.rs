@@ -6,7 +6,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -182,9 +182,15 @@ pub(crate) struct Server {
     log: PathBuf,
 }
 
-impl Server {
-    /// Start the program and wait for the line that says that it serves; else its output when it ended.
-    pub(crate) fn start(mut command: Command, dir: &Path) -> Result<Server, Output> {
+/// A server that has not said yet that it serves. Killed when dropped.
+pub(crate) struct Starting {
+    pub(crate) server: Server,
+    line: Receiver<io::Result<String>>,
+}
+
+impl Starting {
+    /// Start the program.
+    pub(crate) fn spawn(mut command: Command, dir: &Path) -> Starting {
         // One for each start: a second server must not write into the log of the first.
         let log = (0..).map(|run| dir.join(format!("server.{run}.log"))).find(|path| !path.exists());
         let log = log.expect("endless");
@@ -194,7 +200,7 @@ impl Server {
         let ctl = dir.join("vm.sock.ctl");
         let mut server = Server { child, ended: false, socket, ctl, announcement: String::new(), log };
         let mut stdout = BufReader::new(server.child.stdout.take().expect("piped"));
-        let (sender, receiver) = mpsc::channel();
+        let (sender, line) = mpsc::channel();
         std::thread::spawn(move || {
             let mut line = String::new();
             let read = stdout.read_line(&mut line);
@@ -202,18 +208,30 @@ impl Server {
             // Nothing more comes, but the pipe must not break.
             let _ = stdout.read_to_end(&mut Vec::new());
         });
-        match receiver.recv_timeout(LIMIT) {
+        Starting { server, line }
+    }
+
+    /// Wait for the line that says that it serves; its output when it ended instead.
+    pub(crate) fn wait(mut self) -> Result<Server, Output> {
+        match self.line.recv_timeout(LIMIT) {
             Ok(Ok(line)) if !line.is_empty() => {
-                server.announcement = line;
-                Ok(server)
+                self.server.announcement = line;
+                Ok(self.server)
             }
             Ok(_) => {
-                let status = server.wait();
-                let stderr = fs::read(&server.log).expect("a log file");
+                let status = self.server.wait();
+                let stderr = fs::read(&self.server.log).expect("a log file");
                 Err(Output { status, stdout: Vec::new(), stderr })
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => panic!("no start within {LIMIT:?}"),
         }
+    }
+}
+
+impl Server {
+    /// Start the program and wait for the line that says that it serves; else its output when it ended.
+    pub(crate) fn start(command: Command, dir: &Path) -> Result<Server, Output> {
+        Starting::spawn(command, dir).wait()
     }
 
     pub(crate) fn pid(&self) -> u32 {
