@@ -206,10 +206,26 @@ fn holds_stale(path: &Path, address: &SocketAddrUnix) -> Result<bool, BindError>
         Err(Errno::CONNREFUSED) => Ok(true),
         Err(Errno::NOENT) => Ok(false),
         Err(Errno::ACCESS) => Err(permission(path, path)),
+        // A dead server answers for as long as the kernel has work of its: the volume's lock is what to wait for.
+        Ok(()) if listener_is_dead(probe) => Ok(true),
         // EAGAIN: its backlog is full. EPROTOTYPE: it is no stream socket, but somebody holds it.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(BindError::InUse(path.into())),
         Err(e) => Err(failed("find out whether a server runs there", e.into())),
     }
+}
+
+/// Whether the process at the other end has ended and only its I/O keeps it in the kernel (proc(5): state Z).
+fn listener_is_dead(connected: OwnedFd) -> bool {
+    let peer = || {
+        // Only for its safe way to SO_PEERCRED, which it offers inside of a runtime.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        let _inside = runtime.enter();
+        tokio::net::UnixStream::from_std(connected.into())?.peer_cred()
+    };
+    let Some(pid) = peer().ok().and_then(|credentials| credentials.pid()) else { return false };
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name before it may have brackets and blanks of its own.
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']))
 }
 
 #[cfg(test)]

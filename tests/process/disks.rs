@@ -76,6 +76,15 @@ pub(crate) struct FuseDisk {
     changes: u32,
 }
 
+/// A daemon that does nothing. What waits for it must not be waited for while this is there.
+pub(crate) struct Paused(Pid);
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::CONT);
+    }
+}
+
 impl FuseDisk {
     /// Export `file` at `file` with `.fuse` appended; why not, where that cannot be done here.
     pub(crate) fn export(file: &Path) -> Result<FuseDisk, String> {
@@ -143,6 +152,12 @@ impl FuseDisk {
     /// The daemon no longer does anything.
     pub(crate) fn pause(&self) {
         kill_process(Pid::from_child(&self.daemon), Signal::STOP).expect("our child");
+    }
+
+    /// As [`FuseDisk::pause`], until the answer is dropped.
+    pub(crate) fn pause_for_a_while(&self) -> Paused {
+        self.pause();
+        Paused(Pid::from_child(&self.daemon))
     }
 
     /// The daemon dies, and what is open on its mount is dead from then on.

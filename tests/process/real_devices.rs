@@ -11,7 +11,7 @@ use crate::disks::{Exported, Fault, FuseDisk, Loop, Thin, Which, skip};
 use crate::faults::failing;
 use crate::guest::{ANSWER_LIMIT, Failed, Guest, Io};
 use crate::model::{Model, pattern};
-use crate::server::{Server, Volume, done, vhost_remap};
+use crate::server::{Server, Starting, Volume, done, refusal, vhost_remap};
 
 const ENGINES: [&str; 2] = ["io_uring", "threads"];
 
@@ -435,4 +435,30 @@ fn medium_errors_of_a_block_device_move_blocks_and_a_dead_one_is_gone() {
     assert_eq!(server.causes("device-gone"), [IO_ERROR]);
     model.check(guest.queue(), 1000, 32);
     server.kill();
+}
+
+/// O4: a killed server whose I/O hangs in the kernel keeps its socket too. A successor at the same path waits
+/// for the volume's lock, as at any other path, and then serves what the dead one was told to write.
+#[test]
+fn a_successor_at_the_same_socket_waits_for_what_a_killed_server_left_in_the_kernel() {
+    let name = "a_successor_at_the_same_socket_waits_for_what_a_killed_server_left_in_the_kernel";
+    let Some(mut exported) = Exported::adopt(name) else { return };
+    let mut server = exported.serve("threads", &[]);
+    let mut guest = server.guest(1);
+    let model = Model::written(&mut guest, 960, 64, 1);
+    let paused = exported.primary().pause_for_a_while();
+    guest.queue().submit(&Io::Write { sector: 2000, data: pattern(2000, 8, 2) });
+    server.await_status(|status| status.oldest_in_flight_ms > 0);
+    server.kill_into_a_zombie();
+    let spare = exported.volume.spare.to_str().expect("UTF-8").to_owned();
+    let command = exported.volume.command(&["--spare", &spare, "--io-engine", "threads"]);
+    let mut successor = Starting::spawn(command, exported.volume.dir.path());
+    // It has looked at the socket, and the daemon that does nothing is asked for the primary.
+    assert!(successor.server.comes_to_wait_for_fuse(), "{}", successor.server.log_text());
+    drop(paused);
+    let successor = successor.wait().unwrap_or_else(|output| panic!("{}", refusal(&output)));
+    let mut guest = successor.guest(1);
+    model.check_all(guest.queue());
+    drop(guest);
+    successor.stop();
 }

@@ -268,6 +268,41 @@ impl Server {
         assert_eq!(status.signal(), Some(9));
     }
 
+    /// End it as a crash does, with I/O in the kernel that keeps it from going altogether.
+    pub(crate) fn kill_into_a_zombie(&mut self) {
+        self.child.kill().expect("our child");
+        assert!(self.comes_to(|server| server.state() == Some('Z')));
+    }
+
+    /// Wait until that holds, as long as it runs; `false` where it ends instead.
+    fn comes_to(&mut self, mut holds: impl FnMut(&Server) -> bool) -> bool {
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            if holds(self) {
+                return true;
+            }
+            if self.state() == Some('Z') {
+                return holds(self);
+            }
+            std::thread::yield_now();
+        }
+        panic!("nothing within {LIMIT:?}: {}", self.log_text());
+    }
+
+    /// Wait until its main thread waits for a FUSE file system; `false` where it ends instead.
+    pub(crate) fn comes_to_wait_for_fuse(&mut self) -> bool {
+        self.comes_to(|server| {
+            let wchan = fs::read_to_string(format!("/proc/{}/wchan", server.pid())).unwrap_or_default();
+            wchan == "request_wait_answer"
+        })
+    }
+
+    /// Of its main thread, see proc(5).
+    fn state(&self) -> Option<char> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("not reaped");
+        stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next())
+    }
+
     fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + LIMIT;
         let pidfd = rustix::process::pidfd_open(Pid::from_child(&self.child), rustix::process::PidfdFlags::empty());
