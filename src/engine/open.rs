@@ -3,13 +3,13 @@
 mod degraded;
 mod label;
 mod pages;
+mod passthrough;
 mod repair;
 mod superblocks;
 mod take_over;
 
 use uuid::Uuid;
 
-use super::create::{CreateParams, new_superblock};
 use super::event::{Event, Severity};
 use super::healer::{Healer, HealerParams, Opened, Tally};
 use super::io::Io;
@@ -17,7 +17,7 @@ use super::script::Script;
 use super::view::Geometry;
 use crate::device::{Completion, DeviceIndex, Errno, Op};
 use crate::units::{SECTOR_SIZE, SECTORS_PER_BLOCK, SectorRange, Slot, Time};
-use crate::volume::layout::{Layout, LayoutError, PAGE, REMAPS_MIN};
+use crate::volume::layout::{Layout, LayoutError, PAGE};
 use crate::volume::map::{BlockState, Map};
 use crate::volume::superblock::{COMPAT_KNOWN, CloseStamp, Superblock, VERSION};
 use crate::volume::table::Table;
@@ -228,7 +228,7 @@ impl Opening {
     /// A primary served as it is, without spare or metadata: nothing is ever remapped. To be opened with
     /// [`super::healer::Policy::passthrough`].
     pub fn passthrough(primary: &DeviceFacts, serial: [u8; 20], read_only: bool) -> Opening {
-        let opened = passthrough(primary, serial, read_only);
+        let opened = passthrough::opened(primary, serial, read_only);
         Opening(Script::start(|_| async move { Ok(opened) }))
     }
 
@@ -478,24 +478,4 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         events,
         ..Opened::new(geometry, layout, superblock, table, map)
     })
-}
-
-fn passthrough(primary: &DeviceFacts, serial: [u8; 20], read_only: bool) -> Opened {
-    let layout = Layout::new(u64::MAX / 2, REMAPS_MIN).expect("a spare that large holds it");
-    let params = CreateParams {
-        primary: primary.clone(),
-        spare: primary.clone(),
-        capacity: primary.size / SECTOR_SIZE,
-        labelled: false,
-        max_remaps: layout.max_remaps,
-        set: Uuid::nil(),
-        devices: [Uuid::nil(); 2],
-        serial,
-        now: 0,
-    };
-    let capacity = params.capacity;
-    let geometry = Geometry { capacity, logical_block: primary.logical_block, slots_start: 0, slots: 0 };
-    let superblock = new_superblock(&params, &layout, None);
-    let (table, map) = (Table::new(layout.max_remaps), Map::new(capacity.div_ceil(SECTORS_PER_BLOCK)));
-    Opened { read_only, ..Opened::new(geometry, layout, superblock, table, map) }
 }

@@ -12,6 +12,7 @@ mod expect;
 mod features;
 mod golden;
 mod interrupted;
+mod label;
 mod matrix;
 mod rig;
 mod seat;
