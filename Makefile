@@ -2,9 +2,12 @@
 # `ci/setup` brings the rest, and `ci/setup env` says where it put it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := all
-.PHONY: all clean test load unload status install help demo bench torture
+.PHONY: all clean test fuzz load unload status install help demo bench torture
 
 PREFIX ?= /usr/local
+# What `make fuzz` runs, and for how long each.
+TARGET ?= chains metadata messages control
+FUZZ_SECONDS ?= 60
 with_tools = eval "$$(ci/setup env)" &&
 # Where `ci/setup env` finds no cargo, it has to be brought first.
 with_cargo = $(with_tools) { command -v cargo >/dev/null || { ci/setup build && $(with_tools) :; }; } &&
@@ -17,6 +20,9 @@ clean: ## remove everything that was built
 
 test: ## run every test (REQUIRE_ALL=1: a skip that ci/allowed-skips does not list fails)
 	@ci/test
+
+fuzz: ## run the fuzz targets, each for FUZZ_SECONDS=60, or only TARGET=chains
+	@$(with_tools) ci/fuzz $(TARGET)
 
 load: ## start a server: PRIMARY=disk.img [SPARE=…] [SOCKET=…] [OPTIONS='--create --size 10G']
 	@ci/server load
@@ -45,4 +51,4 @@ torture: ## (not part of this version)
 	@echo "make torture: long random runs are not part of this version" >&2; exit 1
 
 # Variables given on make's command line reach ci/server through the environment.
-export PRIMARY SPARE SOCKET OPTIONS
+export PRIMARY SPARE SOCKET OPTIONS FUZZ_SECONDS
