@@ -84,6 +84,8 @@ pub(crate) struct Guest {
     copy: Vec<u8>,
     buffer: Vec<u8>,
     pub(crate) present: [bool; 3],
+    /// The change that brought each region.
+    brought: [usize; 3],
     changes: usize,
 }
 
@@ -96,7 +98,14 @@ impl Guest {
         let file = memfd_create("guest", MemfdFlags::CLOEXEC).expect("descriptors are left");
         ftruncate(&file, SIZE).expect("memory is left");
         let bytes = vec![0; to_usize(SIZE)];
-        let mut guest = Guest { file: file.into(), copy: bytes.clone(), buffer: bytes, present: [true; 3], changes: 0 };
+        let mut guest = Guest {
+            file: file.into(),
+            copy: bytes.clone(),
+            buffer: bytes,
+            present: [true; 3],
+            brought: [0; 3],
+            changes: 0,
+        };
         guest.reset();
         guest
     }
@@ -126,6 +135,7 @@ impl Guest {
         self.present[region] = !self.present[region];
         match self.present[region] {
             true => {
+                self.brought[region] = self.changes;
                 let map = map.with_region(Guest::address(region), &self.file).expect("a region of the file");
                 (map, RegionBits::default())
             }
@@ -133,9 +143,9 @@ impl Guest {
         }
     }
 
-    /// How often memory has changed.
-    pub(crate) fn changes(&self) -> usize {
-        self.changes
+    /// The change that brought a region, and the last one of all.
+    pub(crate) fn lifetime(&self, region: usize) -> Range<usize> {
+        self.brought[region]..self.changes
     }
 
     pub(crate) fn has_rings(&self) -> bool {

@@ -47,8 +47,9 @@ pub(super) struct Bad {
 /// Memory that is being removed.
 struct Removal {
     region: usize,
-    /// Changes of memory up to this one.
-    changes: usize,
+    /// The changes of memory between which it was there: chains taken then may use it, older and newer ones use
+    /// another mapping of the same region.
+    lifetime: std::ops::Range<usize>,
     done: Receiver<()>,
 }
 
@@ -204,7 +205,8 @@ impl World {
                 continue;
             }
             let left = self.queues.iter().flat_map(|queue| &queue.out);
-            let uses = left.filter(|offered| offered.regions[removal.region] && offered.before < removal.changes);
+            let uses =
+                left.filter(|offered| offered.regions[removal.region] && removal.lifetime.contains(&offered.before));
             assert!(self.confused || uses.count() == 0, "region {} is gone and was in use", removal.region);
         }
         let out: usize = self.queues.iter().map(|queue| queue.out.len()).sum();
@@ -273,7 +275,7 @@ impl World {
         self.map = map;
         let done = self.use_memory(removed);
         if !self.guest.present[region] {
-            self.removals.push(Removal { region, changes: self.guest.changes(), done });
+            self.removals.push(Removal { region, lifetime: self.guest.lifetime(region), done });
         }
     }
 
