@@ -2,9 +2,12 @@
 # `ci/setup` brings the rest, and `ci/setup env` says where it put it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := all
-.PHONY: all clean test load unload status install help demo simulate bench torture
+.PHONY: all clean test fuzz simulate torture load unload status install help demo bench
 
 PREFIX ?= /usr/local
+# What `make fuzz` runs, and for how long each.
+TARGET ?= chains metadata messages control
+FUZZ_SECONDS ?= 60
 with_tools = eval "$$(ci/setup env)" &&
 # Where `ci/setup env` finds no cargo, it has to be brought first.
 with_cargo = $(with_tools) { command -v cargo >/dev/null || { ci/setup build && $(with_tools) :; }; } &&
@@ -17,6 +20,9 @@ clean: ## remove everything that was built
 
 test: ## run every test (REQUIRE_ALL=1: a skip that ci/allowed-skips does not list fails)
 	@ci/test
+
+fuzz: ## run the fuzz targets, each for FUZZ_SECONDS=60, or only TARGET=chains
+	@$(with_tools) ci/fuzz $(TARGET)
 
 load: ## start a server: PRIMARY=disk.img [SPARE=…] [SOCKET=…] [OPTIONS='--create --size 10G']
 	@ci/server load
@@ -50,5 +56,5 @@ torture: ## kill a working server 1,000 times (KILLS=…) and check every answer
 	@$(with_cargo) export VHOST_REMAP_KILLS="$${KILLS:-1000}" VHOST_REMAP_SEED="$${SEED:-$$((RANDOM << 15 | RANDOM))}" && \
 	    STEP_SECONDS=$$((600 + VHOST_REMAP_KILLS * 5)) ci/test torture
 
-# Variables given on make's command line reach ci/server and ci/test through the environment.
-export PRIMARY SPARE SOCKET OPTIONS SEEDS FIRST_SEED KILLS SEED
+# Variables given on make's command line reach the scripts through the environment.
+export PRIMARY SPARE SOCKET OPTIONS SEEDS FIRST_SEED KILLS SEED FUZZ_SECONDS

@@ -61,7 +61,12 @@ pub(super) struct Refusal(pub(super) StatusCode, pub(super) String);
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        json(self.0, &Failure { error: self.1 })
+        // It may quote the client's own words, and those may have line breaks.
+        let mut error = String::with_capacity(self.1.len());
+        for c in self.1.chars() {
+            if c.is_control() { error.extend(c.escape_default()) } else { error.push(c) }
+        }
+        json(self.0, &Failure { error })
     }
 }
 

@@ -167,6 +167,15 @@ fn what_makes_no_sense_is_refused_in_one_line_of_json() {
 }
 
 #[test]
+fn words_with_line_breaks_are_quoted_in_one_line() {
+    let (running, _) = Running::one(ScriptedVolume::new());
+    let client = running.client();
+    let body = client.post::<Value>("/v1/remap", &json!({"a\nb": 1}), REPORT_TIMEOUT);
+    check_refused(body, 400, r"unknown field `a\nb`");
+    check_refused(client.get::<Value>("/v1/list?a%0D%0Ab=1", REPORT_TIMEOUT), 400, r"unknown field `a\r\nb`");
+}
+
+#[test]
 fn faults_need_a_server_started_for_them() {
     let (running, _) = Running::one(ScriptedVolume::new());
     let client = running.client();

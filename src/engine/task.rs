@@ -101,6 +101,14 @@ impl Executor {
     }
 }
 
+impl Drop for Executor {
+    /// Tasks that were spawned and never admitted own what owns the spawner: nobody else would drop them.
+    fn drop(&mut self) {
+        let spawned = std::mem::take(&mut *self.spawner.0.borrow_mut());
+        drop(spawned);
+    }
+}
+
 struct Cell<T> {
     value: Option<T>,
     waker: Option<Waker>,
@@ -256,5 +264,15 @@ mod tests {
         executor.run();
         assert_eq!(*order.borrow(), [0, 1, 2, 3]);
         assert_eq!(executor.len(), 0);
+    }
+
+    #[test]
+    fn an_executor_drops_tasks_that_never_ran() {
+        let executor = Executor::default();
+        let (spawner, owned) = (executor.spawner(), Rc::new(()));
+        let (of_the_task, spawner_of_the_task) = (owned.clone(), spawner.clone());
+        spawner.spawn(async move { drop((of_the_task, spawner_of_the_task)) });
+        drop((executor, spawner));
+        assert_eq!(Rc::strong_count(&owned), 1);
     }
 }

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
@@ -183,6 +184,16 @@ impl Session {
     }
 }
 
+/// Whether a worker can sleep on a kick: an eventfd, which is what the protocol speaks of, or a pipe. A file is
+/// readable at any time, and what cannot be polled would end the worker.
+fn check_kick(fd: &OwnedFd) -> Result<()> {
+    let check = || {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN)
+    };
+    check().map_err(|errno| refuse(format!("the kick is no eventfd: {errno}")))
+}
+
 fn duplicate(fd: Option<&OwnedFd>) -> Option<OwnedFd> {
     fd.and_then(|fd| fd.try_clone().inspect_err(|error| log::error!("an eventfd is lost: {error}")).ok())
 }
@@ -311,7 +322,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let kick = Self::event_fd(fd).map_or(QueueKick::Polled, QueueKick::Fd);
+        let fd = Self::event_fd(fd);
+        fd.as_ref().map_or(Ok(()), check_kick)?;
+        let kick = fd.map_or(QueueKick::Polled, QueueKick::Fd);
         let (number, queue) = self.queue(u32::from(index))?;
         if queue.started {
             self.worker(number).send(Command::Kick { queue: number, kick });

@@ -366,6 +366,21 @@ mod tests {
     }
 
     #[test]
+    fn a_kick_that_nobody_can_wait_for_is_refused() {
+        check(|path, guest| {
+            let mut front_end = FrontEnd::connect(path);
+            front_end.set_up(guest, 0);
+            let null = File::open("/dev/null").unwrap();
+            for fd in [guest.file.as_raw_fd(), null.as_raw_fd()] {
+                for queue in [0, 1] {
+                    assert!(!front_end.order(SET_VRING_KICK, &words(&[queue]), &[fd]));
+                }
+            }
+            front_end.read_sector(guest);
+        });
+    }
+
+    #[test]
     fn kicks_rings_and_memory_change_under_a_live_queue() {
         check(|path, guest| {
             let mut front_end = FrontEnd::connect(path);

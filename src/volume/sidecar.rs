@@ -11,7 +11,7 @@
 use uuid::Uuid;
 
 use super::layout::PAGE;
-use super::superblock::{Fields, FieldsMut, Seat, page_crc};
+use super::superblock::{CAPACITY_MAX, Fields, FieldsMut, NUMBER_END, Seat, page_crc};
 
 const POISON_MAGIC: [u8; 8] = *b"VHREPOIS";
 const COUNTERS_MAGIC: [u8; 8] = *b"VHRECNTR";
@@ -77,7 +77,7 @@ impl Poison {
     pub fn decode(page: &[u8], set: Uuid, seat: Seat) -> Option<Poison> {
         let f = check(page, POISON_MAGIC, set, seat)?;
         let words = f.u32(60) as usize;
-        (words <= BITMAP_WORDS && f.u32(56) < 64).then(|| Poison {
+        (words <= BITMAP_WORDS && f.u32(56) <= CAPACITY_MAX.ilog2()).then(|| Poison {
             sequence: f.u64(32),
             poisoned: page[40] != 0,
             device: page[41],
@@ -147,7 +147,8 @@ fn check(page: &[u8], magic: [u8; 8], set: Uuid, seat: Seat) -> Option<Fields<'_
     let ours = f.array(0) == magic
         && f.u32(8) == page_crc(page, 8)
         && page[12] == seat_byte(seat)
-        && f.array(16) == *set.as_bytes();
+        && f.array(16) == *set.as_bytes()
+        && f.u64(32) < NUMBER_END;
     ours.then_some(f)
 }
 
@@ -175,6 +176,21 @@ mod tests {
             assert_eq!(Poison::decode(&p, set, seat), None, "poison byte {byte}");
             assert_eq!(SavedCounters::decode(&c, set, seat), None, "counters byte {byte}");
         }
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_are_not_believed() {
+        let (set, seat) = (Uuid::from_u128(77), Seat::Label);
+        let poison = |sequence, shift| Poison { sequence, shift, regions: vec![u64::MAX], ..Poison::default() };
+        for (impossible, possible) in
+            [(poison(u64::MAX, 11), poison(NUMBER_END - 1, 11)), (poison(1, 63), poison(1, 42))]
+        {
+            assert_eq!(Poison::decode(&impossible.encode(set, seat), set, seat), None);
+            assert_eq!(Poison::decode(&possible.encode(set, seat), set, seat), Some(possible.clone()));
+            assert_eq!(possible.ranges().len(), 1);
+        }
+        let counters = SavedCounters { sequence: u64::MAX, values: vec![1] };
+        assert_eq!(SavedCounters::decode(&counters.encode(set, seat), set, seat), None);
     }
 
     #[test]

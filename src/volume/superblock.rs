@@ -47,6 +47,11 @@ pub const RO_COMPAT_KNOWN: u64 = 0;
 pub const INCOMPAT_KNOWN: u64 = 0;
 /// Sectors of the largest volume: blocks have numbers of 40 bits.
 pub const CAPACITY_MAX: u64 = (1 << 43) - 1;
+/// Generations and sequences below this one are possible: numbers that are raised once a commit never come
+/// near it, and one that did would leave no room for the next.
+pub const NUMBER_END: u64 = 1 << 62;
+/// The last second that can be written as a date, of the year 9999.
+const SECONDS_MAX: u64 = 253_402_300_799;
 /// Generations remembered.
 pub const HISTORY: usize = 8;
 /// Regions there is room for.
@@ -286,6 +291,8 @@ impl Superblock {
         field(regions <= REGIONS, "number of regions")?;
         field(matches!(f.u32(116), 512 | 4096), "logical block size")?;
         field(f.u64(88) > 0 && f.u64(88) <= CAPACITY_MAX, "capacity")?;
+        field(f.u64(80) < NUMBER_END, "generation")?;
+        field(f.u64(120) <= SECONDS_MAX && f.u64(1152) <= SECONDS_MAX, "time")?;
         let wwn: [u8; 64] = f.array(184);
         let wwn_len = wwn.iter().position(|b| *b == 0).unwrap_or(64);
         Ok(Superblock {
@@ -400,6 +407,20 @@ mod tests {
             assert_eq!(Superblock::decode(&page, seat, copy), Err(SuperblockError::Misplaced));
         }
         assert_eq!(Superblock::decode(&page, Seat::Label, 0), Err(SuperblockError::Role));
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_are_not_believed() {
+        let (seat, decode) = (Seat::Label, |superblock: &Superblock| {
+            Superblock::decode(&superblock.encode(Seat::Label, 0), Seat::Label, 0)
+        });
+        let last = Superblock { generation: NUMBER_END - 1, stamped: SECONDS_MAX, ..sample() };
+        assert_eq!(decode(&last), Ok(last.clone()));
+        assert!(last.next_generation().encode(seat, 0).starts_with(&MAGIC));
+        let generation = Superblock { generation: u64::MAX, ..sample() };
+        assert_eq!(decode(&generation), Err(SuperblockError::Field("generation")));
+        let time = Superblock { stamped: u64::MAX, ..sample() };
+        assert_eq!(decode(&time), Err(SuperblockError::Field("time")));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use super::layout::{ENTRIES_PER_PAGE, Home, PAGE, Place};
-use super::superblock::{Fields, FieldsMut, page_crc};
+use super::superblock::{Fields, FieldsMut, NUMBER_END, page_crc};
 use crate::units::{Block, Slot};
 
 const MAGIC: [u8; 4] = *b"VRTP";
@@ -150,6 +150,7 @@ impl Page {
             && f.u32(4) == set_tag(set)
             && f.u32(8) == number
             && f.array(24) == seat.bytes()
+            && f.u64(16) < NUMBER_END
             && f.u32(12) == page_crc(bytes, 12);
         if !ours {
             return None;
@@ -385,6 +386,15 @@ mod tests {
             flipped[byte] ^= 1;
             assert_eq!(Page::decode(&flipped, set, 1, seat), None, "byte {byte}");
         }
+    }
+
+    #[test]
+    fn a_sequence_that_leaves_no_room_for_the_next_is_not_believed() {
+        let (set, seat) = (Uuid::from_u128(5), PageSeat::Label);
+        let page = |sequence| Page { sequence, entries: vec![Entry::FREE; ENTRIES_PER_PAGE as usize] };
+        let decode = |sequence| Page::decode(&page(sequence).encode(set, 3, seat), set, 3, seat);
+        assert_eq!(decode(NUMBER_END - 1), Some(page(NUMBER_END - 1)));
+        assert_eq!(decode(u64::MAX), None);
     }
 
     #[test]

@@ -12,8 +12,8 @@ use vhost_remap::engine::shard::{Shard, ShardOut};
 use vhost_remap::units::{Block, Time};
 use vhost_remap::volume::superblock::CloseStamp;
 
-use crate::rig::{Cut, MTIME, Rig, range_of};
-use crate::seat::Entry;
+use super::rig::{Cut, MTIME, Rig, range_of};
+use super::seat::Entry;
 
 /// The open volume.
 pub(crate) struct Engine {

@@ -4,12 +4,12 @@ use uuid::Uuid;
 use vhost_remap::device::memory::{Keep, MemoryDevice, MemoryDisks, Pending};
 use vhost_remap::device::{self, Completion, Device, DeviceIndex, Errno, Op, OpKind, Wait};
 use vhost_remap::engine::create::{CreateParams, Creation};
-use vhost_remap::engine::healer::{HealerParams, OnLoss, Policy};
+use vhost_remap::engine::healer::{Healer, HealerParams, OnLoss, Policy};
 use vhost_remap::engine::open::{DeviceFacts, LabelSearch, OldLabel, OpenError, OpenParams, Opening};
 use vhost_remap::units::{Sector, SectorRange, Time};
 use vhost_remap::volume::layout::{LabelLayout, Layout, label_size, spare_size};
 
-use crate::engine::Engine;
+use super::engine::Engine;
 
 pub(crate) const PRIMARY: DeviceIndex = DeviceIndex::PRIMARY;
 pub(crate) const SPARE: DeviceIndex = DeviceIndex::SPARE;
@@ -270,25 +270,26 @@ impl Rig {
         OpenParams { primary, spare, read_only: false, accept_external: false }
     }
 
-    /// Open, within the operations that are left.
-    pub(crate) fn try_open(&mut self, params: OpenParams) -> Result<Result<Engine, OpenError>, Cut> {
-        self.finish(Opening::new(params))
-    }
-
     /// Open as if there were no spare.
     pub(crate) fn open_degraded(&mut self) -> Result<Engine, OpenError> {
         let [primary, _] = self.shape.facts();
-        self.finish(Opening::degraded(primary)).expect("no end was set")
+        self.run_opening(Opening::degraded(primary)).expect("no end was set").map(Engine::new)
     }
 
-    fn finish(&mut self, mut opening: Opening) -> Result<Result<Engine, OpenError>, Cut> {
+    /// Go through with an opening, within the operations that are left.
+    pub(crate) fn run_opening(&mut self, mut opening: Opening) -> Result<Result<Healer, OpenError>, Cut> {
         self.script(|completions, ops| {
             opening.step(Time(0), completions, ops);
             opening.is_done()
         })?;
         let policy = Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false };
         let params = HealerParams { shards: 1, policy, epoch: EPOCH };
-        Ok(opening.finish(&params).map(|(healer, _)| Engine::new(healer)))
+        Ok(opening.finish(&params).map(|(healer, _)| healer))
+    }
+
+    /// Open, within the operations that are left.
+    pub(crate) fn try_open(&mut self, params: OpenParams) -> Result<Result<Engine, OpenError>, Cut> {
+        Ok(self.run_opening(Opening::new(params))?.map(Engine::new))
     }
 
     /// Open, and do what an open volume does by itself.

@@ -5,7 +5,7 @@ use std::fmt;
 use vhost_remap::device::DeviceIndex;
 use vhost_remap::volume::layout::{Home, PAGE, Place};
 
-use crate::rig::{PRIMARY, Rig, SPARE, Shape};
+use super::rig::{PRIMARY, Rig, SPARE, Shape};
 
 /// Entries of a table page.
 pub(crate) const ENTRIES: usize = 508;
