@@ -15,7 +15,7 @@ use crate::seat::{At, Entry, Kind, Seat, age, content, is_whole, live_entries, s
 
 pub(crate) const SMALL: Shape = Shape { capacity: 2048, max_remaps: 16, labelled: true };
 /// Takes no writes.
-const BLOCK_A: u64 = 10;
+pub(crate) const BLOCK_A: u64 = 10;
 /// Takes no writes either.
 const BLOCK_B: u64 = 30;
 /// Remapped already.
@@ -33,7 +33,7 @@ fn old(block: u64) -> Vec<u8> {
     pattern(block * BLOCK, BLOCK, 1)
 }
 
-fn new(block: u64) -> Vec<u8> {
+pub(crate) fn new(block: u64) -> Vec<u8> {
     pattern(block * BLOCK, BLOCK, 2)
 }
 
@@ -267,7 +267,7 @@ fn a_second_commit_waits_for_the_second_home_of_the_first() {
 }
 
 /// A volume with a free slot in the first page, one in the second, and those of the third.
-fn three_pages() -> (Rig, Vec<Entry>) {
+pub(crate) fn three_pages() -> (Rig, Vec<Entry>) {
     let mut rig = Rig::new(Shape { capacity: 16 * 2048, max_remaps: 1100, labelled: false });
     rig.create().unwrap().unwrap();
     let mut engine = rig.open().unwrap();

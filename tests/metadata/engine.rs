@@ -63,7 +63,7 @@ impl Engine {
     }
 
     /// One message or one operation; `false` where there is neither.
-    fn step(&mut self, rig: &mut Rig) -> Result<bool, Cut> {
+    pub(crate) fn step(&mut self, rig: &mut Rig) -> Result<bool, Cut> {
         let (mut rare, mut fast) = (HealerOut::default(), ShardOut::default());
         if let Some(message) = self.to_healer.pop_front() {
             self.healer.message(self.now, message, &mut rare);
@@ -154,15 +154,33 @@ impl Engine {
         (answer.status == Status::Ok).then_some(bytes)
     }
 
-    pub(crate) fn order(&mut self, rig: &mut Rig, order: Order) -> Result<Reply, Cut> {
+    /// Give an order without waiting for its answer.
+    pub(crate) fn begin_order(&mut self, rig: &mut Rig, order: Order) -> OrderId {
         self.asked += 1;
         let id = OrderId(u64::from(self.asked));
         let mut out = HealerOut::default();
         self.healer.order(self.now, id, order, &mut out);
         self.take_healer(rig, out);
+        id
+    }
+
+    pub(crate) fn order(&mut self, rig: &mut Rig, order: Order) -> Result<Reply, Cut> {
+        let id = self.begin_order(rig, order);
         self.settle(rig)?;
         let at = self.replies.iter().position(|(of, _)| *of == id).expect("an order is answered");
         Ok(self.replies.remove(at).1)
+    }
+
+    pub(crate) fn is_answered(&self, order: OrderId) -> bool {
+        self.replies.iter().any(|(id, _)| *id == order)
+    }
+
+    /// Go on as long as there is something to do beside what the rig holds.
+    pub(crate) fn settle_but_for_held(&mut self, rig: &mut Rig) -> Result<(), Cut> {
+        while !self.to_healer.is_empty() || !self.to_shard.is_empty() || rig.next_op().is_some() {
+            self.step(rig)?;
+        }
+        Ok(())
     }
 
     /// An order that must be carried out.

@@ -13,6 +13,7 @@ mod features;
 mod golden;
 mod interrupted;
 mod matrix;
+mod order;
 mod rig;
 mod seat;
 mod story;
