@@ -9,6 +9,8 @@
 //!
 //! After each the volume must come back and hold what the contract says.
 
+mod acts;
+mod copies;
 pub(crate) mod plan;
 mod scenario;
 
@@ -25,6 +27,7 @@ use crate::config::Config;
 use crate::disk::Effect;
 use crate::rng::Rng;
 use crate::world::World;
+use copies::check_copies;
 use plan::{Detail, Image, Plan, Snapshot, Strike, fingerprint};
 use scenario::{Scenario, TABLE};
 
@@ -197,6 +200,7 @@ impl Drill<'_> {
     }
 
     fn reopen(&mut self, mut world: World, snapshot: &Snapshot, image: &Image, again: bool) {
+        check_copies(&world);
         let plan = world.plan.as_mut().expect("a snapshot's world has one");
         (plan.counting, plan.record_from) = (true, again.then_some(0));
         self.open(&mut world);
@@ -272,6 +276,7 @@ impl Drill<'_> {
         assert!(status.mode.poisoned || !poisoned, "F2: a poisoning is forgotten: {status:?}");
         world.check_quiet();
         world.check_all_readable();
+        check_copies(world);
         let status = world.status();
         let mapped = world.list().iter().filter(|(_, state, _)| state.slot.is_some()).count();
         assert!(status.mode.spare_up, "the spare is there: {status:?}");
