@@ -17,9 +17,9 @@ pub(crate) const SMALL: Shape = Shape { capacity: 2048, max_remaps: 16, labelled
 /// Takes no writes.
 pub(crate) const BLOCK_A: u64 = 10;
 /// Takes no writes either.
-const BLOCK_B: u64 = 30;
+pub(crate) const BLOCK_B: u64 = 30;
 /// Remapped already.
-const MOVED: u64 = 20;
+pub(crate) const MOVED: u64 = 20;
 
 pub(crate) fn bad_block(block: u64) -> Bad {
     Bad { device: PRIMARY, from: block * 4096, to: (block + 1) * 4096, reads: Reads::Good, writes: true }
@@ -29,7 +29,7 @@ fn unwritable(from: u64, bytes: u64) -> Bad {
     Bad { device: SPARE, from, to: from + bytes, reads: Reads::Good, writes: true }
 }
 
-fn old(block: u64) -> Vec<u8> {
+pub(crate) fn old(block: u64) -> Vec<u8> {
     pattern(block * BLOCK, BLOCK, 1)
 }
 
@@ -87,7 +87,7 @@ pub(crate) fn reopened(rig: &mut Rig) -> Engine {
 }
 
 /// Sector by sector, a block is old or new.
-fn assert_old_or_new(found: &[u8], block: u64) {
+pub(crate) fn assert_old_or_new(found: &[u8], block: u64) {
     for (index, sector) in found.chunks(512).enumerate() {
         let at = index * 512..(index + 1) * 512;
         assert!(sector == &old(block)[at.clone()] || sector == &new(block)[at], "sector {index} of block {block}");

@@ -135,6 +135,11 @@ impl Engine {
         Ok(status)
     }
 
+    /// Submit a flush without waiting for it.
+    pub(crate) fn begin_flush(&mut self, rig: &mut Rig) -> Token {
+        self.submit(rig, RequestOp::Flush)
+    }
+
     pub(crate) fn flush(&mut self, rig: &mut Rig) -> Result<Status, Cut> {
         let token = self.submit(rig, RequestOp::Flush);
         let status = self.await_answer(rig, token)?;
@@ -175,9 +180,14 @@ impl Engine {
         self.replies.iter().any(|(id, _)| *id == order)
     }
 
-    /// Go on as long as there is something to do beside what the rig holds.
+    /// Whether there is something to do beside what the rig holds.
+    pub(crate) fn is_busy_but_for_held(&self, rig: &Rig) -> bool {
+        !self.to_healer.is_empty() || !self.to_shard.is_empty() || rig.next_op().is_some()
+    }
+
+    /// Go on as long as there is.
     pub(crate) fn settle_but_for_held(&mut self, rig: &mut Rig) -> Result<(), Cut> {
-        while !self.to_healer.is_empty() || !self.to_shard.is_empty() || rig.next_op().is_some() {
+        while self.is_busy_but_for_held(rig) {
             self.step(rig)?;
         }
         Ok(())

@@ -7,6 +7,8 @@
 mod commits;
 mod crash;
 mod damage;
+mod degraded;
+mod doubt;
 mod engine;
 mod expect;
 mod features;

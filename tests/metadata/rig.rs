@@ -199,13 +199,23 @@ impl Rig {
         self.bad.iter().any(struck).then_some(Errno(libc::EIO))
     }
 
-    fn is_held(&self, op: &Pending) -> bool {
-        let homes = Place::ALL.into_iter().flat_map(|place| Home::ALL.map(|home| (place, home)));
-        let written = op.device == SPARE && op.kind == OpKind::Write;
+    /// Whether it is a write of that page of the table.
+    fn writes_page(&self, op: &Pending, page: u32) -> bool {
         let layout = self.shape.layout();
-        self.held_page.is_some_and(|page| {
-            written && homes.into_iter().any(|(place, home)| layout.table(place, home, page) == op.offset)
-        })
+        let mut homes = Place::ALL.into_iter().flat_map(|place| Home::ALL.map(|home| (place, home)));
+        op.device == SPARE
+            && op.kind == OpKind::Write
+            && homes.any(|(place, home)| layout.table(place, home, page) == op.offset)
+    }
+
+    /// Whether writes of the table's first page are under way, or were since the last start.
+    pub(crate) fn has_page_writes(&self) -> bool {
+        let under_way = (0..self.disks.pending_len()).map(|at| self.disks.pending(at));
+        self.performed.iter().copied().chain(under_way).any(|op| self.writes_page(&op, 0))
+    }
+
+    fn is_held(&self, op: &Pending) -> bool {
+        self.held_page.is_some_and(|page| self.writes_page(op, page))
     }
 
     /// The oldest operation under way that is not held.
@@ -283,7 +293,10 @@ impl Rig {
 
     /// Open, within the operations that are left.
     pub(crate) fn try_open(&mut self, params: OpenParams) -> Result<Result<Engine, OpenError>, Cut> {
-        let mut opening = Opening::new(params);
+        self.finish(Opening::new(params))
+    }
+
+    fn finish(&mut self, mut opening: Opening) -> Result<Result<Engine, OpenError>, Cut> {
         self.script(|completions, ops| {
             opening.step(Time(0), completions, ops);
             opening.is_done()
@@ -291,6 +304,13 @@ impl Rig {
         let policy = Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false };
         let params = HealerParams { shards: 1, policy, epoch: EPOCH };
         Ok(opening.finish(&params).map(|(healer, _)| Engine::new(healer)))
+    }
+
+    /// Open by the primary's label alone.
+    pub(crate) fn open_degraded(&mut self) -> Result<Engine, OpenError> {
+        let [primary, _] = self.shape.facts();
+        let opening = Opening::degraded(primary);
+        self.finish(opening).expect("no end was set")
     }
 
     /// Open, and do what an open volume does by itself.

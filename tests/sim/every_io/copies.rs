@@ -50,7 +50,10 @@ fn agree<S: Copy + Debug, T: PartialEq + Debug>(
     for (i, (seat, (number, content))) in found.iter().enumerate() {
         for (other, (same, says)) in &found[..i] {
             let contradict = number == same && content != says;
-            assert!(!contradict, "O1: {what} {seat:?} and {other:?} of number {number} say different things");
+            assert!(
+                !contradict,
+                "O1: {what} {seat:?} and {other:?} of number {number} contradict: {content:?}, {says:?}"
+            );
         }
     }
 }

@@ -46,7 +46,7 @@ const PLAIN: Scenario = Scenario {
     damaged: false,
 };
 
-pub(crate) const TABLE: [Scenario; 25] = [
+pub(crate) const TABLE: [Scenario; 27] = [
     Scenario {
         name: "first remap",
         begin: |world| open_with_bad_blocks(world, 2, 1),
@@ -357,6 +357,34 @@ pub(crate) const TABLE: [Scenario; 25] = [
         act: |world| {
             ask_write(world, blocks(2, 1));
             world.order(Order::Release(blocks(2, 1)));
+            world.settle_down();
+            flush(world);
+        },
+        ..PLAIN
+    },
+    // The second of them waits at the fence while the commit of the first is decided.
+    Scenario {
+        name: "two writes to one bad block at once",
+        begin: |world| {
+            open(world);
+            let bad = Bad { errno: libc::EIO, until: Until::Times(3), fault: None };
+            world.disks[0].bad_writes.insert(20, bad);
+        },
+        act: |world| {
+            ask_write(world, blocks(2, 1));
+            ask_write(world, blocks(2, 1));
+            world.settle_down();
+            flush(world);
+        },
+        ..PLAIN
+    },
+    // Those of the second find their blocks while the commit of the first is under way.
+    Scenario {
+        name: "one remap after the other",
+        begin: |world| open_with_bad_blocks(world, 2, 6),
+        act: |world| {
+            ask_write(world, blocks(2, 1));
+            ask_write(world, blocks(4, 3));
             world.settle_down();
             flush(world);
         },
