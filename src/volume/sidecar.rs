@@ -167,6 +167,7 @@ mod tests {
         assert_eq!(Poison::decode(&p, set, seat), Some(poison));
         assert_eq!(SavedCounters::decode(&c, set, seat), Some(counters));
         assert_eq!(Poison::decode(&p, set, Seat::Label), None);
+        assert_eq!(Poison::decode(&p, Uuid::from_u128(78), seat), None);
         for byte in 0..PAGE {
             let (mut p, mut c) = (p, c);
             p[byte] ^= 0x80;

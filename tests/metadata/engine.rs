@@ -9,7 +9,7 @@ use vhost_remap::engine::healer::{Healer, HealerOut, HealerStatus, Order, OrderI
 use vhost_remap::engine::message::{ToHealer, ToShard};
 use vhost_remap::engine::request::{Answer, Request, RequestOp, Status, Token};
 use vhost_remap::engine::shard::{Shard, ShardOut};
-use vhost_remap::units::{Block, Time};
+use vhost_remap::units::{Block, Sector, SectorRange, Time};
 use vhost_remap::volume::superblock::CloseStamp;
 
 use crate::rig::{Cut, MTIME, Rig, range_of};
@@ -111,6 +111,20 @@ impl Engine {
         let (range, len) = (range_of(sector, bytes.len()), bytes.len());
         let data = Iovecs::of_buffer(&Arc::new(AlignedBuf::copy_of(bytes)), 0, len);
         self.submit(rig, RequestOp::Write { range, data })
+    }
+
+    /// Submit a read, whose data nobody wants, without waiting for it.
+    pub(crate) fn begin_read(&mut self, rig: &mut Rig, sector: u64, count: u64) -> Token {
+        let bytes = usize::try_from(count * 512).expect("small");
+        let data = Iovecs::of_buffer(&Arc::new(AlignedBuf::zeroed(bytes)), 0, bytes);
+        self.submit(rig, RequestOp::Read { range: range_of(sector, bytes), data })
+    }
+
+    pub(crate) fn discard(&mut self, rig: &mut Rig, sector: u64, count: u64) {
+        let ranges = vec![SectorRange { start: Sector(sector), count }];
+        let token = self.submit(rig, RequestOp::Discard { ranges });
+        self.settle(rig).expect("no end was set");
+        assert_eq!(self.answer(token), Some(Status::Ok));
     }
 
     /// How a request ended, if it has.

@@ -214,6 +214,15 @@ impl Rig {
         self.performed.iter().copied().chain(under_way).any(|op| self.writes_page(&op, 0))
     }
 
+    /// The same for slots.
+    pub(crate) fn has_slot_writes(&self) -> bool {
+        let layout = self.shape.layout();
+        let slots = layout.slots_start..layout.tail_start;
+        let under_way = (0..self.disks.pending_len()).map(|at| self.disks.pending(at));
+        let mut ops = self.performed.iter().copied().chain(under_way);
+        ops.any(|op| op.device == SPARE && op.kind == OpKind::Write && slots.contains(&op.offset))
+    }
+
     fn is_held(&self, op: &Pending) -> bool {
         self.held_page.is_some_and(|page| self.writes_page(op, page))
     }
