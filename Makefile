@@ -2,7 +2,7 @@
 # `ci/setup` brings the rest, and `ci/setup env` says where it put it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := all
-.PHONY: all clean test fuzz simulate torture load unload status install help demo bench
+.PHONY: all clean test fuzz simulate mutants torture load unload status install help demo bench
 
 PREFIX ?= /usr/local
 # What `make fuzz` runs, and for how long each.
@@ -47,6 +47,9 @@ demo: all ## boot a guest on a failing disk and watch it heal
 simulate: ## run the simulator for long: SEEDS=1000000 [FIRST_SEED=0]; a failure is shrunk and can be replayed
 	@$(with_cargo) VHOST_REMAP_SEEDS="$${SEEDS:-1000000}" VHOST_REMAP_FIRST_SEED="$${FIRST_SEED:-0}" \
 	    VHOST_REMAP_KEEP_GOING=1 cargo test --release --locked --test sim -- every_run --nocapture
+
+mutants: ## take out one safeguard after the other and see whether a test notices: [MUTANTS='commit-* …'] (hours)
+	@$(with_cargo) ci/mutants $(MUTANTS)
 
 bench: ## (not part of this version)
 	@echo "make bench: benchmarks are not part of this version" >&2; exit 1

@@ -2,6 +2,8 @@
 //! names tests that exist. Two tables are read from the documentation itself (`src/lib.rs`), so that it
 //! cannot say one thing while the code does another.
 
+#[path = "tidy/mutants.rs"]
+mod mutants;
 #[path = "tidy/scenarios.rs"]
 mod scenarios;
 

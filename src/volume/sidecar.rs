@@ -168,6 +168,7 @@ mod tests {
         assert_eq!(Poison::decode(&p, set, seat), Some(poison));
         assert_eq!(SavedCounters::decode(&c, set, seat), Some(counters));
         assert_eq!(Poison::decode(&p, set, Seat::Label), None);
+        assert_eq!(Poison::decode(&p, Uuid::from_u128(78), seat), None);
         // An interpreter has no time for all.
         for byte in (0..PAGE).step_by(if cfg!(miri) { 1999 } else { 1 }) {
             let (mut p, mut c) = (p, c);

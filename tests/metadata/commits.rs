@@ -15,11 +15,11 @@ use crate::seat::{At, Entry, Kind, Seat, age, content, is_whole, live_entries, s
 
 pub(crate) const SMALL: Shape = Shape { capacity: 2048, max_remaps: 16, labelled: true };
 /// Takes no writes.
-const BLOCK_A: u64 = 10;
+pub(crate) const BLOCK_A: u64 = 10;
 /// Takes no writes either.
-const BLOCK_B: u64 = 30;
+pub(crate) const BLOCK_B: u64 = 30;
 /// Remapped already.
-const MOVED: u64 = 20;
+pub(crate) const MOVED: u64 = 20;
 
 pub(crate) fn bad_block(block: u64) -> Bad {
     Bad { device: PRIMARY, from: block * 4096, to: (block + 1) * 4096, reads: Reads::Good, writes: true }
@@ -29,11 +29,11 @@ fn unwritable(from: u64, bytes: u64) -> Bad {
     Bad { device: SPARE, from, to: from + bytes, reads: Reads::Good, writes: true }
 }
 
-fn old(block: u64) -> Vec<u8> {
+pub(crate) fn old(block: u64) -> Vec<u8> {
     pattern(block * BLOCK, BLOCK, 1)
 }
 
-fn new(block: u64) -> Vec<u8> {
+pub(crate) fn new(block: u64) -> Vec<u8> {
     pattern(block * BLOCK, BLOCK, 2)
 }
 
@@ -87,7 +87,7 @@ pub(crate) fn reopened(rig: &mut Rig) -> Engine {
 }
 
 /// Sector by sector, a block is old or new.
-fn assert_old_or_new(found: &[u8], block: u64) {
+pub(crate) fn assert_old_or_new(found: &[u8], block: u64) {
     for (index, sector) in found.chunks(512).enumerate() {
         let at = index * 512..(index + 1) * 512;
         assert!(sector == &old(block)[at.clone()] || sector == &new(block)[at], "sector {index} of block {block}");
@@ -267,7 +267,7 @@ fn a_second_commit_waits_for_the_second_home_of_the_first() {
 }
 
 /// A volume with a free slot in the first page, one in the second, and those of the third.
-fn three_pages() -> (Rig, Vec<Entry>) {
+pub(crate) fn three_pages() -> (Rig, Vec<Entry>) {
     let mut rig = Rig::new(Shape { capacity: 16 * 2048, max_remaps: 1100, labelled: false });
     rig.create().unwrap().unwrap();
     let mut engine = rig.open().unwrap();

@@ -9,7 +9,7 @@ use vhost_remap::engine::healer::{Healer, HealerOut, HealerStatus, Order, OrderI
 use vhost_remap::engine::message::{ToHealer, ToShard};
 use vhost_remap::engine::request::{Answer, Request, RequestOp, Status, Token};
 use vhost_remap::engine::shard::{Shard, ShardOut};
-use vhost_remap::units::{Block, Time};
+use vhost_remap::units::{Block, Sector, SectorRange, Time};
 use vhost_remap::volume::superblock::CloseStamp;
 
 use super::rig::{Cut, MTIME, Rig, range_of};
@@ -63,7 +63,7 @@ impl Engine {
     }
 
     /// One message or one operation; `false` where there is neither.
-    fn step(&mut self, rig: &mut Rig) -> Result<bool, Cut> {
+    pub(crate) fn step(&mut self, rig: &mut Rig) -> Result<bool, Cut> {
         let (mut rare, mut fast) = (HealerOut::default(), ShardOut::default());
         if let Some(message) = self.to_healer.pop_front() {
             self.healer.message(self.now, message, &mut rare);
@@ -113,6 +113,20 @@ impl Engine {
         self.submit(rig, RequestOp::Write { range, data })
     }
 
+    /// Submit a read, whose data nobody wants, without waiting for it.
+    pub(crate) fn begin_read(&mut self, rig: &mut Rig, sector: u64, count: u64) -> Token {
+        let bytes = usize::try_from(count * 512).expect("small");
+        let data = Iovecs::of_buffer(&Arc::new(AlignedBuf::zeroed(bytes)), 0, bytes);
+        self.submit(rig, RequestOp::Read { range: range_of(sector, bytes), data })
+    }
+
+    pub(crate) fn discard(&mut self, rig: &mut Rig, sector: u64, count: u64) {
+        let ranges = vec![SectorRange { start: Sector(sector), count }];
+        let token = self.submit(rig, RequestOp::Discard { ranges });
+        self.settle(rig).expect("no end was set");
+        assert_eq!(self.answer(token), Some(Status::Ok));
+    }
+
     /// How a request ended, if it has.
     pub(crate) fn answer(&self, token: Token) -> Option<Status> {
         self.answers.iter().find(|answer| answer.request.token == token).map(|answer| answer.status)
@@ -135,6 +149,11 @@ impl Engine {
         Ok(status)
     }
 
+    /// Submit a flush without waiting for it.
+    pub(crate) fn begin_flush(&mut self, rig: &mut Rig) -> Token {
+        self.submit(rig, RequestOp::Flush)
+    }
+
     pub(crate) fn flush(&mut self, rig: &mut Rig) -> Result<Status, Cut> {
         let token = self.submit(rig, RequestOp::Flush);
         let status = self.await_answer(rig, token)?;
@@ -154,15 +173,38 @@ impl Engine {
         (answer.status == Status::Ok).then_some(bytes)
     }
 
-    pub(crate) fn order(&mut self, rig: &mut Rig, order: Order) -> Result<Reply, Cut> {
+    /// Give an order without waiting for its answer.
+    pub(crate) fn begin_order(&mut self, rig: &mut Rig, order: Order) -> OrderId {
         self.asked += 1;
         let id = OrderId(u64::from(self.asked));
         let mut out = HealerOut::default();
         self.healer.order(self.now, id, order, &mut out);
         self.take_healer(rig, out);
+        id
+    }
+
+    pub(crate) fn order(&mut self, rig: &mut Rig, order: Order) -> Result<Reply, Cut> {
+        let id = self.begin_order(rig, order);
         self.settle(rig)?;
         let at = self.replies.iter().position(|(of, _)| *of == id).expect("an order is answered");
         Ok(self.replies.remove(at).1)
+    }
+
+    pub(crate) fn is_answered(&self, order: OrderId) -> bool {
+        self.replies.iter().any(|(id, _)| *id == order)
+    }
+
+    /// Whether there is something to do beside what the rig holds.
+    pub(crate) fn is_busy_but_for_held(&self, rig: &Rig) -> bool {
+        !self.to_healer.is_empty() || !self.to_shard.is_empty() || rig.next_op().is_some()
+    }
+
+    /// Go on as long as there is.
+    pub(crate) fn settle_but_for_held(&mut self, rig: &mut Rig) -> Result<(), Cut> {
+        while self.is_busy_but_for_held(rig) {
+            self.step(rig)?;
+        }
+        Ok(())
     }
 
     /// An order that must be carried out.

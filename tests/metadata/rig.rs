@@ -7,7 +7,7 @@ use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::{Healer, HealerParams, OnLoss, Policy};
 use vhost_remap::engine::open::{DeviceFacts, LabelSearch, OldLabel, OpenError, OpenParams, Opening};
 use vhost_remap::units::{Sector, SectorRange, Time};
-use vhost_remap::volume::layout::{LabelLayout, Layout, label_size, spare_size};
+use vhost_remap::volume::layout::{Home, LabelLayout, Layout, Place, label_size, spare_size};
 
 use super::engine::Engine;
 
@@ -95,8 +95,13 @@ pub(crate) struct Rig {
     /// Of the script or the healer, and of the shard.
     queues: [MemoryDevice; 2],
     pub(crate) bad: Vec<Bad>,
-    /// Flushes that fail, by device.
+    /// Flushes that fail, by device, and with what.
     pub(crate) bad_flushes: [u32; 2],
+    pub(crate) flush_errno: Errno,
+    /// Bytes of a device to which writes are lost: they succeed and nothing comes of them.
+    pub(crate) lost: Option<(DeviceIndex, std::ops::Range<u64>)>,
+    /// Table pages of which writes wait, as long as there is anything else to do.
+    pub(crate) held_page: Option<u32>,
     /// Operations of the spare that fail, counted from 0: the first of them, and how many.
     pub(crate) fails: Option<(u64, u64)>,
     /// Operations that may still be performed before the power goes.
@@ -120,6 +125,9 @@ impl Rig {
             disks,
             bad: Vec::new(),
             bad_flushes: [0; 2],
+            flush_errno: Errno(libc::EIO),
+            lost: None,
+            held_page: None,
             fails: None,
             left: None,
             performed: Vec::new(),
@@ -182,7 +190,7 @@ impl Rig {
         let flushes = &mut self.bad_flushes[usize::from(op.device.0)];
         if op.kind == OpKind::Flush && *flushes > 0 {
             *flushes -= 1;
-            return Some(Errno(libc::EIO));
+            return Some(self.flush_errno);
         }
         let struck = |bad: &Bad| {
             let fails = if op.kind == OpKind::Read { bad.reads != Reads::Good } else { bad.writes };
@@ -191,19 +199,57 @@ impl Rig {
         self.bad.iter().any(struck).then_some(Errno(libc::EIO))
     }
 
-    /// Perform the oldest operation under way; whose it was, and how it ended.
+    /// Whether it is a write of that page of the table.
+    fn writes_page(&self, op: &Pending, page: u32) -> bool {
+        let layout = self.shape.layout();
+        let mut homes = Place::ALL.into_iter().flat_map(|place| Home::ALL.map(|home| (place, home)));
+        op.device == SPARE
+            && op.kind == OpKind::Write
+            && homes.any(|(place, home)| layout.table(place, home, page) == op.offset)
+    }
+
+    /// Whether writes of the table's first page are under way, or were since the last start.
+    pub(crate) fn has_page_writes(&self) -> bool {
+        let under_way = (0..self.disks.pending_len()).map(|at| self.disks.pending(at));
+        self.performed.iter().copied().chain(under_way).any(|op| self.writes_page(&op, 0))
+    }
+
+    /// The same for slots.
+    pub(crate) fn has_slot_writes(&self) -> bool {
+        let layout = self.shape.layout();
+        let slots = layout.slots_start..layout.tail_start;
+        let under_way = (0..self.disks.pending_len()).map(|at| self.disks.pending(at));
+        let mut ops = self.performed.iter().copied().chain(under_way);
+        ops.any(|op| op.device == SPARE && op.kind == OpKind::Write && slots.contains(&op.offset))
+    }
+
+    fn is_held(&self, op: &Pending) -> bool {
+        self.held_page.is_some_and(|page| self.writes_page(op, page))
+    }
+
+    /// The oldest operation under way that is not held.
+    pub(crate) fn next_op(&self) -> Option<usize> {
+        (0..self.disks.pending_len()).find(|at| !self.is_held(&self.disks.pending(*at)))
+    }
+
+    /// Perform the oldest operation under way that need not wait; whose it was, and how it ended.
     pub(crate) fn perform(&mut self) -> Result<(usize, Completion), Cut> {
         match &mut self.left {
             Some(0) => return Err(Cut),
             Some(left) => *left -= 1,
             None => {}
         }
-        let op = self.disks.pending(0);
+        let at = self.next_op().unwrap_or(0);
+        let op = self.disks.pending(at);
         self.performed.push(op);
+        let is_lost = |(device, bytes): &(DeviceIndex, std::ops::Range<u64>)| {
+            op.kind == OpKind::Write && op.device == *device && bytes.contains(&op.offset)
+        };
         match self.errno(&op) {
-            Some(errno) => self.disks.complete_as(0, Err(errno), |_| false),
+            Some(errno) => self.disks.complete_as(at, Err(errno), |_| false),
+            None if self.lost.as_ref().is_some_and(is_lost) => self.disks.complete_as(at, Ok(()), |_| false),
             None => {
-                self.disks.complete(0);
+                self.disks.complete(at);
                 let mended = |bad: &Bad| {
                     let covered = bad.device == op.device && op.offset <= bad.from && bad.to <= op.offset + op.len;
                     covered && op.kind == OpKind::Write && bad.reads == Reads::UntilWritten

@@ -15,6 +15,8 @@ use crate::model::Crash;
 use crate::script::{Deed, Reopening};
 use crate::world::{Owner, World, trace};
 
+/// The volume's name.
+pub(crate) const SET: u128 = 0x5e7;
 /// Steps after which a session that still has requests hangs.
 const STEPS_MAX: u64 = 200_000;
 /// The same in simulated time: 20 minutes, far beyond every deadline of the engine.
@@ -76,7 +78,7 @@ impl World {
             capacity: self.config.capacity,
             labelled: self.config.labelled,
             max_remaps: self.config.max_remaps,
-            set: Uuid::from_u128(0x5e7),
+            set: Uuid::from_u128(SET),
             devices: [Uuid::from_u128(1), Uuid::from_u128(2)],
             serial: *b"simulated-disk-00000",
             now: 1_000_000,

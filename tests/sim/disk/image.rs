@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::hash::{Hash, Hasher};
 
 use vhost_remap::device::{Op, OpKind};
+use vhost_remap::volume::layout::PAGE;
 
 use super::store::{Content, Volatile};
 use super::{Disk, NEVER, sectors};
@@ -67,6 +68,16 @@ impl Disk {
             (sector, self.words(*durable)).hash(hasher);
             later.iter().for_each(|(number, content)| (*number == NEVER, self.words(*content)).hash(hasher));
         }
+    }
+
+    /// A page of metadata as it reads now.
+    pub(crate) fn page(&self, offset: u64) -> [u8; PAGE] {
+        let first = usize::try_from(offset).expect("small disks") / SECTOR;
+        let mut page = [0; PAGE];
+        for (content, bytes) in self.current[first..].iter().zip(page.chunks_exact_mut(SECTOR)) {
+            self.store.copy(*content, bytes);
+        }
+        page
     }
 
     /// A number for a sector's bytes.

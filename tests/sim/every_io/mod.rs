@@ -9,6 +9,8 @@
 //!
 //! After each the volume must come back and hold what the contract says.
 
+mod acts;
+mod copies;
 pub(crate) mod plan;
 mod scenario;
 
@@ -25,6 +27,7 @@ use crate::config::Config;
 use crate::disk::Effect;
 use crate::rng::Rng;
 use crate::world::World;
+use copies::check_copies;
 use plan::{Detail, Image, Plan, Snapshot, Strike, fingerprint};
 use scenario::{Scenario, TABLE};
 
@@ -197,6 +200,7 @@ impl Drill<'_> {
     }
 
     fn reopen(&mut self, mut world: World, snapshot: &Snapshot, image: &Image, again: bool) {
+        self.check_copies(&world);
         let plan = world.plan.as_mut().expect("a snapshot's world has one");
         (plan.counting, plan.record_from) = (true, again.then_some(0));
         self.open(&mut world);
@@ -264,6 +268,13 @@ impl Drill<'_> {
         opened.unwrap_or_else(|error| panic!("healed devices are refused: {error}"));
     }
 
+    /// Where one place is harmed already, a superblock that does not read for once hides that the other was retired.
+    fn check_copies(&self, world: &World) {
+        if !self.scenario.damaged {
+            check_copies(world);
+        }
+    }
+
     /// Healed, the volume has what it must have.
     fn verify(&self, world: &mut World, poisoned: bool) {
         world.disks.iter_mut().for_each(|disk| disk.heal());
@@ -272,6 +283,7 @@ impl Drill<'_> {
         assert!(status.mode.poisoned || !poisoned, "F2: a poisoning is forgotten: {status:?}");
         world.check_quiet();
         world.check_all_readable();
+        self.check_copies(world);
         let status = world.status();
         let mapped = world.list().iter().filter(|(_, state, _)| state.slot.is_some()).count();
         assert!(status.mode.spare_up, "the spare is there: {status:?}");

@@ -2,8 +2,12 @@
 
 use vhost_remap::engine::healer::{OnLoss, Order, Policy};
 use vhost_remap::units::{Sector, SectorRange};
-use vhost_remap::volume::layout::{Home, Layout, Place};
+use vhost_remap::volume::layout::{Home, Place};
 
+use super::acts::{
+    ask_write, bad_blocks, bad_slots, bad_table, blocks, flush, layout, make, mark, open, open_with_bad_blocks,
+    open_with_remaps, order, read, try_open, write,
+};
 use crate::config::Config;
 use crate::disk::{Bad, Disk, Until};
 use crate::guest::SECTOR;
@@ -42,7 +46,7 @@ const PLAIN: Scenario = Scenario {
     damaged: false,
 };
 
-pub(crate) const TABLE: [Scenario; 20] = [
+pub(crate) const TABLE: [Scenario; 27] = [
     Scenario {
         name: "first remap",
         begin: |world| open_with_bad_blocks(world, 2, 1),
@@ -332,6 +336,96 @@ pub(crate) const TABLE: [Scenario; 20] = [
         },
         ..PLAIN
     },
+    // Nothing flushes the spare between the first commit's second homes and the second commit.
+    Scenario {
+        name: "remap and release at once",
+        begin: |world| open_with_remaps(world, 2, 1),
+        act: |world| {
+            world.order(Order::Remap(blocks(5, 1)));
+            world.order(Order::Release(blocks(2, 1)));
+            world.settle_down();
+            flush(world);
+        },
+        ..PLAIN
+    },
+    Scenario {
+        name: "move and release at once",
+        begin: |world| {
+            open_with_remaps(world, 2, 1);
+            bad_slots(world, 0, 1);
+        },
+        act: |world| {
+            ask_write(world, blocks(2, 1));
+            world.order(Order::Release(blocks(2, 1)));
+            world.settle_down();
+            flush(world);
+        },
+        ..PLAIN
+    },
+    // The second of them waits at the fence while the commit of the first is decided.
+    Scenario {
+        name: "two writes to one bad block at once",
+        begin: |world| {
+            open(world);
+            let bad = Bad { errno: libc::EIO, until: Until::Times(3), fault: None };
+            world.disks[0].bad_writes.insert(20, bad);
+        },
+        act: |world| {
+            ask_write(world, blocks(2, 1));
+            ask_write(world, blocks(2, 1));
+            world.settle_down();
+            flush(world);
+        },
+        ..PLAIN
+    },
+    // Those of the second find their blocks while the commit of the first is under way.
+    Scenario {
+        name: "one remap after the other",
+        begin: |world| open_with_bad_blocks(world, 2, 6),
+        act: |world| {
+            ask_write(world, blocks(2, 1));
+            ask_write(world, blocks(4, 3));
+            world.settle_down();
+            flush(world);
+        },
+        ..PLAIN
+    },
+    Scenario {
+        name: "move and return of the spare",
+        begin: |world| open_with_bad_blocks(world, 2, 2),
+        act: |world| {
+            write(world, blocks(2, 1));
+            world.let_pass(3);
+            write(world, blocks(3, 1));
+            world.let_pass(3);
+            flush(world);
+        },
+        ..PLAIN
+    },
+    Scenario {
+        name: "failed flush noted on the spare alone",
+        labelled: false,
+        begin: |world| open_with_remaps(world, 2, 1),
+        act: |world| {
+            write(world, blocks(2, 3));
+            world.disks[0].bad_flushes = 1;
+            flush(world);
+            read(world, blocks(2, 3));
+        },
+        ..PLAIN
+    },
+    Scenario {
+        name: "failed flush noted on the primary alone",
+        begin: |world| open_with_remaps(world, 2, 1),
+        act: |world| {
+            world.disks[1].gone = true;
+            write(world, blocks(2, 3));
+            world.disks[0].bad_flushes = 1;
+            flush(world);
+            read(world, blocks(4, 3));
+        },
+        ..PLAIN
+    },
 ];
 
 impl Scenario {
@@ -351,96 +445,4 @@ impl Scenario {
             ..Config::of(&mut rng)
         }
     }
-}
-
-fn blocks(first: u64, count: u64) -> SectorRange {
-    SectorRange { start: Sector(first * 8), count: count * 8 }
-}
-
-fn layout(world: &World) -> Layout {
-    Layout::new(world.config.spare_bytes(), world.config.max_remaps).expect("the configuration is possible")
-}
-
-fn make(world: &mut World) {
-    world.create_once(None).expect("no crash was asked for").expect("healthy disks take a new volume");
-    open(world);
-    world.rewrite_all();
-    world.close();
-    assert!(world.engine.is_none());
-}
-
-fn open(world: &mut World) {
-    world.open_once(false, None).expect("no crash was asked for").expect("a whole volume opens");
-    world.settle_down();
-}
-
-/// Whether it opened.
-fn try_open(world: &mut World) -> bool {
-    let opened = world.open_once(false, None).expect("no crash was asked for").is_ok();
-    if opened {
-        world.settle_down();
-    }
-    opened
-}
-
-/// With slots that hold other data than the blocks on the primary.
-fn open_with_remaps(world: &mut World, first: u64, count: u64) {
-    open(world);
-    order(world, Order::Remap(blocks(first, count)));
-    assert_eq!(world.status().live as u64, count);
-    write(world, blocks(first, count));
-    flush(world);
-}
-
-fn open_with_bad_blocks(world: &mut World, first: u64, count: u64) {
-    open(world);
-    bad_blocks(world, first, count);
-}
-
-fn mark(disk: &mut Disk, sectors: std::ops::Range<u64>, read: bool) {
-    let marks = if read { &mut disk.bad_reads } else { &mut disk.bad_writes };
-    let bad = Bad { errno: libc::EIO, until: Until::Healed, fault: None };
-    marks.extend(sectors.map(|sector| (usize::try_from(sector).expect("small"), bad)));
-}
-
-fn bad_blocks(world: &mut World, first: u64, count: u64) {
-    mark(&mut world.disks[0], first * 8..(first + count) * 8, false);
-}
-
-fn bad_slots(world: &mut World, first: u64, count: u64) {
-    let start = layout(world).slots_start / SECTOR as u64;
-    mark(&mut world.disks[1], start + first * 8..start + (first + count) * 8, false);
-}
-
-/// The table in these places does not take writes.
-fn bad_table(world: &mut World, places: &[Place]) {
-    let layout = layout(world);
-    for (place, home) in places.iter().flat_map(|place| Home::ALL.map(|home| (*place, home))) {
-        let sector = layout.table(place, home, 0) / SECTOR as u64;
-        mark(&mut world.disks[1], sector..sector + 8, false);
-    }
-}
-
-fn ask_write(world: &mut World, range: SectorRange) {
-    world.ask_write(range);
-}
-
-fn write(world: &mut World, range: SectorRange) {
-    ask_write(world, range);
-    world.settle_down();
-}
-
-fn read(world: &mut World, range: SectorRange) {
-    world.ask_read(range);
-    world.settle_down();
-}
-
-fn flush(world: &mut World) {
-    world.ask_flush();
-    world.settle_down();
-}
-
-fn order(world: &mut World, order: Order) {
-    world.order(order);
-    world.settle_down();
 }

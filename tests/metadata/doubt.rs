@@ -1,0 +1,117 @@
+//! A flush fails at any moment while a block moves: what the commit leaves in doubt harms nobody (W8), and the
+//! failure costs no more than it must (F3).
+
+use vhost_remap::engine::healer::Order;
+use vhost_remap::engine::request::{Status, Token};
+
+use crate::commits::{BLOCK_A, BLOCK_B, MOVED, SMALL, assert_old_or_new, begun, new, old, reopened};
+use crate::engine::Engine;
+use crate::rig::{BLOCK, Rig};
+
+/// So many steps may pass before a write that was begun is answered.
+const STEPS_MAX: u64 = 200;
+
+fn begin(rig: &mut Rig, engine: &mut Engine, block: u64) -> Token {
+    engine.begin_write(rig, block * BLOCK, &new(block))
+}
+
+/// Begin to move a block, and show `check` each moment of that until it is over.
+fn at_every_moment(mut check: impl FnMut(&mut Rig, Engine)) {
+    for steps in 0..STEPS_MAX {
+        let mut rig = begun(SMALL);
+        let mut engine = rig.open().unwrap();
+        rig.performed.clear();
+        let token = begin(&mut rig, &mut engine, BLOCK_A);
+        for _ in 0..steps {
+            engine.step(&mut rig).unwrap();
+        }
+        let over = engine.answer(token).is_some();
+        check(&mut rig, engine);
+        if over {
+            return;
+        }
+    }
+    panic!("a write is not answered within {STEPS_MAX} steps");
+}
+
+/// The slot of a commit in doubt is its block's after a restart, as far as anybody knows: no other block is
+/// written there, not even by a job that was on its way to a slot when the doubt came up.
+#[test]
+fn the_slot_of_a_commit_in_doubt_is_left_alone() {
+    let mut last = false;
+    for steps in 0..STEPS_MAX {
+        let mut rig = begun(SMALL);
+        let mut engine = rig.open().unwrap();
+        rig.held_page = Some(0);
+        let first = begin(&mut rig, &mut engine, BLOCK_A);
+        engine.settle_but_for_held(&mut rig).unwrap();
+        let second = begin(&mut rig, &mut engine, BLOCK_B);
+        for _ in 0..steps {
+            last = !engine.is_busy_but_for_held(&rig);
+            engine.step(&mut rig).unwrap();
+        }
+        assert_eq!([first, second].map(|token| engine.answer(token)), [None; 2], "both wait for the first commit");
+        rig.held_page = None;
+        rig.bad_flushes = [0, 1];
+        engine.settle(&mut rig).unwrap();
+        assert_eq!(engine.answer(first), Some(Status::IoErr));
+        drop(engine);
+        rig.kill();
+        let mut engine = reopened(&mut rig);
+        for block in [BLOCK_A, BLOCK_B] {
+            assert_old_or_new(&engine.read(&mut rig, block * BLOCK, BLOCK).expect("no sector is lost"), block);
+        }
+        assert_eq!(engine.read(&mut rig, MOVED * BLOCK, BLOCK), Some(old(MOVED)));
+        if last {
+            return;
+        }
+    }
+    panic!("the second write does not come to its commit");
+}
+
+/// Whatever a failed flush of the spare left in doubt is decided once the operator has looked and the spare is
+/// in use again, also where the spare was dirty and the flush poisoned the volume.
+#[test]
+fn a_doubt_ends_with_the_poison_that_came_with_it() {
+    let mut poisoned = 0;
+    at_every_moment(|rig, mut engine| {
+        begin(rig, &mut engine, MOVED);
+        rig.bad_flushes = [0, 1];
+        engine.settle(rig).unwrap();
+        // Nobody may have wanted one until now.
+        engine.flush(rig).unwrap();
+        if engine.is_poisoned() {
+            poisoned += 1;
+            engine.done(rig, Order::Clear);
+        }
+        (0..3).for_each(|_| engine.pass(rig, 1).unwrap());
+        assert_eq!(engine.status(rig).in_doubt, 0);
+        for block in [BLOCK_A, BLOCK_B, MOVED] {
+            assert_eq!(engine.write(rig, block * BLOCK, &new(block)), Ok(Status::Ok), "block {block}");
+        }
+        assert_eq!(engine.flush(rig), Ok(Status::Ok));
+    });
+    assert!(poisoned > 0, "some of them poison");
+}
+
+/// A failed flush of the primary poisons the volume. A commit that has not begun by then is refused, so that
+/// nothing is in doubt, and the spare stays in use.
+#[test]
+fn a_poisoned_volume_begins_no_commit() {
+    let mut refused = 0;
+    at_every_moment(|rig, mut engine| {
+        rig.bad_flushes = [1, 0];
+        engine.begin_flush(rig);
+        while !engine.is_poisoned() {
+            assert!(engine.step(rig).unwrap(), "a failed flush poisons");
+        }
+        let begun = rig.has_page_writes();
+        engine.settle(rig).unwrap();
+        let status = engine.status(rig);
+        if !begun {
+            refused += 1;
+            assert!(status.mode.spare_up && status.in_doubt == 0, "{:?}", engine.causes("spare-down"));
+        }
+    });
+    assert!(refused > 0, "some of them come too late");
+}
