@@ -59,5 +59,6 @@ torture: ## kill a working server 1,000 times (KILLS=…) and check every answer
 	@$(with_cargo) export VHOST_REMAP_KILLS="$${KILLS:-1000}" VHOST_REMAP_SEED="$${SEED:-$$((RANDOM << 15 | RANDOM))}" && \
 	    STEP_SECONDS=$$((600 + VHOST_REMAP_KILLS * 5)) ci/test torture
 
-# Variables given on make's command line reach the scripts through the environment.
-export PRIMARY SPARE SOCKET OPTIONS SEEDS FIRST_SEED KILLS SEED FUZZ_SECONDS
+# What is given on make's command line reaches the scripts by itself. Not so what has a value above; and what has none
+# must not reach them empty.
+export FUZZ_SECONDS
