@@ -16,6 +16,7 @@ mod foreign;
 mod golden;
 mod interrupted;
 mod ladders;
+mod lost;
 mod matrix;
 mod order;
 mod rig;

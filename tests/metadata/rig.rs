@@ -172,6 +172,14 @@ impl Rig {
 
     pub(crate) fn submit(&mut self, queue: usize, ops: &mut Vec<Op>) {
         for op in ops.drain(..) {
+            let same = |other: &Pending| {
+                other.kind == OpKind::Write && (other.device, other.offset, other.len) == (op.device, op.offset, op.len)
+            };
+            // Nobody could say which of the two is there in the end.
+            let twice = queue == 0
+                && op.kind == OpKind::Write
+                && (0..self.disks.pending_len()).any(|at| same(&self.disks.pending(at)));
+            assert!(!twice, "two writes to one place at once: {op:?}");
             // SAFETY: whoever emitted the operation keeps its memory until told of its end, or is dropped after
             // a `Cut`, since which nothing is performed any more; the crash that follows forgets the reads.
             unsafe { self.queues[queue].submit(op) };
