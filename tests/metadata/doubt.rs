@@ -6,7 +6,7 @@ use vhost_remap::engine::request::{Status, Token};
 
 use crate::commits::{BLOCK_A, BLOCK_B, MOVED, SMALL, assert_old_or_new, begun, new, old, reopened};
 use crate::engine::Engine;
-use crate::rig::{BLOCK, Rig};
+use crate::rig::{BLOCK, Bad, Reads, Rig, SPARE};
 
 /// So many steps may pass before a write that was begun is answered.
 const STEPS_MAX: u64 = 200;
@@ -114,4 +114,32 @@ fn a_poisoned_volume_begins_no_commit() {
         }
     });
     assert!(refused > 0, "some of them come too late");
+}
+
+/// F3: a commit that comes to its turn when the spare is down is refused before it does anything. Its flush would
+/// fail, and be taken for one of the guest's data.
+#[test]
+fn a_commit_that_waited_until_the_spare_was_down_is_refused() {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    let first = begin(&mut rig, &mut engine, BLOCK_A);
+    assert_eq!(engine.await_answer(&mut rig, first), Ok(Status::Ok));
+    // Its second homes are not up, for which the next commit waits; meanwhile the spare is dirty.
+    rig.held_page = Some(0);
+    let second = begin(&mut rig, &mut engine, BLOCK_B);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    let third = begin(&mut rig, &mut engine, MOVED);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert_eq!([second, third].map(|token| engine.answer(token)), [None, Some(Status::Ok)]);
+    let gone = Bad { device: SPARE, from: 0, to: u64::MAX, reads: Reads::Never, writes: true };
+    rig.bad.push(gone);
+    engine.begin_read(&mut rig, MOVED * BLOCK, BLOCK);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert_eq!(engine.causes("spare-down").len(), 1);
+    // It works again, and nobody has asked it yet.
+    rig.bad.retain(|bad| *bad != gone);
+    rig.held_page = None;
+    engine.settle(&mut rig).unwrap();
+    assert_eq!(engine.answer(second), Some(Status::IoErr));
+    assert!(!engine.is_poisoned());
 }

@@ -19,6 +19,7 @@ mod ladders;
 mod lost;
 mod matrix;
 mod order;
+mod returns;
 mod rig;
 mod seat;
 mod story;

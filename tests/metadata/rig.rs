@@ -98,6 +98,8 @@ pub(crate) struct Rig {
     /// Flushes that fail, by device, and with what.
     pub(crate) bad_flushes: [u32; 2],
     pub(crate) flush_errno: Errno,
+    /// What fails is half done: every other sector of a write lands, or is lost with a flush.
+    pub(crate) torn: bool,
     /// Bytes of a device to which writes are lost: they succeed and nothing comes of them.
     pub(crate) lost: Option<(DeviceIndex, std::ops::Range<u64>)>,
     /// Table pages of which writes wait, as long as there is anything else to do.
@@ -126,6 +128,7 @@ impl Rig {
             bad: Vec::new(),
             bad_flushes: [0; 2],
             flush_errno: Errno(libc::EIO),
+            torn: false,
             lost: None,
             held_page: None,
             fails: None,
@@ -253,8 +256,9 @@ impl Rig {
         let is_lost = |(device, bytes): &(DeviceIndex, std::ops::Range<u64>)| {
             op.kind == OpKind::Write && op.device == *device && bytes.contains(&op.offset)
         };
+        let torn = self.torn;
         match self.errno(&op) {
-            Some(errno) => self.disks.complete_as(at, Err(errno), |_| false),
+            Some(errno) => self.disks.complete_as(at, Err(errno), |sector| torn && sector.0.is_multiple_of(2)),
             None if self.lost.as_ref().is_some_and(is_lost) => self.disks.complete_as(at, Ok(()), |_| false),
             None => {
                 self.disks.complete(at);
