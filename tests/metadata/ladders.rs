@@ -110,6 +110,20 @@ fn a_storm_of_failed_writes_trips_the_breaker() {
     assert_eq!(engine.causes("device-gone").len(), 1);
 }
 
+/// E1: nothing but its probe is sent to a device that is gone.
+#[test]
+fn a_primary_that_is_gone_is_left_alone() {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    rig.bad.push(GONE);
+    assert_eq!(engine.write(&mut rig, 5 * BLOCK, &pattern(5 * BLOCK, BLOCK, 5)), Ok(Status::IoErr));
+    assert_eq!(engine.causes("device-gone").len(), 1);
+    rig.performed.clear();
+    assert_eq!(engine.write(&mut rig, 5 * BLOCK, &pattern(5 * BLOCK, BLOCK, 6)), Ok(Status::IoErr));
+    assert_eq!(engine.read(&mut rig, 6 * BLOCK, BLOCK), None);
+    assert!(rig.performed.is_empty(), "{:?}", rig.performed);
+}
+
 /// W1: one rewrite in place, and no second one.
 #[test]
 fn a_block_that_fails_a_read_again_after_a_rewrite_moves() {

@@ -9,6 +9,7 @@ mod crash;
 mod damage;
 mod degraded;
 mod doubt;
+mod dropped;
 mod engine;
 mod expect;
 mod features;

@@ -104,6 +104,8 @@ pub(crate) struct Rig {
     pub(crate) lost: Option<(DeviceIndex, std::ops::Range<u64>)>,
     /// Table pages of which writes wait, as long as there is anything else to do.
     pub(crate) held_page: Option<u32>,
+    /// The same for writes of that byte.
+    pub(crate) held: Option<(DeviceIndex, u64)>,
     /// Operations of the spare that fail, counted from 0: the first of them, and how many.
     pub(crate) fails: Option<(u64, u64)>,
     /// Operations that may still be performed before the power goes.
@@ -131,6 +133,7 @@ impl Rig {
             torn: false,
             lost: None,
             held_page: None,
+            held: None,
             fails: None,
             left: None,
             performed: Vec::new(),
@@ -235,7 +238,10 @@ impl Rig {
     }
 
     fn is_held(&self, op: &Pending) -> bool {
-        self.held_page.is_some_and(|page| self.writes_page(op, page))
+        let covers = |(device, byte): (DeviceIndex, u64)| {
+            op.kind == OpKind::Write && op.device == device && (op.offset..op.offset + op.len).contains(&byte)
+        };
+        self.held_page.is_some_and(|page| self.writes_page(op, page)) || self.held.is_some_and(covers)
     }
 
     /// The oldest operation under way that is not held.

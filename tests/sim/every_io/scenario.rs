@@ -2,7 +2,7 @@
 
 use vhost_remap::engine::healer::{OnLoss, Order, Policy};
 use vhost_remap::units::{Sector, SectorRange};
-use vhost_remap::volume::layout::{Home, Layout, Place};
+use vhost_remap::volume::layout::{Home, Place};
 
 use super::acts::{
     ask_write, bad_blocks, bad_slots, bad_table, blocks, flush, layout, make, make_crowded, mark, open,
