@@ -208,6 +208,10 @@ mod tests {
             assert_eq!(qemu_try_lock(&a, first), Ok(true));
             assert_eq!(qemu_try_lock(&b, second), Ok(together), "{first:?} then {second:?}");
             drop(a);
+            if !together {
+                let c = file.reopen().unwrap();
+                assert_eq!(qemu_try_lock(&c, first), Ok(true), "a refused lock leaves nothing behind");
+            }
             assert_eq!(qemu_try_lock(&b, second), Ok(true), "a closed description holds nothing");
         };
         check(Access::Exclusive, Access::Exclusive, false);

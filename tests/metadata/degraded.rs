@@ -1,6 +1,7 @@
 //! The label's list of remapped blocks, by which a primary is served whose spare is lost: as it was at one
 //! moment, or not gone by.
 
+use vhost_remap::device::memory::Keep;
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::open::OpenError;
 use vhost_remap::engine::request::Status;
@@ -49,4 +50,18 @@ fn a_label_whose_list_is_half_written_is_not_gone_by() {
         }
     });
     assert!(opened > 0 && refused > 0, "{opened} opened, {refused} refused");
+}
+
+/// Closed cleanly, the volume has a list that is whole and has its date, though the power goes at once.
+#[test]
+fn the_label_of_a_closed_volume_can_be_gone_by() {
+    let mut rig = Rig::new(SHAPE);
+    rig.create().unwrap().unwrap();
+    let mut engine = rig.open().unwrap();
+    engine.done(&mut rig, Order::Remap(range_of(8, 4096)));
+    let map = engine.map();
+    assert_eq!(engine.close(&mut rig), Ok(Ok(())));
+    drop(engine);
+    rig.crash(|_, _| Keep::Drop);
+    assert_eq!(rig.open_degraded().unwrap().map(), map);
 }

@@ -6,7 +6,7 @@ use vhost_remap::engine::request::{Status, Token};
 
 use crate::commits::{BLOCK_A, BLOCK_B, MOVED, SMALL, assert_old_or_new, begun, new, old, reopened};
 use crate::engine::Engine;
-use crate::rig::{BLOCK, Rig};
+use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig, SPARE, pattern};
 
 /// So many steps may pass before a write that was begun is answered.
 const STEPS_MAX: u64 = 200;
@@ -114,4 +114,79 @@ fn a_poisoned_volume_begins_no_commit() {
         }
     });
     assert!(refused > 0, "some of them come too late");
+}
+
+/// F3: a commit that comes to its turn when the spare is down is refused before it does anything. Its flush would
+/// fail, and be taken for one of the guest's data.
+#[test]
+fn a_commit_that_waited_until_the_spare_was_down_is_refused() {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    let first = begin(&mut rig, &mut engine, BLOCK_A);
+    assert_eq!(engine.await_answer(&mut rig, first), Ok(Status::Ok));
+    // Its second homes are not up, for which the next commit waits; meanwhile the spare is dirty.
+    rig.held_page = Some(0);
+    let second = begin(&mut rig, &mut engine, BLOCK_B);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    let third = begin(&mut rig, &mut engine, MOVED);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert_eq!([second, third].map(|token| engine.answer(token)), [None, Some(Status::Ok)]);
+    let gone = Bad { device: SPARE, from: 0, to: u64::MAX, reads: Reads::Never, writes: true };
+    rig.bad.push(gone);
+    engine.begin_read(&mut rig, MOVED * BLOCK, BLOCK);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert_eq!(engine.causes("spare-down").len(), 1);
+    // It works again, and nobody has asked it yet.
+    rig.bad.retain(|bad| *bad != gone);
+    rig.held_page = None;
+    engine.settle(&mut rig).unwrap();
+    assert_eq!(engine.answer(second), Some(Status::IoErr));
+    assert!(!engine.is_poisoned());
+}
+
+/// W8: a spare that comes back while pages of it are still being written is compared when they have been.
+#[test]
+fn a_spare_that_is_back_is_not_used_before_its_pages_are_written() {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    let token = begin(&mut rig, &mut engine, BLOCK_A);
+    assert_eq!(engine.await_answer(&mut rig, token), Ok(Status::Ok));
+    // The second homes of that commit.
+    rig.held_page = Some(0);
+    rig.bad_flushes = [0, 1];
+    engine.begin_order(&mut rig, Order::Save);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert_eq!(engine.causes("spare-down").len(), 1);
+    for _ in 0..3 {
+        engine.tick(&mut rig, 1);
+        engine.settle_but_for_held(&mut rig).unwrap();
+    }
+    assert_eq!(engine.causes("spare-back"), [] as [&str; 0]);
+    rig.held_page = None;
+    engine.settle(&mut rig).unwrap();
+    (0..3).for_each(|_| engine.pass(&mut rig, 1).unwrap());
+    assert_eq!(engine.causes("spare-back").len(), 1);
+}
+
+/// F2: nobody vouches for a write that was under way when a flush failed: of the shard's own, or of the healer's,
+/// which fills up a block of 4096 bytes.
+#[test]
+fn a_write_that_ends_after_a_failed_flush_is_not_answered_as_done() {
+    for logical_block in [512, 4096] {
+        let mut rig = Rig::new(SMALL);
+        let mut params = SMALL.create_params();
+        (params.primary.logical_block, params.spare.logical_block) = (logical_block, logical_block);
+        rig.create_as(params).unwrap().unwrap();
+        let mut engine = rig.open().unwrap();
+        rig.held = Some((PRIMARY, 5 * 4096));
+        let token = engine.begin_write(&mut rig, 5 * BLOCK, &pattern(5 * BLOCK, 4, 1));
+        engine.settle_but_for_held(&mut rig).unwrap();
+        rig.bad_flushes = [1, 0];
+        engine.begin_flush(&mut rig);
+        engine.settle_but_for_held(&mut rig).unwrap();
+        assert_eq!((engine.is_poisoned(), engine.answer(token)), (true, None));
+        rig.held = None;
+        engine.settle(&mut rig).unwrap();
+        assert_eq!(engine.answer(token), Some(Status::IoErr), "blocks of {logical_block}");
+    }
 }

@@ -90,11 +90,16 @@ impl Engine {
 
     /// Let time pass.
     pub(crate) fn pass(&mut self, rig: &mut Rig, seconds: u64) -> Result<(), Cut> {
+        self.tick(rig, seconds);
+        self.settle(rig)
+    }
+
+    /// Let time pass, and do nothing yet of what comes of it.
+    pub(crate) fn tick(&mut self, rig: &mut Rig, seconds: u64) {
         self.now = self.now.plus_secs(seconds);
         let mut out = HealerOut::default();
         self.healer.tick(self.now, &mut out);
         self.take_healer(rig, out);
-        self.settle(rig)
     }
 
     fn submit(&mut self, rig: &mut Rig, op: RequestOp) -> Token {

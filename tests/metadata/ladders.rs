@@ -110,6 +110,20 @@ fn a_storm_of_failed_writes_trips_the_breaker() {
     assert_eq!(engine.causes("device-gone").len(), 1);
 }
 
+/// E1: nothing but its probe is sent to a device that is gone.
+#[test]
+fn a_primary_that_is_gone_is_left_alone() {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    rig.bad.push(GONE);
+    assert_eq!(engine.write(&mut rig, 5 * BLOCK, &pattern(5 * BLOCK, BLOCK, 5)), Ok(Status::IoErr));
+    assert_eq!(engine.causes("device-gone").len(), 1);
+    rig.performed.clear();
+    assert_eq!(engine.write(&mut rig, 5 * BLOCK, &pattern(5 * BLOCK, BLOCK, 6)), Ok(Status::IoErr));
+    assert_eq!(engine.read(&mut rig, 6 * BLOCK, BLOCK), None);
+    assert!(rig.performed.is_empty(), "{:?}", rig.performed);
+}
+
 /// W1: one rewrite in place, and no second one.
 #[test]
 fn a_block_that_fails_a_read_again_after_a_rewrite_moves() {
@@ -208,8 +222,10 @@ fn a_failed_flush_of_a_clean_spare_takes_it_down() {
     let status = engine.status(&mut rig);
     assert!(!status.mode.spare_up && !status.mode.poisoned, "{:?}", status.mode);
     assert_eq!(engine.read(&mut rig, BLOCK_B * BLOCK, BLOCK), Some(old(BLOCK_B)));
-    // Nor is such a volume closed cleanly.
+    // Nor is such a volume closed cleanly: nothing is written there.
+    rig.performed.clear();
     assert!(matches!(engine.close(&mut rig), Ok(Err(_))));
+    assert!(rig.performed.iter().all(|op| op.device == PRIMARY), "a spare that is down is left alone");
 }
 
 /// F2: a clearing of which every flush fails may have landed all the same: a restart does not go by it. One

@@ -98,10 +98,14 @@ pub(crate) struct Rig {
     /// Flushes that fail, by device, and with what.
     pub(crate) bad_flushes: [u32; 2],
     pub(crate) flush_errno: Errno,
+    /// What fails is half done: every other sector of a write lands, or is lost with a flush.
+    pub(crate) torn: bool,
     /// Bytes of a device to which writes are lost: they succeed and nothing comes of them.
     pub(crate) lost: Option<(DeviceIndex, std::ops::Range<u64>)>,
     /// Table pages of which writes wait, as long as there is anything else to do.
     pub(crate) held_page: Option<u32>,
+    /// The same for writes of that byte.
+    pub(crate) held: Option<(DeviceIndex, u64)>,
     /// Operations of the spare that fail, counted from 0: the first of them, and how many.
     pub(crate) fails: Option<(u64, u64)>,
     /// Operations that may still be performed before the power goes.
@@ -126,8 +130,10 @@ impl Rig {
             bad: Vec::new(),
             bad_flushes: [0; 2],
             flush_errno: Errno(libc::EIO),
+            torn: false,
             lost: None,
             held_page: None,
+            held: None,
             fails: None,
             left: None,
             performed: Vec::new(),
@@ -172,6 +178,14 @@ impl Rig {
 
     pub(crate) fn submit(&mut self, queue: usize, ops: &mut Vec<Op>) {
         for op in ops.drain(..) {
+            let same = |other: &Pending| {
+                other.kind == OpKind::Write && (other.device, other.offset, other.len) == (op.device, op.offset, op.len)
+            };
+            // Nobody could say which of the two is there in the end.
+            let twice = queue == 0
+                && op.kind == OpKind::Write
+                && (0..self.disks.pending_len()).any(|at| same(&self.disks.pending(at)));
+            assert!(!twice, "two writes to one place at once: {op:?}");
             // SAFETY: whoever emitted the operation keeps its memory until told of its end, or is dropped after
             // a `Cut`, since which nothing is performed any more; the crash that follows forgets the reads.
             unsafe { self.queues[queue].submit(op) };
@@ -224,7 +238,10 @@ impl Rig {
     }
 
     fn is_held(&self, op: &Pending) -> bool {
-        self.held_page.is_some_and(|page| self.writes_page(op, page))
+        let covers = |(device, byte): (DeviceIndex, u64)| {
+            op.kind == OpKind::Write && op.device == device && (op.offset..op.offset + op.len).contains(&byte)
+        };
+        self.held_page.is_some_and(|page| self.writes_page(op, page)) || self.held.is_some_and(covers)
     }
 
     /// The oldest operation under way that is not held.
@@ -245,8 +262,9 @@ impl Rig {
         let is_lost = |(device, bytes): &(DeviceIndex, std::ops::Range<u64>)| {
             op.kind == OpKind::Write && op.device == *device && bytes.contains(&op.offset)
         };
+        let torn = self.torn;
         match self.errno(&op) {
-            Some(errno) => self.disks.complete_as(at, Err(errno), |_| false),
+            Some(errno) => self.disks.complete_as(at, Err(errno), |sector| torn && sector.0.is_multiple_of(2)),
             None if self.lost.as_ref().is_some_and(is_lost) => self.disks.complete_as(at, Ok(()), |_| false),
             None => {
                 self.disks.complete(at);

@@ -1,4 +1,5 @@
 use super::*;
+use crate::device::sys;
 
 fn quick(read_only: bool) -> OpenOptions {
     OpenOptions { read_only, lock_wait: Duration::from_millis(120), ..OpenOptions::default() }
@@ -54,6 +55,19 @@ fn a_writer_excludes_everyone_and_readers_share() {
     drop(writer);
     let _readers = [open(&path, &quick(true)).unwrap(), open(&path, &quick(true)).unwrap()];
     assert!(matches!(open(&path, &quick(false)), Err(OpenError::InUse { .. })));
+}
+
+/// QEMU takes no flock: a disk that it writes has a shared lock on the byte of that permission.
+#[test]
+fn what_qemu_writes_is_left_alone() {
+    let (_dir, path) = file_of(4096);
+    let qemu = fs::File::open(&path).unwrap();
+    sys::ofd_lock(&qemu, sys::OfdLock::Shared, 101, 1).unwrap();
+    for read_only in [false, true] {
+        assert!(matches!(open(&path, &quick(read_only)), Err(OpenError::InUse { .. })), "read-only: {read_only}");
+    }
+    drop(qemu);
+    open(&path, &quick(false)).unwrap();
 }
 
 #[test]

@@ -24,6 +24,13 @@ pub(super) fn make(world: &mut World) {
     assert!(world.engine.is_none());
 }
 
+pub(super) fn make_crowded(world: &mut World) {
+    make(world);
+    open_with_remaps(world, 0, 60);
+    world.close();
+    assert!(world.engine.is_none());
+}
+
 pub(super) fn open(world: &mut World) {
     world.open_once(false, None).expect("no crash was asked for").expect("a whole volume opens");
     world.settle_down();

@@ -5,8 +5,8 @@ use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::volume::layout::{Home, Place};
 
 use super::acts::{
-    ask_write, bad_blocks, bad_slots, bad_table, blocks, flush, layout, make, mark, open, open_with_bad_blocks,
-    open_with_remaps, order, read, try_open, write,
+    ask_write, bad_blocks, bad_slots, bad_table, blocks, flush, layout, make, make_crowded, mark, open,
+    open_with_bad_blocks, open_with_remaps, order, read, try_open, write,
 };
 use crate::config::Config;
 use crate::disk::{Bad, Disk, Until};
@@ -18,6 +18,9 @@ pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     /// Blocks of the volume.
     blocks: u64,
+    /// Slots. Entries of the first 60 lie in one sector with their page's header: no page that speaks of no other
+    /// is ever torn.
+    slots: u32,
     labelled: bool,
     /// Makes the volume, unless the scenario does, and ends with nothing open.
     pub(crate) prepare: fn(&mut World),
@@ -37,6 +40,7 @@ pub(crate) struct Scenario {
 const PLAIN: Scenario = Scenario {
     name: "",
     blocks: 16,
+    slots: 16,
     labelled: true,
     prepare: make,
     begin: open,
@@ -46,7 +50,10 @@ const PLAIN: Scenario = Scenario {
     damaged: false,
 };
 
-pub(crate) const TABLE: [Scenario; 27] = [
+/// The first 60 slots are taken: what is committed from then on takes two sectors of its page.
+const CROWDED: Scenario = Scenario { blocks: 64, slots: 72, prepare: make_crowded, ..PLAIN };
+
+pub(crate) const TABLE: [Scenario; 29] = [
     Scenario {
         name: "first remap",
         begin: |world| open_with_bad_blocks(world, 2, 1),
@@ -336,6 +343,27 @@ pub(crate) const TABLE: [Scenario; 27] = [
         },
         ..PLAIN
     },
+    Scenario {
+        name: "remaps in torn pages",
+        begin: |world| open_with_bad_blocks(world, 60, 2),
+        act: |world| {
+            write(world, blocks(60, 1));
+            order(world, Order::Release(blocks(60, 1)));
+            write(world, blocks(61, 1));
+            flush(world);
+        },
+        ..CROWDED
+    },
+    Scenario {
+        name: "return of the spare with torn pages",
+        begin: |world| open_with_bad_blocks(world, 60, 1),
+        act: |world| {
+            write(world, blocks(60, 1));
+            world.let_pass(3);
+            flush(world);
+        },
+        ..CROWDED
+    },
     // Nothing flushes the spare between the first commit's second homes and the second commit.
     Scenario {
         name: "remap and release at once",
@@ -435,7 +463,7 @@ impl Scenario {
             shards: 2,
             capacity: self.blocks * 8,
             logical: [512, 512],
-            max_remaps: 16,
+            max_remaps: self.slots,
             labelled: self.labelled,
             policy: Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false },
             faults: Vec::new(),
