@@ -76,8 +76,8 @@ pub(crate) const FAULTS: [Fault; 20] = [
 const TAIL_ONLY: [Fault; 4] =
     [Fault::MetadataRead, Fault::MetadataDamage, Fault::MetadataLost, Fault::MetadataMisdirected];
 
-/// These may cost the volume the head.
-const EITHER_PLACE: [Fault; 3] = [Fault::Burst, Fault::Full, Fault::SpareGone];
+/// These may cost the volume the head: of shortages of ours, several in a row do.
+const EITHER_PLACE: [Fault; 4] = [Fault::Burst, Fault::Full, Fault::SpareGone, Fault::Ours];
 
 /// One run's choices.
 #[derive(Clone, Debug)]
