@@ -38,7 +38,8 @@ pub(crate) enum Trouble {
 impl Trouble {
     pub(crate) fn of(fault: Fault, config: &Config, rng: &mut Rng) -> Trouble {
         let errno = rng.pick(&[libc::EIO, libc::EIO, libc::ENODATA, libc::EILSEQ]);
-        let times = Until::Times(1 + few(rng, 3));
+        // Less often than a ladder has rungs, as another trouble may have been what it began with.
+        let times = Until::Times(1 + few(rng, 2));
         let more = Until::Times(1 + few(rng, 8));
         let (primary, spare) = (DeviceIndex::PRIMARY, DeviceIndex::SPARE);
         let bad = |until| Bad { errno, until, fault: Some(fault) };
