@@ -2,7 +2,6 @@
 //! minute of a dying disk costs nothing.
 
 use vhost_remap::device::Errno;
-use vhost_remap::engine::healer::{OnLoss, Policy};
 use vhost_remap::units::{Sector, SectorRange};
 
 use crate::config::Config;
@@ -16,21 +15,8 @@ const ALL: SectorRange = SectorRange { start: Sector(0), count: SECTORS };
 
 /// An open volume of 2 MiB, written in full, on a disk whose bad sectors take so long to fail.
 fn open(failing_ns: u64) -> World {
-    let mut rng = Rng::new(7);
-    let config = Config {
-        shards: 1,
-        capacity: SECTORS,
-        logical: [512, 512],
-        max_remaps: 1024,
-        labelled: false,
-        policy: Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false },
-        faults: Vec::new(),
-        write_through: false,
-        no_zeroes: false,
-        no_discard: false,
-        ..Config::of(&mut rng)
-    };
-    let mut world = World::with(config, rng, false);
+    let config = Config::without_faults(1, SECTORS, 1024, false);
+    let mut world = World::with(config, Rng::new(7), false);
     world.create();
     world.open_once(false, None).expect("no crash was asked for").expect("a new volume opens");
     world.ask_write(ALL);

@@ -152,6 +152,23 @@ impl Config {
         }
     }
 
+    /// A volume on which nothing goes wrong by itself.
+    pub(crate) fn without_faults(shards: usize, capacity: u64, max_remaps: u32, labelled: bool) -> Config {
+        Config {
+            shards,
+            capacity,
+            logical: [512, 512],
+            max_remaps,
+            labelled,
+            policy: Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false },
+            faults: Vec::new(),
+            write_through: false,
+            no_zeroes: false,
+            no_discard: false,
+            ..Config::of(&mut Rng::new(7))
+        }
+    }
+
     pub(crate) fn primary_bytes(&self) -> u64 {
         let data = (self.capacity * 512).next_multiple_of(4096);
         data + if self.labelled { label_size(self.max_remaps) } else { 0 }

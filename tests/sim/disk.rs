@@ -11,6 +11,7 @@ mod store;
 mod trouble;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use vhost_remap::device::{Errno, Op, OpKind};
 
@@ -262,18 +263,8 @@ impl Disk {
         }
         self.completed += 1;
         let contents = self.data(op);
-        match self.goes_astray(first, last) {
-            None => {
-                for (sector, content) in (first..last).zip(contents) {
-                    self.put(sector, content, self.completed);
-                }
-            }
-            Some(None) => {}
-            Some(Some((from, end))) => {
-                for (sector, content) in (from..end).zip(contents) {
-                    self.put(sector, content, self.completed);
-                }
-            }
+        for (sector, content) in self.destination(first, last).zip(contents) {
+            self.put(sector, content, self.completed);
         }
         let mended: Vec<usize> = self.bad_reads.range(first..last).map(|(sector, _)| *sector).collect();
         for sector in mended {
@@ -284,21 +275,19 @@ impl Disk {
         Ok(())
     }
 
-    /// The sectors a write goes to that does not go to its own, if it goes anywhere.
-    fn goes_astray(&mut self, first: usize, last: usize) -> Option<Option<(usize, usize)>> {
-        let astray = self.astray.as_mut()?;
-        let at = first.checked_sub(astray.first).filter(|_| last <= astray.first + astray.sectors)?;
+    /// The sectors that a write really goes to.
+    fn destination(&mut self, first: usize, last: usize) -> Range<usize> {
+        let inside = |astray: &&mut Astray| astray.first <= first && last <= astray.first + astray.sectors;
+        let Some(astray) = self.astray.as_mut().filter(inside) else { return first..last };
         astray.count -= 1;
-        let (sectors, by) = (astray.sectors, astray.by);
-        let start = astray.first;
-        if astray.count == 0 {
+        let Astray { count, by, first: start, sectors } = *astray;
+        if count == 0 {
             self.astray = None;
         }
         self.struck_by = Some(if by.is_some() { Fault::MetadataMisdirected } else { Fault::MetadataLost });
-        Some(by.map(|by| {
-            let from = start + (at + by) % sectors;
-            (from, (from + last - first).min(start + sectors))
-        }))
+        let Some(by) = by else { return first..first };
+        let from = start + (first - start + by) % sectors;
+        from..(from + last - first).min(start + sectors)
     }
 
     /// Some of the sectors get what the operation wanted, before or instead of its completion.

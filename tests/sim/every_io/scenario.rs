@@ -1,6 +1,6 @@
 //! The table: what is done while one operation after the other fails.
 
-use vhost_remap::engine::healer::{OnLoss, Order, Policy};
+use vhost_remap::engine::healer::Order;
 use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::volume::layout::{Home, Place};
 
@@ -458,19 +458,6 @@ pub(crate) const TABLE: [Scenario; 29] = [
 
 impl Scenario {
     pub(crate) fn config(&self) -> Config {
-        let mut rng = crate::rng::Rng::new(7);
-        Config {
-            shards: 2,
-            capacity: self.blocks * 8,
-            logical: [512, 512],
-            max_remaps: self.slots,
-            labelled: self.labelled,
-            policy: Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false },
-            faults: Vec::new(),
-            write_through: false,
-            no_zeroes: false,
-            no_discard: false,
-            ..Config::of(&mut rng)
-        }
+        Config::without_faults(2, self.blocks * 8, self.slots, self.labelled)
     }
 }
