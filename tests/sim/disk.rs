@@ -76,6 +76,10 @@ pub(crate) struct Disk {
     pub(crate) mtime: u64,
     /// A flush failed and dropped something since the last power cut.
     pub(crate) dropped: bool,
+    /// Some of that was the guest's.
+    pub(crate) dropped_data: bool,
+    /// Sectors that hold the guest's data; the others are metadata.
+    pub(crate) data: Range<usize>,
     /// A power cut has shown that.
     pub(crate) reverted: bool,
 }
@@ -113,6 +117,8 @@ impl Disk {
             strikes: 0,
             mtime: 1,
             dropped: false,
+            dropped_data: false,
+            data: 0..sectors,
             reverted: false,
         }
     }
@@ -391,6 +397,7 @@ impl Disk {
                 if rng.percent(share) {
                     *number = NEVER;
                     self.dropped = true;
+                    self.dropped_data |= self.data.contains(&volatile.sector);
                 }
             }
         }
@@ -408,7 +415,7 @@ impl Disk {
             };
         }
         self.reverted |= self.dropped;
-        self.dropped = false;
+        (self.dropped, self.dropped_data) = (false, false);
     }
 
     /// Flip a bit of a sector, behind everybody's back.

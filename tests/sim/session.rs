@@ -164,7 +164,8 @@ impl World {
         Some(opening.finish(&params).map(|(healer, _)| {
             let poisoned = healer.view().mode.poisoned;
             trace!(self, "open: {:?}", healer.view().mode);
-            if !poisoned && self.disks.iter().any(|disk| disk.dropped) {
+            // The power went, or the process, before the failure was noted.
+            if !poisoned && self.disks.iter().any(|disk| disk.dropped_data) {
                 self.model.distrust(None);
             }
             self.start(healer, poisoned);

@@ -150,6 +150,9 @@ impl World {
     pub(crate) fn with(config: Config, rng: Rng, verbose: bool) -> World {
         let mut primary = Disk::new("primary", config.primary_bytes(), config.logical[0]);
         let mut spare = Disk::new("spare", config.spare_bytes(), config.logical[1]);
+        let sector = |byte: u64| usize::try_from(byte).expect("small disks") / SECTOR;
+        primary.data = 0..sector(config.capacity * 512);
+        spare.data = sector(config.layout().slots_start)..sector(config.layout().tail_start);
         for disk in [&mut primary, &mut spare] {
             disk.no_zeroes = config.no_zeroes && disk.name == "primary";
             disk.no_discard = config.no_discard;
