@@ -186,6 +186,10 @@ impl Rig {
                 && op.kind == OpKind::Write
                 && (0..self.disks.pending_len()).any(|at| same(&self.disks.pending(at)));
             assert!(!twice, "two writes to one place at once: {op:?}");
+            let flushes = |other: &Pending| (other.kind, other.device) == (OpKind::Flush, op.device);
+            let twice =
+                op.kind == OpKind::Flush && (0..self.disks.pending_len()).any(|at| flushes(&self.disks.pending(at)));
+            assert!(!twice, "F2: two flushes of a device at a time");
             // SAFETY: whoever emitted the operation keeps its memory until told of its end, or is dropped after
             // a `Cut`, since which nothing is performed any more; the crash that follows forgets the reads.
             unsafe { self.queues[queue].submit(op) };

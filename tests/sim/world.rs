@@ -250,6 +250,9 @@ impl World {
                 !self.read_only || matches!(op.kind, OpKind::Read | OpKind::Identify | OpKind::Flush),
                 "a read-only volume is written: {op:?}"
             );
+            let flushes = |flight: &Flight| flight.op.kind == OpKind::Flush && flight.op.device == op.device;
+            let twice = op.kind == OpKind::Flush && self.flights.iter().any(flushes);
+            assert!(!twice, "F2: two flushes of the {} at a time", self.disk(op.device).name);
             let mut latency = 1 + self.disk(op.device).hesitation_ns(&op);
             if self.plan.is_none() {
                 latency += self.rng.below(20_000);
