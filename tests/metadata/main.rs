@@ -21,6 +21,7 @@ mod ladders;
 mod lost;
 mod matrix;
 mod order;
+mod poison;
 mod returns;
 mod rig;
 mod seat;
