@@ -1,12 +1,13 @@
 //! A flush fails at any moment while a block moves: what the commit leaves in doubt harms nobody (W8), and the
 //! failure costs no more than it must (F3).
 
+use vhost_remap::device::OpKind;
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::request::{Status, Token};
 
 use crate::commits::{BLOCK_A, BLOCK_B, MOVED, SMALL, assert_old_or_new, begun, new, old, reopened};
 use crate::engine::Engine;
-use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig, SPARE, pattern};
+use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig, SPARE, pattern, range_of};
 
 /// So many steps may pass before a write that was begun is answered.
 const STEPS_MAX: u64 = 200;
@@ -144,6 +145,35 @@ fn a_commit_that_waited_until_the_spare_was_down_is_refused() {
     assert!(!engine.is_poisoned());
 }
 
+/// F3: a write that comes to its turn when the spare is down writes nothing to its slot. Its flush would fail, and
+/// be taken for one of the guest's data.
+#[test]
+fn a_write_that_waited_until_the_spare_was_down_does_not_touch_its_slot() {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    let slot = rig.shape.layout().slots_start;
+    rig.bad = vec![Bad { device: SPARE, from: slot, to: slot + 512, reads: Reads::Good, writes: true }];
+    // It fails, and the healer waits for the other one before it tries again.
+    let first = engine.begin_write(&mut rig, MOVED * BLOCK, &pattern(MOVED * BLOCK, 1, 2));
+    rig.held = Some((SPARE, slot + 7 * 512));
+    let second = engine.begin_write(&mut rig, MOVED * BLOCK + 7, &pattern(MOVED * BLOCK + 7, 1, 2));
+    engine.settle_but_for_held(&mut rig).unwrap();
+    // What the first one may have written is flushed. A spare that is clean goes down when it fails to flush.
+    let flush = engine.begin_flush(&mut rig);
+    assert_eq!(engine.await_answer(&mut rig, flush), Ok(Status::Ok));
+    rig.bad_flushes = [0, 1];
+    engine.begin_order(&mut rig, Order::Save);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert_eq!(engine.causes("spare-down").len(), 1);
+    assert_eq!([first, second].map(|token| engine.answer(token)), [None; 2]);
+    (rig.held, rig.bad) = (None, Vec::new());
+    rig.performed.clear();
+    engine.settle(&mut rig).unwrap();
+    assert_eq!([first, second].map(|token| engine.answer(token)), [Some(Status::IoErr); 2]);
+    let slots = rig.performed.iter().filter(|op| op.kind == OpKind::Write && op.offset == slot);
+    assert_eq!((slots.count(), engine.is_poisoned()), (0, false));
+}
+
 /// W8: a spare that comes back while pages of it are still being written is compared when they have been.
 #[test]
 fn a_spare_that_is_back_is_not_used_before_its_pages_are_written() {
@@ -163,6 +193,34 @@ fn a_spare_that_is_back_is_not_used_before_its_pages_are_written() {
     }
     assert_eq!(engine.causes("spare-back"), [] as [&str; 0]);
     rig.held_page = None;
+    engine.settle(&mut rig).unwrap();
+    (0..3).for_each(|_| engine.pass(&mut rig, 1).unwrap());
+    assert_eq!(engine.causes("spare-back").len(), 1);
+}
+
+/// F2: a spare that comes back is flushed when the flush that was under way as it went has ended: one of them could
+/// vouch for what the other one drops.
+#[test]
+fn a_spare_that_is_back_waits_for_a_flush_that_is_under_way() {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    rig.held_flush = Some(SPARE);
+    engine.begin_order(&mut rig, Order::Save);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    engine.begin_order(&mut rig, Order::Release(range_of(MOVED * BLOCK, 4096)));
+    while !rig.has_page_writes() {
+        engine.step(&mut rig).unwrap();
+    }
+    rig.bad = vec![Bad { device: SPARE, from: 0, to: u64::MAX, reads: Reads::Never, writes: true }];
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert_eq!((engine.causes("spare-down").len(), engine.causes("in-doubt").len()), (1, 1));
+    rig.bad.clear();
+    for _ in 0..3 {
+        engine.tick(&mut rig, 1);
+        engine.settle_but_for_held(&mut rig).unwrap();
+    }
+    assert_eq!(engine.causes("spare-back"), [] as [&str; 0]);
+    rig.held_flush = None;
     engine.settle(&mut rig).unwrap();
     (0..3).for_each(|_| engine.pass(&mut rig, 1).unwrap());
     assert_eq!(engine.causes("spare-back").len(), 1);

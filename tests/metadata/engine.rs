@@ -196,7 +196,12 @@ impl Engine {
     }
 
     pub(crate) fn is_answered(&self, order: OrderId) -> bool {
-        self.replies.iter().any(|(id, _)| *id == order)
+        self.reply(order).is_some()
+    }
+
+    /// The answer to an order, if there is one.
+    pub(crate) fn reply(&self, order: OrderId) -> Option<&Reply> {
+        self.replies.iter().find(|(id, _)| *id == order).map(|(_, reply)| reply)
     }
 
     /// Whether there is something to do beside what the rig holds.

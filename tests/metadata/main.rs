@@ -22,6 +22,7 @@ mod ladders;
 mod lost;
 mod matrix;
 mod order;
+mod poison;
 mod returns;
 mod rig;
 mod seat;

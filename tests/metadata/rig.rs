@@ -106,6 +106,8 @@ pub(crate) struct Rig {
     pub(crate) held_page: Option<u32>,
     /// The same for writes of that byte.
     pub(crate) held: Option<(DeviceIndex, u64)>,
+    /// The same for flushes of that device.
+    pub(crate) held_flush: Option<DeviceIndex>,
     /// Operations of the spare that fail, counted from 0: the first of them, and how many.
     pub(crate) fails: Option<(u64, u64)>,
     /// Operations that may still be performed before the power goes.
@@ -134,6 +136,7 @@ impl Rig {
             lost: None,
             held_page: None,
             held: None,
+            held_flush: None,
             fails: None,
             left: None,
             performed: Vec::new(),
@@ -186,6 +189,10 @@ impl Rig {
                 && op.kind == OpKind::Write
                 && (0..self.disks.pending_len()).any(|at| same(&self.disks.pending(at)));
             assert!(!twice, "two writes to one place at once: {op:?}");
+            let flushes = |other: &Pending| (other.kind, other.device) == (OpKind::Flush, op.device);
+            let twice =
+                op.kind == OpKind::Flush && (0..self.disks.pending_len()).any(|at| flushes(&self.disks.pending(at)));
+            assert!(!twice, "F2: two flushes of a device at a time");
             // SAFETY: whoever emitted the operation keeps its memory until told of its end, or is dropped after
             // a `Cut`, since which nothing is performed any more; the crash that follows forgets the reads.
             unsafe { self.queues[queue].submit(op) };
@@ -241,7 +248,8 @@ impl Rig {
         let covers = |(device, byte): (DeviceIndex, u64)| {
             op.kind == OpKind::Write && op.device == device && (op.offset..op.offset + op.len).contains(&byte)
         };
-        self.held_page.is_some_and(|page| self.writes_page(op, page)) || self.held.is_some_and(covers)
+        let flushes = op.kind == OpKind::Flush && self.held_flush == Some(op.device);
+        flushes || self.held_page.is_some_and(|page| self.writes_page(op, page)) || self.held.is_some_and(covers)
     }
 
     /// The oldest operation under way that is not held.

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use crate::disks::{Loop, run};
 use crate::inputs::{Ground, check_refused, create, skip};
 use crate::server::{Server, try_output_of};
 
@@ -386,5 +387,26 @@ fn an_image_that_qemu_uses_is_left_to_it() {
         }
         drop(qemu);
     }
+    ground.still_serves();
+}
+
+/// Nor a block device that is mounted or in an array: whoever has it so has opened it for himself.
+#[test]
+fn a_block_device_in_use_is_left_to_those_who_use_it() {
+    let name = "a_block_device_in_use_is_left_to_those_who_use_it";
+    let ground = Ground::with_volume();
+    ground.zeros("zeros", 8 << 20);
+    let disk = match Loop::attach(&ground.path("zeros"), &[]) {
+        Ok(disk) => disk,
+        Err(reason) => return skip(name, reason),
+    };
+    let path = disk.path.display();
+    let user = fs::File::options().read(true).custom_flags(libc::O_EXCL).open(&disk.path).unwrap();
+    let line = format!("{path}: still in use by another process after 0 s; stop that process or unmount the device");
+    for devices in [format!("--primary {path} --spare disk.img.spare"), format!("--primary disk.img --spare {path}")] {
+        ground.refuses(&format!("serve --socket-path s --lock-wait 0 {devices}"), &line);
+    }
+    drop(user);
+    run(&mut ground.command(&format!("adopt --primary {path} --spare new --max-remaps 16"))).unwrap();
     ground.still_serves();
 }

@@ -160,7 +160,8 @@ impl Disk {
         let marks = match op.kind {
             OpKind::Read => &self.bad_reads,
             OpKind::Write => &self.bad_writes,
-            OpKind::Flush | OpKind::Discard | OpKind::WriteZeroes { .. } | OpKind::Identify => return 0,
+            OpKind::Flush => return if self.bad_flushes > 0 { self.failing_ns } else { 0 },
+            OpKind::Discard | OpKind::WriteZeroes { .. } | OpKind::Identify => return 0,
         };
         let (first, last) = sectors(op);
         if marks.range(first..last).next().is_some() { self.failing_ns } else { 0 }

@@ -1,5 +1,6 @@
 //! The world: shards, healer, disks, guest and operator in one thread, one small step at a time.
 
+mod late;
 mod operator;
 mod requests;
 
@@ -253,6 +254,12 @@ impl World {
                 !self.read_only || matches!(op.kind, OpKind::Read | OpKind::Identify | OpKind::Flush),
                 "a read-only volume is written: {op:?}"
             );
+            let changes = matches!(op.kind, OpKind::Write | OpKind::WriteZeroes { .. } | OpKind::Discard);
+            let noted = self.poisoned_at.is_some() && matches!(owner, Owner::Shard(_));
+            assert!(!(changes && noted), "F2: written when the regions that are were noted: {op:?}");
+            let flushes = |flight: &Flight| flight.op.kind == OpKind::Flush && flight.op.device == op.device;
+            let twice = op.kind == OpKind::Flush && self.flights.iter().any(flushes);
+            assert!(!twice, "F2: two flushes of the {} at a time", self.disk(op.device).name);
             let mut latency = 1 + self.disk(op.device).hesitation_ns(&op);
             if self.plan.is_none() {
                 latency += self.rng.below(20_000);

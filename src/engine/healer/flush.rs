@@ -19,7 +19,7 @@ use crate::engine::message::{Outcome, Refusal};
 use crate::engine::task::{Permits, Promise, join_all, promise};
 use crate::engine::view::PrimaryState;
 use crate::units::SectorRange;
-use crate::volume::layout::Place;
+use crate::volume::layout::{PAGE, Place};
 use crate::volume::sidecar::Poison;
 use crate::volume::superblock::Seat;
 
@@ -277,32 +277,27 @@ impl Core {
 
     /// Write the page to every place and label, flush, and count those that took it.
     async fn write_poison(self: &Rc<Self>, page: &Poison) -> usize {
-        let mut kept = 0;
-        let mut written = 0;
-        for place in Place::ALL {
-            let bytes = page.encode(self.set, Seat::Spare(place));
-            written += usize::from(self.io.write(DeviceIndex::SPARE, self.layout.poison(place), &bytes).await.is_ok());
-        }
-        if self.flush_note(DeviceIndex::SPARE).await.is_ok() {
-            kept += written;
-        }
+        let pages = Place::ALL.map(|place| (self.layout.poison(place), page.encode(self.set, Seat::Spare(place))));
+        let mut kept = self.flush_note(DeviceIndex::SPARE, &pages).await.unwrap_or(0);
         if let Some(label) = self.label {
-            let bytes = page.encode(self.set, Seat::Label);
-            let written = self.io.write(DeviceIndex::PRIMARY, label.poison(), &bytes).await.is_ok();
-            if self.flush_note(DeviceIndex::PRIMARY).await.is_ok() {
-                kept += usize::from(written);
-            }
+            let pages = [(label.poison(), page.encode(self.set, Seat::Label))];
+            kept += self.flush_note(DeviceIndex::PRIMARY, &pages).await.unwrap_or(0);
         }
         kept
     }
 
-    /// A flush for the note itself, while the volume is poisoned: it vouches for nothing else.
-    async fn flush_note(&self, device: DeviceIndex) -> Result<(), Errno> {
+    /// Write pages of a note, flush, and count those that were taken. The volume is poisoned: the flush vouches for
+    /// nothing else. Writing is part of the turn, as another flush that failed meanwhile would drop the pages.
+    async fn flush_note(&self, device: DeviceIndex, pages: &[(u64, [u8; PAGE])]) -> Result<usize, Errno> {
         let turn = &self.flushes.turns[usize::from(device.0)];
         turn.acquire().await;
+        let mut written = 0;
+        for (offset, page) in pages {
+            written += usize::from(self.io.write(device, *offset, page).await.is_ok());
+        }
         let result = self.io.flush(device).await;
         turn.release();
-        result
+        result.map(|()| written)
     }
 
     /// What a failed flush left behind, if one failed.
@@ -336,7 +331,7 @@ impl Core {
 
     async fn clear_in_turn(self: &Rc<Self>) -> Result<(), String> {
         for device in [DeviceIndex::PRIMARY, DeviceIndex::SPARE] {
-            self.flush_note(device).await.map_err(|errno| {
+            self.flush_note(device, &[]).await.map_err(|errno| {
                 format!("the {device} still fails to flush: {errno}; replace it or its cable first")
             })?;
         }

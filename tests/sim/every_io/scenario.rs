@@ -9,7 +9,7 @@ use super::acts::{
     open_with_bad_blocks, open_with_remaps, order, read, try_open, write,
 };
 use crate::config::Config;
-use crate::disk::{Bad, Disk, Until};
+use crate::disk::{Bad, Disk, Effect, Until};
 use crate::guest::SECTOR;
 use crate::world::World;
 
@@ -470,7 +470,24 @@ pub(crate) const TABLE: [Scenario; 30] = [
         },
         ..PLAIN
     },
+    // The note of the one failure is written while the other one is on its way, which drops all it finds.
+    Scenario {
+        name: "flushes of both devices fail",
+        labelled: false,
+        begin: |world| open_with_remaps(world, 2, 1),
+        act: |world| {
+            write(world, blocks(2, 3));
+            world.disks.iter_mut().for_each(|disk| disk.bad_flushes = 1);
+            (world.disks[1].failing_ns, world.disks[1].effect) = (SECOND, Some(Effect::Nothing));
+            flush(world);
+            world.disks[1].failing_ns = 0;
+            read(world, blocks(2, 3));
+        },
+        ..PLAIN
+    },
 ];
+
+const SECOND: u64 = 1_000_000_000;
 
 impl Scenario {
     pub(crate) fn config(&self) -> Config {

@@ -1,0 +1,86 @@
+//! What happens beside a failed flush of the primary: who is told when, and what is written no more (F2).
+
+use vhost_remap::device::OpKind;
+use vhost_remap::engine::healer::Order;
+use vhost_remap::engine::request::Status;
+
+use crate::commits::{MOVED, SMALL, bad_block, begun, new};
+use crate::engine::Engine;
+use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig, SPARE, range_of};
+
+/// Its read has failed, and its next write is verified.
+const PENDING: u64 = 5;
+/// Nothing ever happened to it.
+const PLAIN: u64 = 7;
+
+fn with_pending_block() -> (Rig, Engine) {
+    let mut rig = begun(SMALL);
+    rig.bad = vec![Bad { reads: Reads::UntilWritten, writes: false, ..bad_block(PENDING) }];
+    let mut engine = rig.open().unwrap();
+    assert_eq!(engine.read(&mut rig, PENDING * BLOCK, BLOCK), None);
+    rig.performed.clear();
+    (rig, engine)
+}
+
+fn poison(rig: &mut Rig, engine: &mut Engine) {
+    rig.bad_flushes = [1, 0];
+    engine.begin_flush(rig);
+    engine.settle_but_for_held(rig).unwrap();
+    assert!(engine.is_poisoned());
+}
+
+fn writes_of(rig: &Rig, block: u64) -> usize {
+    let there = rig.performed.iter().filter(|op| op.device == PRIMARY && op.kind == OpKind::Write);
+    there.filter(|op| (op.offset..op.offset + op.len).contains(&(block * 4096))).count()
+}
+
+/// The flush of one device fails while the note of the other one's failure is being written: who waited for it is
+/// told when the note is there, as everybody is.
+#[test]
+fn nobody_is_told_of_a_failed_flush_before_the_note_of_it_is_written() {
+    let (mut rig, mut engine) = with_pending_block();
+    assert_eq!(engine.write(&mut rig, MOVED * BLOCK, &new(MOVED)), Ok(Status::Ok));
+    rig.held_flush = Some(PRIMARY);
+    let write = engine.begin_write(&mut rig, PENDING * BLOCK, &new(PENDING));
+    engine.settle_but_for_held(&mut rig).unwrap();
+    rig.bad_flushes = [1, 1];
+    let flush = engine.begin_flush(&mut rig);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert_eq!((engine.is_poisoned(), engine.causes("poisoned").len()), (true, 0), "the label's note waits");
+    assert_eq!([write, flush].map(|token| engine.answer(token)), [None; 2]);
+    rig.held_flush = None;
+    assert_eq!(engine.await_answer(&mut rig, write), Ok(Status::IoErr));
+    assert_eq!(engine.causes("poisoned").len(), 1);
+    assert_eq!(engine.await_answer(&mut rig, flush), Ok(Status::IoErr));
+}
+
+/// Of what is written after the note, its list of regions says nothing.
+#[test]
+fn a_write_that_waited_at_the_healer_when_the_volume_was_poisoned_is_not_begun() {
+    let (mut rig, mut engine) = with_pending_block();
+    rig.held = Some((PRIMARY, PENDING * 4096));
+    // The second one is behind the first one's fence.
+    let tokens = [1, 2].map(|_| engine.begin_write(&mut rig, PENDING * BLOCK, &new(PENDING)));
+    engine.settle_but_for_held(&mut rig).unwrap();
+    poison(&mut rig, &mut engine);
+    rig.held = None;
+    engine.settle(&mut rig).unwrap();
+    assert_eq!(tokens.map(|token| engine.answer(token)), [Some(Status::IoErr); 2]);
+    assert_eq!(writes_of(&rig, PENDING), 1, "that of the first, which was under way");
+}
+
+#[test]
+fn a_write_that_was_parked_at_a_fence_when_the_volume_was_poisoned_is_not_begun() {
+    let (mut rig, mut engine) = with_pending_block();
+    let slot = rig.shape.layout().slots_start + 4096;
+    rig.held = Some((SPARE, slot));
+    let order = engine.begin_order(&mut rig, Order::Remap(range_of(PLAIN * BLOCK, 4096)));
+    engine.settle_but_for_held(&mut rig).unwrap();
+    let token = engine.begin_write(&mut rig, PLAIN * BLOCK, &new(PLAIN));
+    engine.settle_but_for_held(&mut rig).unwrap();
+    poison(&mut rig, &mut engine);
+    assert!(!engine.is_answered(order) && engine.answer(token).is_none());
+    rig.held = None;
+    engine.settle(&mut rig).unwrap();
+    assert_eq!((engine.answer(token), writes_of(&rig, PLAIN)), (Some(Status::IoErr), 0));
+}
