@@ -262,9 +262,13 @@ impl Disk {
             return Err(errno);
         }
         self.completed += 1;
-        let contents = self.data(op);
-        for (sector, content) in self.destination(first, last).zip(contents) {
-            self.put(sector, content, self.completed);
+        let destination = self.destination(first, last);
+        if matches!(op.kind, OpKind::Write) {
+            for (sector, content) in destination.zip(self.data(op)) {
+                self.put(sector, content, self.completed);
+            }
+        } else {
+            self.zero(destination);
         }
         let mended: Vec<usize> = self.bad_reads.range(first..last).map(|(sector, _)| *sector).collect();
         for sector in mended {
@@ -345,6 +349,19 @@ impl Disk {
         let before = std::mem::replace(&mut self.current[sector], content);
         if content != 0 || before != 0 || self.cache.contains(sector) {
             self.cache.versions(sector, before).later.push((number, content));
+        }
+    }
+
+    /// Zeros come to so many sectors: to most of them at a creation, where there is nothing else.
+    fn zero(&mut self, sectors: Range<usize>) {
+        const AT_ONCE: usize = 256;
+        for first in sectors.clone().step_by(AT_ONCE) {
+            let part = first..sectors.end.min(first + AT_ONCE);
+            if self.current[part.clone()].iter().all(|content| *content == 0) && self.cache.is_at_rest(part.clone()) {
+                self.mtime += part.len() as u64;
+            } else {
+                part.for_each(|sector| self.put(sector, 0, self.completed));
+            }
         }
     }
 

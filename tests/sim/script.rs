@@ -81,9 +81,9 @@ struct Author<'a> {
 
 impl Author<'_> {
     fn deeds(&mut self) -> Vec<Deed> {
-        let requests = REQUESTS_MIN + self.rng.below(40);
+        let requests = REQUESTS_MIN + self.rng.below(8);
         let ends = 1 + self.rng.below(3);
-        let mut deeds = Vec::with_capacity(usize::try_from(requests).expect("few") * 5 / 4);
+        let mut deeds = Vec::with_capacity(usize::try_from(requests).expect("few") * 3 / 2);
         if self.config.remapped > 0 {
             let all = SectorRange { start: Sector(0), count: self.config.remapped * 8 };
             deeds.push(Deed::Order(Order::Remap(all)));
@@ -201,7 +201,7 @@ impl Author<'_> {
         let limit = if rng.percent(80) { (config.hot * 8).min(capacity) } else { capacity };
         let unit = if rng.percent(40) { 8 } else { unit };
         let start = rng.below(limit) / unit * unit;
-        let longest = if rng.percent(3) { 200 } else { 20 };
+        let longest = if rng.percent(1) { 200 } else { 20 };
         let count = ((1 + rng.below(longest)).next_multiple_of(unit)).min(capacity - start);
         SectorRange { start: Sector(start), count }
     }

@@ -1,5 +1,6 @@
 //! What sectors hold, and what a power cut may make of it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -84,6 +85,10 @@ impl Cache {
 
     pub(super) fn contains(&self, sector: usize) -> bool {
         self.places[sector] != 0
+    }
+
+    pub(super) fn is_at_rest(&self, sectors: Range<usize>) -> bool {
+        self.places[sectors].iter().all(|place| *place == 0)
     }
 
     /// The sector's versions, with `durable` as the first of them if it was at rest.
