@@ -23,6 +23,7 @@ mod every_io;
 mod faults;
 mod guest;
 mod lies;
+mod memory;
 mod model;
 mod rng;
 mod script;

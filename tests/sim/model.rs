@@ -92,14 +92,7 @@ pub(crate) enum Crash {
 
 impl Model {
     pub(crate) fn new(initial: Value) -> Model {
-        Model {
-            tick: 0,
-            initial,
-            places: Vec::new(),
-            states: Vec::new(),
-            unflushed: Vec::new(),
-            distrusted_until: 0,
-        }
+        Model { tick: 0, initial, places: Vec::new(), states: Vec::new(), unflushed: Vec::new(), distrusted_until: 0 }
     }
 
     /// The place of a sector's state, if anything has happened to it.
