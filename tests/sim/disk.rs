@@ -8,6 +8,7 @@
 
 mod image;
 mod store;
+mod torn;
 mod trouble;
 
 use std::collections::BTreeMap;
@@ -19,6 +20,7 @@ use crate::config::Fault;
 use crate::guest::{self, SECTOR};
 use crate::rng::Rng;
 use store::{Cache, Content, Store};
+pub(crate) use torn::tables;
 use trouble::strike;
 pub(crate) use trouble::{Astray, Bad, Effect, Late, Until};
 
@@ -78,6 +80,12 @@ pub(crate) struct Disk {
     pub(crate) dropped: bool,
     /// A power cut has shown that.
     pub(crate) reverted: bool,
+    /// Where pages of the table are: sectors.
+    pub(crate) tables: Vec<Range<usize>>,
+    /// Sectors of the table that a write which was done in part did not reach, and its number.
+    missed: Vec<(usize, u64)>,
+    /// Pages of the table that crashes tore between their entries.
+    pub(crate) torn_tables: usize,
 }
 
 impl Disk {
@@ -114,6 +122,9 @@ impl Disk {
             mtime: 1,
             dropped: false,
             reverted: false,
+            tables: Vec::new(),
+            missed: Vec::new(),
+            torn_tables: 0,
         }
     }
 
@@ -323,6 +334,8 @@ impl Disk {
             let unwritable = is_write && self.bad_writes.contains_key(&sector);
             if (share == 100 || rng.percent(share)) && !unwritable {
                 self.put(sector, *content, self.completed);
+            } else {
+                self.note_missed(sector, *content);
             }
         }
     }
@@ -416,7 +429,8 @@ impl Disk {
     /// The power goes: every sector is at one of the values it had since it was last durable.
     pub(crate) fn power_cut(&mut self, rng: &mut Rng) {
         let lose = rng.pick(&[0, 20, 50, 80, 100]);
-        for volatile in self.cache.take() {
+        let cut = self.cache.take();
+        for volatile in &cut {
             let kept = if rng.percent(lose) { rng.index(volatile.later.len()) } else { volatile.later.len() };
             self.current[volatile.sector] = match kept {
                 0 => volatile.durable,
@@ -424,6 +438,7 @@ impl Disk {
                 n => volatile.later[n - 1].1,
             };
         }
+        self.count_torn(&cut);
         self.reverted |= self.dropped;
         self.dropped = false;
     }

@@ -16,7 +16,7 @@ use vhost_remap::units::{SectorRange, Time};
 use crate::brief::{brief, brief_back};
 use crate::config::{Config, Fault};
 use crate::coverage::{Phase, Strikes};
-use crate::disk::{Disk, Late};
+use crate::disk::{Disk, Late, tables};
 use crate::every_io::plan::Plan;
 use crate::guest::{SECTOR, Value};
 use crate::model::{Model, Tick};
@@ -153,6 +153,7 @@ impl World {
     pub(crate) fn with(config: Config, rng: Rng, verbose: bool) -> World {
         let mut primary = Disk::new("primary", config.primary_bytes(), config.logical[0]);
         let mut spare = Disk::new("spare", config.spare_bytes(), config.logical[1]);
+        spare.tables = tables(&config.layout());
         for disk in [&mut primary, &mut spare] {
             disk.no_zeroes = config.no_zeroes && disk.name == "primary";
             disk.no_discard = config.no_discard;

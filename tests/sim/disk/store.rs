@@ -46,6 +46,14 @@ impl Store {
             }
         }
     }
+
+    /// Whether two contents are the same bytes.
+    pub(super) fn are_alike(&self, one: Content, other: Content) -> bool {
+        let mut bytes = [[0; SECTOR]; 2];
+        self.copy(one, &mut bytes[0]);
+        self.copy(other, &mut bytes[1]);
+        bytes[0] == bytes[1]
+    }
 }
 
 /// Versions of a sector that a power cut may leave.
