@@ -36,13 +36,6 @@ impl Drop for Mount {
     }
 }
 
-/// Run a tool; why it did not do its work.
-fn run(command: &mut Command) -> Result<(), String> {
-    let output = try_output_of(command).map_err(|error| format!("{:?}: {error}", command.get_program()))?;
-    let why = String::from_utf8_lossy(&output.stderr);
-    if output.status.success() { Ok(()) } else { Err(why.trim().replace('\n', " ")) }
-}
-
 /// The program in the ground's directory as somebody who may nothing. Whatever directories lie above it, it
 /// is reached by the working directory, and the program by a descriptor.
 fn as_nobody(ground: &Ground, words: &str) -> Command {

@@ -53,7 +53,7 @@ const PLAIN: Scenario = Scenario {
 /// The first 60 slots are taken: what is committed from then on takes two sectors of its page.
 const CROWDED: Scenario = Scenario { blocks: 64, slots: 72, prepare: make_crowded, ..PLAIN };
 
-pub(crate) const TABLE: [Scenario; 30] = [
+pub(crate) const TABLE: [Scenario; 31] = [
     Scenario {
         name: "first remap",
         begin: |world| open_with_bad_blocks(world, 2, 1),
