@@ -38,7 +38,7 @@ pub(crate) const AREA: u64 = 4 << 20;
 pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
 pub(crate) const F_INDIRECT: u64 = 1 << 28;
 /// The front-end has the device note what it writes.
-const F_LOG_ALL: u64 = 1 << 26;
+pub(crate) const F_LOG_ALL: u64 = 1 << 26;
 
 pub(crate) const PAGE: u64 = 4096;
 /// Bytes of a dirty log of all guest memory.
