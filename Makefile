@@ -33,8 +33,9 @@ unload: ## stop the server of SOCKET=…, which flushes and closes its volume
 status: ## show the state of the server of SOCKET=…
 	@ci/server status
 
-install: all ## copy the program to $(DESTDIR)$(PREFIX)/bin
+install: all ## copy the program, and what QEMU, libvirt and systemd read of it, under $(DESTDIR)$(PREFIX)
 	install -D -m 0755 "$${CARGO_TARGET_DIR:-target}/release/vhost-remap" "$(DESTDIR)$(PREFIX)/bin/vhost-remap"
+	@ci/packaging/install "$(DESTDIR)" "$(PREFIX)"
 
 help: ## list these
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | \
