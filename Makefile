@@ -55,10 +55,12 @@ mutants: ## take out one safeguard after the other and see whether a test notice
 bench: ## (not part of this version)
 	@echo "make bench: benchmarks are not part of this version" >&2; exit 1
 
-torture: ## kill a working server 1,000 times (KILLS=…) and check every answered write; SEED=… to do it again
+torture: ## kill a working server 1,000 times (KILLS=…; SEED=… to do it again), and 200 times (VM_KILLS=…) under a guest
 	@echo "follow it with: tail -F target/test-logs/torture.log"
 	@$(with_cargo) export VHOST_REMAP_KILLS="$${KILLS:-1000}" VHOST_REMAP_SEED="$${SEED:-$$((RANDOM << 15 | RANDOM))}" && \
 	    STEP_SECONDS=$$((600 + VHOST_REMAP_KILLS * 5)) ci/test torture
+	@$(with_cargo) export VHOST_REMAP_VM_KILLS="$${VM_KILLS:-200}" && \
+	    STEP_SECONDS=$$((600 + VHOST_REMAP_VM_KILLS * 15)) ci/test vm_kills
 
 # What is given on make's command line reaches the scripts by itself. Not so what has a value above; and what has none
 # must not reach them empty.
