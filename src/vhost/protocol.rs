@@ -203,6 +203,13 @@ impl Session {
         Ok(())
     }
 
+    /// Have the cache mode outlive this process.
+    fn note_cache_mode(&self) {
+        if let Some(region) = &self.inflight {
+            region.set_write_through(!self.device.is_writeback());
+        }
+    }
+
     fn event_fd(file: Option<File>) -> Option<OwnedFd> {
         file.map(OwnedFd::from)
     }
@@ -416,7 +423,9 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         // Flags differ between front-ends for the same thing: 0 in the spec, 1 in rust-vmm's.
-        self.device.write_config(offset, buf).map_err(refuse)
+        self.device.write_config(offset, buf).map_err(refuse)?;
+        self.note_cache_mode();
+        Ok(())
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
@@ -440,7 +449,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
         let (offset, len) = (inflight.mmap_offset, inflight.mmap_size);
         let region = InflightRegion::map(&file, offset, len, inflight.num_queues, inflight.queue_size);
-        self.inflight = Some(Arc::new(region.map_err(refuse)?));
+        let region = region.map_err(refuse)?;
+        // A process before this one may have been told.
+        if region.is_write_through() {
+            self.device.set_writeback(false);
+        }
+        self.inflight = Some(Arc::new(region));
+        self.note_cache_mode();
         Ok(())
     }
 
