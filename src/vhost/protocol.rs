@@ -7,7 +7,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use vhost::VhostUserMemoryRegionBase;
@@ -20,6 +19,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::QUEUE_SIZE_MAX;
+use super::command::wait;
 use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
 use super::dirty::{DirtyLog, MaybeLog, VHOST_F_LOG_ALL};
 use super::inflight::InflightRegion;
@@ -27,10 +27,7 @@ use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
 use super::ring::{Ring, RingAddresses, RingError};
 use super::worker::{Command, QueueKick, StartQueue, StopHow};
 use crate::runtime::mailbox::Outbox;
-use crate::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-
-/// After this long a drain is reported: the device does not return requests.
-const SLOW_DRAIN: Duration = Duration::from_secs(5);
+use crate::sync::mpsc::{Receiver, channel};
 
 /// Protocol features on offer. Only what works: the crate drops STATUS, and has no sender for what BACKEND_REQ is
 /// good for.
@@ -227,22 +224,6 @@ fn check_kick(fd: &OwnedFd) -> Result<()> {
 
 fn duplicate(fd: Option<&OwnedFd>) -> Option<OwnedFd> {
     fd.and_then(|fd| fd.try_clone().inspect_err(|error| log::error!("an eventfd is lost: {error}")).ok())
-}
-
-/// Wait for a worker, and say so when it takes long. `None` if the worker had nothing to say.
-pub(super) fn wait<T>(from: &Receiver<T>, what: impl Fn() -> String) -> Option<T> {
-    let mut reported = false;
-    loop {
-        match from.recv_timeout(SLOW_DRAIN) {
-            Ok(value) => return Some(value),
-            Err(RecvTimeoutError::Disconnected) => return None,
-            Err(RecvTimeoutError::Timeout) if !reported => {
-                log::warn!("{}: waiting for requests that the device does not return", what());
-                reported = true;
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-    }
 }
 
 impl VhostUserBackendReqHandlerMut for Session {
