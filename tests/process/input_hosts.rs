@@ -6,7 +6,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::disks::{Loop, run};
+use crate::disks::Loop;
 use crate::inputs::{Ground, check_refused, create, skip};
 use crate::server::{Server, try_output_of};
 
