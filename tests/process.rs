@@ -37,6 +37,8 @@ mod input_volumes;
 mod input_words;
 #[path = "process/inputs.rs"]
 mod inputs;
+#[path = "process/migration.rs"]
+mod migration;
 #[path = "process/model.rs"]
 mod model;
 #[path = "process/modes.rs"]

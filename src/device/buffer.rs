@@ -5,7 +5,7 @@
 //! bounds-checked copying. Guest memory may change under us at any time, so it is only ever copied
 //! through raw pointers, never borrowed as a slice.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::any::Any;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -126,6 +126,11 @@ impl Iovecs {
         self.len == 0
     }
 
+    /// Address and length of each piece.
+    pub fn pieces(&self) -> impl Iterator<Item = (*const u8, usize)> {
+        self.list.iter().map(|piece| (piece.iov_base.cast_const().cast(), piece.iov_len))
+    }
+
     /// The whole list as an operation's `data`.
     pub fn as_io(&self) -> IoSlice {
         IoSlice { ptr: self.list.as_ptr(), count: self.list.len() }
@@ -211,19 +216,27 @@ unsafe impl Sync for AlignedBuf {}
 impl AlignedBuf {
     /// `len` zero bytes at an [`ALIGNMENT`]-aligned address.
     pub fn zeroed(len: usize) -> AlignedBuf {
-        let layout = Self::layout(len);
         // SAFETY: the layout has a size of at least one byte.
-        let ptr = unsafe { alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(ptr) else { handle_alloc_error(layout) };
-        let iovec = Box::leak(Box::new(libc::iovec { iov_base: ptr.as_ptr().cast(), iov_len: len })).into();
-        AlignedBuf { ptr, len, iovec }
+        Self::of(unsafe { alloc_zeroed(Self::layout(len)) }, len)
     }
 
     /// A buffer that holds a copy of `bytes`.
     pub fn copy_of(bytes: &[u8]) -> AlignedBuf {
-        let mut buf = AlignedBuf::zeroed(bytes.len());
-        buf.copy_from_slice(bytes);
-        buf
+        // SAFETY: as in zeroed; all of the buffer is written before anybody sees it, to memory just allocated.
+        unsafe {
+            let ptr = alloc(Self::layout(bytes.len()));
+            if !ptr.is_null() {
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), ptr, bytes.len());
+            }
+            Self::of(ptr, bytes.len())
+        }
+    }
+
+    /// The buffer of `len` initialised bytes at `ptr`, which was allocated with our layout; null ends the process.
+    fn of(ptr: *mut u8, len: usize) -> AlignedBuf {
+        let Some(ptr) = NonNull::new(ptr) else { handle_alloc_error(Self::layout(len)) };
+        let iovec = Box::leak(Box::new(libc::iovec { iov_base: ptr.as_ptr().cast(), iov_len: len })).into();
+        AlignedBuf { ptr, len, iovec }
     }
 
     /// The whole buffer as an operation's `data`. The iovec lives in the buffer and moves with
@@ -255,9 +268,9 @@ impl DerefMut for AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with this very layout.
+        // SAFETY: allocated in `zeroed` or `copy_of` with this very layout.
         unsafe { dealloc(self.ptr.as_ptr(), Self::layout(self.len)) };
-        // SAFETY: leaked in `zeroed`, and not given away.
+        // SAFETY: leaked in `of`, and not given away.
         drop(unsafe { Box::from_raw(self.iovec.as_ptr()) });
     }
 }

@@ -424,15 +424,18 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let label = superblocks::read_label(io, &superblock).await?;
     if let Some(label) = &label {
         superblock = label.compare(&found, superblock, &params.primary)?;
-        // Until the label is stamped again its list is as old as it was, or nobody knows how old.
-        superblock.stamped = label.newest().map_or(0, |newest| newest.stamped);
         if let Some(newest) = label.newest() {
             unknown |= superblocks::check_features(newest, DeviceIndex::PRIMARY)?;
         }
     }
+    // Until the label is stamped again its list is as old as it was, or nobody knows how old.
+    let stamped = match &label {
+        Some(label) => label.newest().map_or(0, |newest| newest.stamped),
+        None => superblock.stamped,
+    };
     let layout = Layout::new(superblock.spare_size, superblock.max_remaps)?;
     let label_layout = label.as_ref().map(|label| label.layout);
-    let (table, page_repairs) = pages::load_table(io, &layout, &superblock).await?;
+    let (mut table, page_repairs) = pages::load_table(io, &layout, &superblock).await?;
     let (map, superseded) = build_map(&table, superblock.capacity)?;
     check_content(io, &superblock, label.is_some(), params, table.live()).await?;
     let read_only = params.read_only || unknown != 0;
@@ -446,7 +449,8 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let mut tally = Tally::default();
     let (poison, saved) = (sidecars.poison, sidecars.counters);
     if read_only {
-        for Repair { what, cause } in repairs {
+        superblock.stamped = stamped;
+        for Repair { what, cause, .. } in repairs {
             let action = "another copy is used; nothing is written to a read-only volume";
             event(&mut events, Severity::Warn, "metadata-damaged", what.device(), cause, action);
         }
@@ -455,11 +459,14 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
             layout: &layout,
             label: label_layout,
             superblock: &superblock,
+            stamped,
             table: &table,
             poison: &poison,
             counters: &saved,
         };
-        (superblock, tally.metadata_repairs) = TakeOver::new(io, newest, &repairs, &mut events).run().await?;
+        let taken = TakeOver::new(io, newest, &repairs, &mut events).run().await?;
+        taken.renewed.into_iter().for_each(|(number, state)| table.set_page(number, state));
+        (superblock, tally.metadata_repairs) = (taken.superblock, taken.repaired);
     }
     let geometry = Geometry {
         capacity: superblock.capacity,

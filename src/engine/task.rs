@@ -42,13 +42,13 @@ impl Wake for TaskWaker {
 
 /// Starts tasks, from inside other tasks too.
 #[derive(Clone, Default)]
-pub(super) struct Spawner(Rc<RefCell<Vec<Task>>>);
+pub(super) struct Spawner(Rc<RefCell<VecDeque<Task>>>);
 
 impl Spawner {
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
         // Before the list is borrowed: a task of some kilobytes is then moved only once.
         let task = Box::pin(task);
-        self.0.borrow_mut().push(task);
+        self.0.borrow_mut().push_back(task);
     }
 }
 
@@ -79,8 +79,7 @@ impl Executor {
             let Some(index) = self.ready.pop() else { return };
             // A waker may outlive its task; its number may then belong to another, which is merely polled.
             let Some((task, waker)) = self.tasks[index].as_mut() else { continue };
-            let waker = waker.clone();
-            if task.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
+            if task.as_mut().poll(&mut Context::from_waker(waker)).is_ready() {
                 self.tasks[index] = None;
                 self.free.push(index);
             }
@@ -88,8 +87,8 @@ impl Executor {
     }
 
     fn admit(&mut self) {
-        let new = std::mem::take(&mut *self.spawner.0.borrow_mut());
-        for task in new {
+        loop {
+            let Some(task) = self.spawner.0.borrow_mut().pop_front() else { return };
             let index = self.free.pop().unwrap_or(self.tasks.len());
             let waker = Waker::from(Arc::new(TaskWaker { task: index, ready: self.ready.clone() }));
             if index == self.tasks.len() {

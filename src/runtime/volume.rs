@@ -29,7 +29,8 @@ use crate::units::{SECTOR_SIZE, SectorRange, Time};
 use crate::volume::layout::{label_size, spare_size};
 use crate::volume::superblock::{CAPACITY_MAX, CloseStamp};
 
-/// Nobody hands a device over to `create` or `adopt`, but udev may be looking at one that just came.
+/// Nobody hands a device over to `create` or `adopt`, but udev may be looking at one that just came, and a server that
+/// has just ended may not be gone.
 const MAKE_LOCK_WAIT: Duration = Duration::from_secs(5);
 /// `hold` without a number waits for the operator: a year is as good as for ever.
 const HOLD_FOR_EVER_SECONDS: u64 = 365 * 24 * 3600;
@@ -222,10 +223,14 @@ fn run_script<T>(reactor: &mut dyn Reactor, mut step: impl FnMut(Time, &[Complet
     result.expect("driven to its end")
 }
 
-/// Refuse a new volume on the primary of another. What cannot be looked at has not been refused for that.
+/// Refuse a new volume on the primary of another. What cannot be looked at has not been refused for that, unless it is
+/// in use; a server that has just ended can keep its devices for a moment longer.
 fn check_no_label(primary: &Path) -> Result<(), MakeError> {
-    let options = OpenOptions { read_only: true, lock_wait: Duration::ZERO, ..OpenOptions::default() };
-    let Ok(device) = open::open(primary, &options) else { return Ok(()) };
+    let device = match open::open(primary, &OpenOptions { read_only: true, ..make_options() }) {
+        Ok(device) => device,
+        Err(in_use @ open::OpenError::InUse { .. }) => return Err(in_use.into()),
+        Err(_) => return Ok(()),
+    };
     match label_of(primary, &Arc::new(device)) {
         Ok(Some(label)) => {
             refused(format!("{}: serve it with its spare, or wipe it first to lose it", belongs(primary, &label)))

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use super::dirty::MaybeLog;
 use super::memory::{MemoryMap, RegionBits};
 use super::queue::{Kick, StartQueue, StopHow};
 use super::ring::RingAddresses;
@@ -63,6 +64,13 @@ pub enum Command {
         map: Arc<MemoryMap>,
         /// Regions that are gone.
         removed: RegionBits,
+        /// The answer.
+        done: Sender<()>,
+    },
+    /// From now on what is written to guest memory is noted there, or nowhere; answered when that is so.
+    DirtyLog {
+        /// The log.
+        log: MaybeLog,
         /// The answer.
         done: Sender<()>,
     },

@@ -134,7 +134,9 @@ impl Page {
         f.u32(8, number);
         f.u64(16, self.sequence);
         f.bytes(24, &seat.bytes());
-        for (i, entry) in self.entries.iter().enumerate() {
+        // Most are free as a rule, and zeros.
+        let used = self.entries.iter().enumerate().filter(|(_, entry)| **entry != Entry::FREE);
+        for (i, entry) in used {
             f.u64(HEADER + 8 * i, entry.encode());
         }
         let crc = page_crc(&page, 12);
@@ -155,10 +157,13 @@ impl Page {
         if !ours {
             return None;
         }
-        // Not collected: an iterator of options says nothing of its length, and the list would grow step by step.
-        let mut entries = Vec::with_capacity(ENTRIES_PER_PAGE as usize);
-        for i in 0..ENTRIES_PER_PAGE as usize {
-            entries.push(Entry::decode(f.u64(HEADER + 8 * i))?);
+        let mut entries = vec![Entry::FREE; ENTRIES_PER_PAGE as usize];
+        for (entry, raw) in entries.iter_mut().zip(bytes[HEADER..].chunks_exact(8)) {
+            let raw = u64::from_le_bytes(raw.try_into().expect("eight bytes"));
+            // Most are free as a rule, and zeros.
+            if raw != 0 {
+                *entry = Entry::decode(raw)?;
+            }
         }
         Some(Page { sequence: f.u64(16), entries })
     }

@@ -28,7 +28,7 @@ pub(crate) struct Opens {
     pub(crate) poison_unknown: bool,
     /// Of the superblock it was opened with.
     pub(crate) generation: u64,
-    /// Newest sequences, by table page.
+    /// Sequences when it is open, by table page.
     pub(crate) sequences: Vec<u64>,
     /// `metadata-repaired` events, by the name of the copy.
     pub(crate) repaired: BTreeMap<String, Times>,
@@ -107,7 +107,9 @@ pub(crate) fn expect(copies: &[Copy<'_>], pages: u32) -> Result<Opens, Refusal> 
     for number in 0..pages {
         let homes = on_places(&|kind| matches!(kind, Kind::Table(_, of) if of == number));
         let (sequence, page) = newest(homes.iter().copied()).ok_or(Refusal::TablePage(number))?;
-        opens.sequences.push(sequence);
+        // Beyond what a home may hold that gives nothing.
+        let hidden = homes.iter().any(|copy| copy.whole.is_none());
+        opens.sequences.push(sequence + if hidden { 1 << 32 } else { 0 });
         opens.map.extend(live_entries(number, page));
         lacking.extend(
             homes.into_iter().filter(|copy| copy.whole.is_none_or(|page| age(copy.seat.kind, page) != sequence)),

@@ -15,6 +15,7 @@ mod expect;
 mod features;
 mod foreign;
 mod golden;
+mod hidden;
 mod interrupted;
 mod label;
 mod ladders;

@@ -28,7 +28,7 @@ fn crowded() -> Rig {
 fn fail_commit(rig: &mut Rig) -> Result<Engine, Cut> {
     let mut engine = rig.try_open(rig.open_params())?.expect("opens");
     rig.performed.clear();
-    (rig.torn, rig.bad) = (true, vec![bad_block(REMAPPED)]);
+    (rig.torn, rig.bad) = (Some(2), vec![bad_block(REMAPPED)]);
     let token = engine.begin_write(rig, REMAPPED * BLOCK, &pattern(REMAPPED * BLOCK, BLOCK, 1));
     while !rig.has_page_writes() {
         engine.step(rig)?;
@@ -61,7 +61,7 @@ fn no_two_superblocks_of_one_generation_differ() {
     let come_back = |rig: &mut Rig, _: &mut ()| {
         let mut engine = rig.try_open(rig.open_params())?.expect("opens");
         rig.performed.clear();
-        (rig.torn, rig.bad) = (true, vec![bad_block(REMAPPED)]);
+        (rig.torn, rig.bad) = (Some(2), vec![bad_block(REMAPPED)]);
         let head = seats(&SHAPE).into_iter().filter(|seat| seat.at == At::Head && matches!(seat.kind, Kind::Table(..)));
         let bad = head.map(|seat| (seat.offset, seat.offset + 4096));
         rig.bad.extend(bad.map(|(from, to)| Bad { device: SPARE, from, to, reads: Reads::Good, writes: true }));

@@ -98,8 +98,8 @@ pub(crate) struct Rig {
     /// Flushes that fail, by device, and with what.
     pub(crate) bad_flushes: [u32; 2],
     pub(crate) flush_errno: Errno,
-    /// What fails is half done: every other sector of a write lands, or is lost with a flush.
-    pub(crate) torn: bool,
+    /// What fails is done in part: of so many sectors one lands, or is not lost with a flush.
+    pub(crate) torn: Option<u64>,
     /// Bytes of a device to which writes are lost: they succeed and nothing comes of them.
     pub(crate) lost: Option<(DeviceIndex, std::ops::Range<u64>)>,
     /// Table pages of which writes wait, as long as there is anything else to do.
@@ -132,7 +132,7 @@ impl Rig {
             bad: Vec::new(),
             bad_flushes: [0; 2],
             flush_errno: Errno(libc::EIO),
-            torn: false,
+            torn: None,
             lost: None,
             held_page: None,
             held: None,
@@ -272,7 +272,9 @@ impl Rig {
         };
         let torn = self.torn;
         match self.errno(&op) {
-            Some(errno) => self.disks.complete_as(at, Err(errno), |sector| torn && sector.0.is_multiple_of(2)),
+            Some(errno) => {
+                self.disks.complete_as(at, Err(errno), |sector| torn.is_some_and(|of| sector.0.is_multiple_of(of)))
+            }
             None if self.lost.as_ref().is_some_and(is_lost) => self.disks.complete_as(at, Ok(()), |_| false),
             None => {
                 self.disks.complete(at);

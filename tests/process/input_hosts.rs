@@ -6,7 +6,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::disks::Loop;
+use crate::disks::{Loop, run};
 use crate::inputs::{Ground, check_refused, create, skip};
 use crate::server::{Server, try_output_of};
 
@@ -34,13 +34,6 @@ impl Drop for Mount {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
     }
-}
-
-/// Run a tool; why it did not do its work.
-fn run(command: &mut Command) -> Result<(), String> {
-    let output = try_output_of(command).map_err(|error| format!("{:?}: {error}", command.get_program()))?;
-    let why = String::from_utf8_lossy(&output.stderr);
-    if output.status.success() { Ok(()) } else { Err(why.trim().replace('\n', " ")) }
 }
 
 /// The program in the ground's directory as somebody who may nothing. Whatever directories lie above it, it

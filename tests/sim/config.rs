@@ -79,6 +79,48 @@ const TAIL_ONLY: [Fault; 4] =
 /// These may cost the volume the head: of shortages of ours, several in a row do.
 const EITHER_PLACE: [Fault; 4] = [Fault::Burst, Fault::Full, Fault::SpareGone, Fault::Ours];
 
+/// What a volume is made with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    /// Sectors.
+    pub(crate) capacity: u64,
+    pub(crate) logical: [u64; 2],
+    pub(crate) max_remaps: u32,
+    pub(crate) labelled: bool,
+    /// Blocks in slots from the start, and so slots in use.
+    pub(crate) used: u64,
+}
+
+/// Volumes with many slots in use. With fewer than 60, header and entries of a table page share a sector, and no
+/// power cut tears one from the other; the further sectors of a page begin with slots 60, 124, 188, ...
+pub(crate) const SHAPES: [Shape; 9] = [
+    Shape { capacity: 76 * 8, logical: [512, 512], max_remaps: 80, labelled: false, used: 62 },
+    Shape { capacity: 80 * 8 - 3, logical: [512, 512], max_remaps: 128, labelled: true, used: 66 },
+    Shape { capacity: 84 * 8, logical: [512, 512], max_remaps: 96, labelled: true, used: 74 },
+    Shape { capacity: 78 * 8, logical: [512, 512], max_remaps: 74, labelled: false, used: 72 },
+    Shape { capacity: 72 * 8, logical: [512, 512], max_remaps: 520, labelled: true, used: 64 },
+    Shape { capacity: 80 * 8, logical: [512, 4096], max_remaps: 90, labelled: true, used: 72 },
+    Shape { capacity: 76 * 8, logical: [4096, 512], max_remaps: 100, labelled: false, used: 64 },
+    Shape { capacity: 132 * 8, logical: [512, 512], max_remaps: 140, labelled: true, used: 123 },
+    Shape { capacity: 1030 * 8, logical: [512, 512], max_remaps: 1040, labelled: true, used: 1020 },
+];
+/// The one of them whose slots in use fill more than two pages of the table.
+const LARGE: usize = SHAPES.len() - 1;
+
+impl Shape {
+    fn of(rng: &mut Rng) -> Shape {
+        let logical = if rng.percent(20) { [rng.pick(&[512, 4096]), rng.pick(&[512, 4096])] } else { [512, 512] };
+        let blocks = if rng.percent(1) { 200 + rng.below(100) } else { 16 + rng.below(40) };
+        let short = if logical == [512, 512] && rng.percent(30) { rng.below(8) } else { 0 };
+        let max_remaps = match rng.below(20) {
+            0 => 512 + 8,
+            1..10 => 16,
+            _ => 24 + u32::try_from(rng.below(40)).expect("small"),
+        };
+        Shape { capacity: blocks * 8 - short, logical, max_remaps, labelled: rng.percent(60), used: 0 }
+    }
+}
+
 /// One run's choices.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
@@ -91,6 +133,8 @@ pub(crate) struct Config {
     pub(crate) policy: Policy,
     /// The operator begins with so many blocks in slots.
     pub(crate) remapped: u64,
+    /// The volume is not created but a copy of one with many slots in use, by its number in [`SHAPES`].
+    pub(crate) prepared: Option<usize>,
     /// Requests go mostly to so many blocks.
     pub(crate) hot: u64,
     /// The blocks that most faults and many requests hit, so that troubles meet.
@@ -111,15 +155,19 @@ pub(crate) struct Config {
 }
 
 impl Config {
+    /// So many entries share a sector with the header of their page. In a prepared volume, blocks that have moved
+    /// begin in the slot of their number.
+    pub(crate) const NEAR_HEADER: u64 = 60;
+
     pub(crate) fn of(rng: &mut Rng) -> Config {
-        let logical = if rng.percent(20) { [rng.pick(&[512, 4096]), rng.pick(&[512, 4096])] } else { [512, 512] };
-        let blocks = if rng.percent(2) { 600 + rng.below(300) } else { 16 + rng.below(48) };
-        let short = if logical == [512, 512] && rng.percent(30) { rng.below(8) } else { 0 };
-        let max_remaps = match rng.below(20) {
-            0 => 512 + 8,
-            1..10 => 16,
-            _ => 24 + u32::try_from(rng.below(40)).expect("small"),
+        let prepared = match rng.below(1000) {
+            0..4 => Some(LARGE),
+            4..230 => Some(rng.index(LARGE)),
+            _ => None,
         };
+        let Shape { capacity, logical, max_remaps, labelled, .. } =
+            prepared.map_or_else(|| Shape::of(rng), |shape| SHAPES[shape]);
+        let blocks = capacity.div_ceil(8);
         let on_loss = |rng: &mut Rng| if rng.percent(60) { OnLoss::Fail } else { OnLoss::Hold(1 + rng.below(6)) };
         let policy = Policy { primary_gone: on_loss(rng), spare_full: on_loss(rng), passthrough: false };
         let share = rng.pick(&[4, 8, 15, 30, 50]);
@@ -130,16 +178,21 @@ impl Config {
         if faults.is_empty() {
             faults.push(rng.pick(&FAULTS));
         }
+        let few = prepared.is_none() && rng.percent(15);
         Config {
             shards: 1 + rng.index(3),
-            capacity: blocks * 8 - short,
+            capacity,
             logical,
             max_remaps,
-            labelled: rng.percent(60),
+            labelled,
             policy,
-            remapped: if rng.percent(15) { u64::from(max_remaps).min(blocks) - rng.below(4) } else { 0 },
+            remapped: if few { u64::from(max_remaps).min(blocks) - rng.below(4) } else { 0 },
+            prepared,
             hot: if rng.percent(50) { 2 + rng.below(8) } else { 2 + rng.below(blocks - 2) },
-            weak: std::array::from_fn(|_| rng.below(blocks)),
+            weak: std::array::from_fn(|_| match prepared {
+                None => rng.below(blocks),
+                Some(_) => blocks - 1 - rng.below((blocks - Config::NEAR_HEADER).min(24)),
+            }),
             depth: 1 + rng.index(12),
             faults,
             fault_rate: rng.pick(&[20, 75, 250]),
@@ -161,6 +214,7 @@ impl Config {
             max_remaps,
             labelled,
             policy: Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false },
+            prepared: None,
             faults: Vec::new(),
             write_through: false,
             no_zeroes: false,
@@ -190,6 +244,11 @@ impl Config {
     /// Sectors of the larger logical block of the two devices.
     pub(crate) fn unit(&self) -> u64 {
         self.logical.into_iter().max().unwrap_or(512) / 512
+    }
+
+    /// Slots in use from the start.
+    pub(crate) fn used(&self) -> u64 {
+        self.prepared.map_or(0, |shape| SHAPES[shape].used)
     }
 
     /// Whether the head is to stay whole.

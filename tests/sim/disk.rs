@@ -8,6 +8,7 @@
 
 mod image;
 mod store;
+mod torn;
 mod trouble;
 
 use std::collections::BTreeMap;
@@ -19,6 +20,7 @@ use crate::config::Fault;
 use crate::guest::{self, SECTOR};
 use crate::rng::Rng;
 use store::{Cache, Content, Store};
+pub(crate) use torn::tables;
 use trouble::strike;
 pub(crate) use trouble::{Astray, Bad, Effect, Late, Until};
 
@@ -76,8 +78,18 @@ pub(crate) struct Disk {
     pub(crate) mtime: u64,
     /// A flush failed and dropped something since the last power cut.
     pub(crate) dropped: bool,
+    /// Some of that was the guest's.
+    pub(crate) dropped_data: bool,
+    /// Sectors that hold the guest's data; the others are metadata.
+    pub(crate) data: Range<usize>,
     /// A power cut has shown that.
     pub(crate) reverted: bool,
+    /// Where pages of the table are: sectors.
+    pub(crate) tables: Vec<Range<usize>>,
+    /// Sectors of the table that a write which was done in part did not reach, and its number.
+    missed: Vec<(usize, u64)>,
+    /// Pages of the table that crashes tore between their entries.
+    pub(crate) torn_tables: usize,
 }
 
 impl Disk {
@@ -113,7 +125,12 @@ impl Disk {
             strikes: 0,
             mtime: 1,
             dropped: false,
+            dropped_data: false,
+            data: 0..sectors,
             reverted: false,
+            tables: Vec::new(),
+            missed: Vec::new(),
+            torn_tables: 0,
         }
     }
 
@@ -263,9 +280,13 @@ impl Disk {
             return Err(errno);
         }
         self.completed += 1;
-        let contents = self.data(op);
-        for (sector, content) in self.destination(first, last).zip(contents) {
-            self.put(sector, content, self.completed);
+        let destination = self.destination(first, last);
+        if matches!(op.kind, OpKind::Write) {
+            for (sector, content) in destination.zip(self.data(op)) {
+                self.put(sector, content, self.completed);
+            }
+        } else {
+            self.zero(destination);
         }
         let mended: Vec<usize> = self.bad_reads.range(first..last).map(|(sector, _)| *sector).collect();
         for sector in mended {
@@ -320,6 +341,8 @@ impl Disk {
             let unwritable = is_write && self.bad_writes.contains_key(&sector);
             if (share == 100 || rng.percent(share)) && !unwritable {
                 self.put(sector, *content, self.completed);
+            } else {
+                self.note_missed(sector, *content);
             }
         }
     }
@@ -346,6 +369,19 @@ impl Disk {
         let before = std::mem::replace(&mut self.current[sector], content);
         if content != 0 || before != 0 || self.cache.contains(sector) {
             self.cache.versions(sector, before).later.push((number, content));
+        }
+    }
+
+    /// Zeros come to so many sectors: to most of them at a creation, where there is nothing else.
+    fn zero(&mut self, sectors: Range<usize>) {
+        const AT_ONCE: usize = 256;
+        for first in sectors.clone().step_by(AT_ONCE) {
+            let part = first..sectors.end.min(first + AT_ONCE);
+            if self.current[part.clone()].iter().all(|content| *content == 0) && self.cache.is_at_rest(part.clone()) {
+                self.mtime += part.len() as u64;
+            } else {
+                part.for_each(|sector| self.put(sector, 0, self.completed));
+            }
         }
     }
 
@@ -392,6 +428,7 @@ impl Disk {
                 if rng.percent(share) {
                     *number = NEVER;
                     self.dropped = true;
+                    self.dropped_data |= self.data.contains(&volatile.sector);
                 }
             }
         }
@@ -400,7 +437,8 @@ impl Disk {
     /// The power goes: every sector is at one of the values it had since it was last durable.
     pub(crate) fn power_cut(&mut self, rng: &mut Rng) {
         let lose = rng.pick(&[0, 20, 50, 80, 100]);
-        for volatile in self.cache.take() {
+        let cut = self.cache.take();
+        for volatile in &cut {
             let kept = if rng.percent(lose) { rng.index(volatile.later.len()) } else { volatile.later.len() };
             self.current[volatile.sector] = match kept {
                 0 => volatile.durable,
@@ -408,8 +446,9 @@ impl Disk {
                 n => volatile.later[n - 1].1,
             };
         }
+        self.count_torn(&cut);
         self.reverted |= self.dropped;
-        self.dropped = false;
+        (self.dropped, self.dropped_data) = (false, false);
     }
 
     /// Flip a bit of a sector, behind everybody's back.

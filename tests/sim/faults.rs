@@ -11,7 +11,7 @@ use crate::world::{World, trace};
 
 /// Bad sectors of a device at a time, at most: more would keep a run from doing anything else.
 const BAD_MAX: usize = 12;
-/// Slots that go bad: those used first.
+/// Slots that go bad: those used first, and those first used in the run.
 const BAD_SLOTS: u64 = 10;
 
 /// A fault that strikes.
@@ -51,7 +51,8 @@ impl Trouble {
             Fault::PrimaryWriteForEver => bad_guest_sector(config, rng, bad(Until::Healed), false),
             Fault::SlotRead | Fault::SlotWrite => {
                 let bad = bad(rng.pick(&[more, Until::Written, Until::Healed]));
-                let slot = rng.below(BAD_SLOTS);
+                let first = if rng.percent(50) { config.used() } else { 0 };
+                let slot = (first + rng.below(BAD_SLOTS)).min(u64::from(config.max_remaps) - 1);
                 let sector = config.layout().slots_start / 512 + slot * 8 + rng.below(8);
                 Trouble::Bad { device: spare, sector, count: 1, read: fault == Fault::SlotRead, bad }
             }

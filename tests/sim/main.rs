@@ -23,7 +23,9 @@ mod every_io;
 mod faults;
 mod guest;
 mod lies;
+mod memory;
 mod model;
+mod prepared;
 mod rng;
 mod script;
 mod session;
@@ -51,6 +53,8 @@ struct Sum {
     runs: u64,
     failed: u64,
     requests: usize,
+    /// Pages of the table that crashes tore between their entries.
+    torn_tables: usize,
     strikes: Strikes,
     /// A kind of event that nobody meets tests nothing.
     events: BTreeMap<&'static str, u64>,
@@ -68,6 +72,7 @@ fn try_seed(seed: u64, sum: &mut Sum) {
     match case.attempt() {
         Ok(course) => {
             sum.requests += course.requests;
+            sum.torn_tables += course.torn_tables;
             sum.strikes.add(&course.strikes);
             course.events.into_iter().for_each(|kind| *sum.events.entry(kind).or_default() += 1);
         }
@@ -109,6 +114,7 @@ fn run_seeds(first: u64, count: u64, keep_going: bool) -> Sum {
     for sum in sums {
         (all.runs, all.failed, all.requests) =
             (all.runs + sum.runs, all.failed + sum.failed, all.requests + sum.requests);
+        all.torn_tables += sum.torn_tables;
         all.strikes.add(&sum.strikes);
         sum.events.into_iter().for_each(|(kind, count)| *all.events.entry(kind).or_default() += count);
     }
@@ -119,6 +125,7 @@ fn run_seeds(first: u64, count: u64, keep_going: bool) -> Sum {
         all.requests,
         all.runs as f64 / seconds
     );
+    println!("{} pages of the table torn between their entries", all.torn_tables);
     println!("events: {:?}\nstrikes:\n{}", all.events, all.strikes);
     all
 }
@@ -129,6 +136,8 @@ fn every_run_keeps_the_contract() {
     let count = env("VHOST_REMAP_SEEDS").unwrap_or(SEEDS_DEFAULT);
     let sum = run_seeds(first, count, env("VHOST_REMAP_KEEP_GOING").is_some());
     assert_eq!(sum.failed, 0, "runs failed");
+    let torn = sum.torn_tables as u64;
+    assert!(count < SEEDS_DEFAULT || torn > count / 100, "crashes tore {torn} pages of the table in {count} runs");
     let empty = sum.strikes.empty();
     assert!(count < SEEDS_FOR_ALL_PAIRS || empty.is_empty(), "faults that never struck in a state: {empty:?}");
 }

@@ -48,17 +48,17 @@ struct SectorState {
 }
 
 impl SectorState {
-    fn new(initial: Value) -> SectorState {
-        let first = smallvec![Element { value: initial, start: 0, end: 0, ok: true }];
+    fn new(initial: Value, distrusted_until: Tick) -> SectorState {
+        let first = Element { value: initial, start: 0, end: 0, ok: true };
         SectorState {
-            now: SmallVec::clone(&first),
-            unread: SmallVec::clone(&first),
-            durable: first,
+            now: smallvec![first],
+            unread: smallvec![first],
+            durable: smallvec![first],
             flying: SmallVec::new(),
             replaced: SmallVec::new(),
             changed: 0,
             settling: false,
-            distrusted_until: 0,
+            distrusted_until,
         }
     }
 
@@ -73,8 +73,11 @@ impl SectorState {
 pub(crate) struct Model {
     tick: Tick,
     initial: Value,
-    /// By sector, where anything has happened.
-    sectors: Vec<Option<SectorState>>,
+    /// By sector: its place in the list plus one, or 0 where nothing has happened.
+    places: Vec<u32>,
+    states: Vec<SectorState>,
+    /// Places of the sectors that a power cut may leave at more than one value; others too, and some twice.
+    unflushed: Vec<usize>,
     distrusted_until: Tick,
 }
 
@@ -89,32 +92,42 @@ pub(crate) enum Crash {
 
 impl Model {
     pub(crate) fn new(initial: Value) -> Model {
-        Model { tick: 0, initial, sectors: Vec::new(), distrusted_until: 0 }
+        Model { tick: 0, initial, places: Vec::new(), states: Vec::new(), unflushed: Vec::new(), distrusted_until: 0 }
+    }
+
+    /// The place of a sector's state, if anything has happened to it.
+    fn place(&self, sector: u64) -> Option<usize> {
+        let place = self.places.get(usize::try_from(sector).expect("small volumes"))?;
+        (*place as usize).checked_sub(1)
+    }
+
+    fn place_or_new(&mut self, sector: u64) -> usize {
+        self.place(sector).unwrap_or_else(|| {
+            let at = usize::try_from(sector).expect("small volumes");
+            if at >= self.places.len() {
+                self.places.resize(at + 1, 0);
+            }
+            self.states.push(SectorState::new(self.initial, self.distrusted_until));
+            self.places[at] = u32::try_from(self.states.len()).expect("small volumes");
+            self.states.len() - 1
+        })
     }
 
     fn state(&mut self, sector: u64) -> &mut SectorState {
-        let at = usize::try_from(sector).expect("small volumes");
-        if at >= self.sectors.len() {
-            self.sectors.resize(at + 1, None);
-        }
-        let (initial, distrusted) = (self.initial, self.distrusted_until);
-        self.sectors[at]
-            .get_or_insert_with(|| SectorState { distrusted_until: distrusted, ..SectorState::new(initial) })
+        let place = self.place_or_new(sector);
+        &mut self.states[place]
     }
 
     /// Equal for models that admit the same values of every sector and were told alike of failed flushes.
     pub(crate) fn fingerprint(&self, hasher: &mut impl Hasher) {
-        for (sector, state) in self.sectors.iter().enumerate() {
-            let Some(state) = state else { continue };
+        for sector in 0..self.places.len() {
+            let Some(place) = self.place(sector as u64) else { continue };
+            let state = &self.states[place];
             for admissible in [&state.now, &state.durable] {
                 let values: BTreeSet<Value> = admissible.iter().map(|element| element.value).collect();
                 (sector, values).hash(hasher);
             }
         }
-    }
-
-    fn known(&mut self) -> impl Iterator<Item = &mut SectorState> {
-        self.sectors.iter_mut().flatten()
     }
 
     /// A moment that nothing else shares.
@@ -138,20 +151,26 @@ impl Model {
     pub(crate) fn end(&mut self, sectors: impl Iterator<Item = u64>, start: Tick, ok: bool) {
         let end = self.tick();
         for sector in sectors {
-            let state = self.state(sector);
+            let place = self.place_or_new(sector);
+            let state = &mut self.states[place];
             let Some(at) = state.flying.iter().position(|element| element.start == start) else { continue };
             let element = Element { end, ok, ..state.flying.remove(at) };
             state.changed = end;
             state.settling = false;
             if ok {
-                let gone = state.now.iter().filter(|old| old.end < start).map(|old| (old.value, end));
-                state.replaced.extend(gone);
-                state.now.retain(|old| old.end > start);
-                state.unread.retain(|old| old.end > start);
+                for old in state.now.iter().filter(|old| old.end < start) {
+                    state.replaced.push((old.value, end));
+                }
+                supersede(&mut state.now, element);
+                supersede(&mut state.unread, element);
+            } else {
+                state.now.push(element);
+                state.unread.push(element);
             }
-            state.now.push(element);
-            state.unread.push(element);
             state.durable.push(element);
+            if state.durable.len() == 2 {
+                self.unflushed.push(place);
+            }
         }
     }
 
@@ -159,6 +178,9 @@ impl Model {
     pub(crate) fn read(&mut self, sector: u64, start: Tick, bytes: &[u8]) -> Result<(), String> {
         debug_assert_eq!(bytes.len(), SECTOR);
         let value = value_of(sector, bytes).map_err(|what| format!("sector {sector} reads as {what}"))?;
+        if value == self.initial && self.place(sector).is_none() {
+            return Ok(());
+        }
         let state = self.state(sector);
         let matches = |element: &&Element| element.value == value;
         if let Some(element) = state.now.iter().find(matches).copied() {
@@ -185,9 +207,12 @@ impl Model {
 
     /// A flush submitted at `submitted` succeeded.
     pub(crate) fn flushed(&mut self, submitted: Tick) {
-        for state in self.known().filter(|state| state.durable.len() > 1) {
+        let states = &mut self.states;
+        self.unflushed.retain(|place| {
+            let state = &mut states[*place];
             pin(state, submitted);
-        }
+            state.durable.len() > 1
+        });
     }
 
     /// The write-through write that was submitted at `start` succeeded.
@@ -203,7 +228,9 @@ impl Model {
     /// No read is under way: what was replaced does not matter any more.
     pub(crate) fn quiet(&mut self, sectors: impl Iterator<Item = u64>) {
         for sector in sectors {
-            self.state(sector).replaced.clear();
+            if let Some(place) = self.place(sector) {
+                self.states[place].replaced.clear();
+            }
         }
     }
 
@@ -212,12 +239,12 @@ impl Model {
         let now = self.tick();
         let Some(ranges) = ranges else {
             self.distrusted_until = now;
-            return self.known().for_each(|state| state.distrusted_until = now);
+            return self.states.iter_mut().for_each(|state| state.distrusted_until = now);
         };
         for (start, count) in ranges {
-            for (sector, state) in self.sectors.iter_mut().enumerate() {
-                if let Some(state) = state.as_mut().filter(|_| (*start..start + count).contains(&(sector as u64))) {
-                    state.distrusted_until = now;
+            for sector in *start..(start + count).min(self.places.len() as u64) {
+                if let Some(place) = self.place(sector) {
+                    self.states[place].distrusted_until = now;
                 }
             }
         }
@@ -226,7 +253,7 @@ impl Model {
     /// The process or the power is gone, with everything that was under way.
     pub(crate) fn crash(&mut self, crash: Crash) {
         let now = self.tick();
-        for state in self.known() {
+        for (place, state) in self.states.iter_mut().enumerate() {
             state.replaced.clear();
             if state.is_at_rest() {
                 continue;
@@ -244,15 +271,32 @@ impl Model {
                 values.dedup();
                 let left = values.into_iter().map(|value| Element { value, start: now, end: now, ok: false });
                 state.durable = left.collect();
-                state.unread = state.durable.clone();
+                state.unread = Elements::from_slice(&state.durable);
                 state.settling = true;
             }
-            state.now = state.unread.clone();
+            state.now = Elements::from_slice(&state.unread);
+            if state.durable.len() > 1 {
+                self.unflushed.push(place);
+            }
+        }
+    }
+}
+
+/// `element` takes the place of what ended before it began.
+fn supersede(elements: &mut Elements, element: Element) {
+    match &mut elements[..] {
+        [only] if only.end < element.start => *only = element,
+        _ => {
+            elements.retain(|old| old.end > element.start);
+            elements.push(element);
         }
     }
 }
 
 fn pin(state: &mut SectorState, submitted: Tick) {
+    if state.durable.len() == 1 {
+        return;
+    }
     let newest = state
         .durable
         .iter()
@@ -281,8 +325,7 @@ mod tests {
     }
 
     fn may_read(model: &Model, value: Value) -> bool {
-        let mut copy = Model { sectors: model.sectors.clone(), ..Model::new(0) };
-        copy.tick = model.tick;
+        let mut copy = model.clone();
         let start = copy.tick();
         copy.read(0, start, &content(value)).is_ok()
     }

@@ -81,9 +81,9 @@ struct Author<'a> {
 
 impl Author<'_> {
     fn deeds(&mut self) -> Vec<Deed> {
-        let requests = REQUESTS_MIN + self.rng.below(40);
+        let requests = REQUESTS_MIN + self.rng.below(8);
         let ends = 1 + self.rng.below(3);
-        let mut deeds = Vec::with_capacity(usize::try_from(requests).expect("few") * 5 / 4);
+        let mut deeds = Vec::with_capacity(usize::try_from(requests).expect("few") * 3 / 2);
         if self.config.remapped > 0 {
             let all = SectorRange { start: Sector(0), count: self.config.remapped * 8 };
             deeds.push(Deed::Order(Order::Remap(all)));
@@ -108,7 +108,18 @@ impl Author<'_> {
                 _ => {}
             }
             if (number + 1) * ends / requests > number * ends / requests {
-                let end = self.end(number + 1 == requests);
+                let mut end = self.end(number + 1 == requests);
+                if self.config.prepared.is_some() && self.rng.percent(80) {
+                    if self.rng.percent(50) {
+                        deeds.extend([Deed::Order(Order::Clear), Deed::Settle]);
+                    }
+                    let order = self.order_of_many();
+                    deeds.push(order);
+                    if let Deed::Crash { after, .. } = &mut end {
+                        // In the middle of the commit, with luck.
+                        *after = self.rng.below(50);
+                    }
+                }
                 deeds.push(end);
             }
         }
@@ -166,6 +177,15 @@ impl Author<'_> {
         })
     }
 
+    /// Blocks move whose entries do not share a sector with the header of their page.
+    fn order_of_many(&mut self) -> Deed {
+        let (used, blocks) = (self.config.used(), self.config.capacity / 8);
+        let remap = self.rng.percent(60);
+        let first = if remap { used } else { Config::NEAR_HEADER + self.rng.below(used - Config::NEAR_HEADER) };
+        let range = SectorRange { start: Sector(first * 8), count: (1 + self.rng.below(8)).min(blocks - first) * 8 };
+        Deed::Order(if remap { Order::Remap(range) } else { Order::Release(range) })
+    }
+
     fn ask(&mut self) -> Deed {
         let range = self.range();
         let ask = match self.rng.below(100) {
@@ -201,7 +221,7 @@ impl Author<'_> {
         let limit = if rng.percent(80) { (config.hot * 8).min(capacity) } else { capacity };
         let unit = if rng.percent(40) { 8 } else { unit };
         let start = rng.below(limit) / unit * unit;
-        let longest = if rng.percent(3) { 200 } else { 20 };
+        let longest = if rng.percent(1) { 200 } else { 16 };
         let count = ((1 + rng.below(longest)).next_multiple_of(unit)).min(capacity - start);
         SectorRange { start: Sector(start), count }
     }

@@ -12,6 +12,7 @@ use crate::coverage::Phase;
 use crate::disk::Disk;
 use crate::faults;
 use crate::model::Crash;
+use crate::prepared;
 use crate::script::{Deed, Reopening};
 use crate::world::{Owner, World, trace};
 
@@ -120,6 +121,7 @@ impl World {
 
     fn cut_power(&mut self, power: bool) -> Crash {
         if !power {
+            self.disks.iter_mut().for_each(Disk::killed);
             return Crash::Kill;
         }
         self.disks.iter_mut().for_each(|disk| disk.power_cut(&mut self.rng));
@@ -164,7 +166,8 @@ impl World {
         Some(opening.finish(&params).map(|(healer, _)| {
             let poisoned = healer.view().mode.poisoned;
             trace!(self, "open: {:?}", healer.view().mode);
-            if !poisoned && self.disks.iter().any(|disk| disk.dropped) {
+            // The power went, or the process, before the failure was noted.
+            if !poisoned && self.disks.iter().any(|disk| disk.dropped_data) {
                 self.model.distrust(None);
             }
             self.start(healer, poisoned);
@@ -204,12 +207,12 @@ impl World {
         self.open(reopening);
     }
 
-    /// Some steps of whatever can happen.
-    fn pace(&mut self, steps: u64) {
+    /// Some steps of whatever can happen; where nothing can, time passes in so many of a hundred cases.
+    fn pace(&mut self, steps: u64, patience: u64) {
         for _ in 0..steps {
             if !self.advance() {
                 self.resume_queues();
-                if !self.rng.percent(30) || !self.wait() {
+                if !self.rng.percent(patience) || !self.wait() {
                     return;
                 }
             }
@@ -298,7 +301,10 @@ impl World {
 
     /// The whole run.
     pub(crate) fn run<'a>(&mut self, deeds: impl Iterator<Item = &'a Deed>) {
-        self.create();
+        match self.config.prepared {
+            Some(shape) => prepared::take(self, shape),
+            None => self.create(),
+        }
         let mut deeds = deeds.peekable();
         let mut reopening = &Reopening::default();
         while deeds.peek().is_some() {
@@ -313,7 +319,7 @@ impl World {
     pub(crate) fn session<'a>(&mut self, deeds: &mut impl Iterator<Item = &'a Deed>) -> Option<&'a Reopening> {
         for deed in deeds {
             let steps = self.rng.below(10);
-            self.pace(steps);
+            self.pace(steps, 30);
             self.resume_queues();
             match deed {
                 Deed::Ask { ask, queue, write_through } => {
@@ -331,7 +337,8 @@ impl World {
                     return Some(reopening);
                 }
                 Deed::Crash { after, power, reopening } => {
-                    self.pace(*after);
+                    // What comes soon comes in the middle of what is under way.
+                    self.pace(*after, if *after < 50 { 100 } else { 30 });
                     self.crash(*power);
                     return Some(reopening);
                 }
@@ -460,10 +467,11 @@ impl World {
             let errors = self.events.len();
             let (start, count) = (block * 8, (self.config.capacity - block * 8).min(8));
             self.ask_read(SectorRange { start: Sector(start), count });
-            self.settle_down();
+            self.run_dry();
             let failed = self.events[errors..].iter().any(|event| event.kind == "guest-error");
             assert_eq!(failed, moved.contains(&block), "block {block}; moved: {moved:?}");
         }
+        self.check_quiet();
         assert_eq!(self.disks[0].mtime, changes, "a volume without its spare is only read");
     }
 

@@ -32,6 +32,8 @@ pub(crate) struct Course {
     pub(crate) events: Vec<&'static str>,
     /// Requests asked.
     pub(crate) requests: usize,
+    /// Pages of the table that crashes tore between their entries.
+    pub(crate) torn_tables: usize,
     /// The trace, if it was to be kept.
     pub(crate) trace: Option<String>,
 }
@@ -67,6 +69,7 @@ impl Case {
             strikes: world.strikes.take().unwrap_or_default(),
             events: world.events.iter().map(|event| event.kind).collect(),
             requests: deeds.iter().filter(|(_, deed)| matches!(deed, Deed::Ask { .. })).count(),
+            torn_tables: world.disks[1].torn_tables,
             trace: world.kept.take(),
         }
     }

@@ -17,7 +17,7 @@ use vhost_remap::units::{SectorRange, Time};
 use crate::brief::{brief, brief_back};
 use crate::config::{Config, Fault};
 use crate::coverage::{Phase, Strikes};
-use crate::disk::{Disk, Late};
+use crate::disk::{Disk, Late, tables};
 use crate::every_io::plan::Plan;
 use crate::guest::{SECTOR, Value};
 use crate::model::{Model, Tick};
@@ -133,6 +133,9 @@ pub(crate) struct World {
     pub(crate) strikes: Option<Strikes>,
     /// For copying.
     scratch: Vec<u8>,
+    /// What a step of a shard or of the healer brings, empty between steps.
+    shard_out: ShardOut,
+    healer_out: HealerOut,
     /// Nothing is left to chance: the oldest thing that can happen does, and this says what fails.
     pub(crate) plan: Option<Plan>,
 }
@@ -151,6 +154,10 @@ impl World {
     pub(crate) fn with(config: Config, rng: Rng, verbose: bool) -> World {
         let mut primary = Disk::new("primary", config.primary_bytes(), config.logical[0]);
         let mut spare = Disk::new("spare", config.spare_bytes(), config.logical[1]);
+        let sector = |byte: u64| usize::try_from(byte).expect("small disks") / SECTOR;
+        primary.data = 0..sector(config.capacity * 512);
+        spare.data = sector(config.layout().slots_start)..sector(config.layout().tail_start);
+        spare.tables = tables(&config.layout());
         for disk in [&mut primary, &mut spare] {
             disk.no_zeroes = config.no_zeroes && disk.name == "primary";
             disk.no_discard = config.no_discard;
@@ -191,6 +198,8 @@ impl World {
             verbose,
             kept: None,
             scratch: Vec::new(),
+            shard_out: ShardOut::default(),
+            healer_out: HealerOut::default(),
             late: Vec::new(),
             script: Phase::Opening,
             strikes: None,
@@ -244,7 +253,7 @@ impl World {
 
     // ---- devices
 
-    pub(crate) fn submit(&mut self, owner: Owner, ops: Vec<Op>) {
+    pub(crate) fn submit(&mut self, owner: Owner, ops: impl IntoIterator<Item = Op>) {
         let slow = self.config.has(&[Fault::Latency]);
         for op in ops {
             assert!(
@@ -353,20 +362,27 @@ impl World {
 
     // ---- steps
 
-    fn take_shard(&mut self, shard: usize, out: ShardOut) {
-        self.submit(Owner::Shard(shard), out.ops);
-        self.to_healer[shard].extend(out.to_healer);
-        for Answer { request, status } in out.answers {
+    /// Let a shard do something, and take what comes of it.
+    fn with_shard(&mut self, shard: usize, act: impl FnOnce(&mut Shard, &mut ShardOut)) {
+        let mut out = std::mem::take(&mut self.shard_out);
+        act(&mut self.engine.as_mut().expect("the volume is open").shards[shard], &mut out);
+        self.submit(Owner::Shard(shard), out.ops.drain(..));
+        self.to_healer[shard].extend(out.to_healer.drain(..));
+        for Answer { request, status } in out.answers.drain(..) {
             self.answered(request, status);
         }
-        for request in out.withdrawn {
+        for request in out.withdrawn.drain(..) {
             self.withdrawn(request);
         }
+        self.shard_out = out;
     }
 
-    fn take_healer(&mut self, out: HealerOut) {
-        self.submit(Owner::Healer, out.ops);
-        for event in out.events {
+    /// Let the healer do something, and take what comes of it.
+    fn with_healer(&mut self, act: impl FnOnce(&mut Healer, &mut HealerOut)) {
+        let mut out = std::mem::take(&mut self.healer_out);
+        act(self.healer(), &mut out);
+        self.submit(Owner::Healer, out.ops.drain(..));
+        for event in out.events.drain(..) {
             trace!(
                 self,
                 "event {} {:?}+{}: {}; {}", event.kind, event.range.start, event.range.count, event.cause, event.action
@@ -385,12 +401,13 @@ impl World {
             self.events.push(event);
         }
         self.note_trouble();
-        for (shard, message) in out.to_shards {
+        for (shard, message) in out.to_shards.drain(..) {
             self.to_shard[shard].push_back(message);
         }
-        for (id, reply) in out.replies {
+        for (id, reply) in out.replies.drain(..) {
             self.replied(id, reply);
         }
+        self.healer_out = out;
     }
 
     /// Trouble lasts until every shard has heard that it is over.
@@ -406,9 +423,7 @@ impl World {
 
     fn wake_healer(&mut self) {
         let now = self.now;
-        let mut out = HealerOut::default();
-        self.healer().tick(now, &mut out);
-        self.take_healer(out);
+        self.with_healer(|healer, out| healer.tick(now, out));
     }
 
     /// One step of whatever can happen; `false` where only the passing of time helps.
@@ -473,34 +488,21 @@ impl World {
         if channel < shards {
             let message = self.to_healer[channel].pop_front().expect("busy");
             trace!(self, "shard {channel} -> healer: {}", brief(&message));
-            let mut out = HealerOut::default();
-            self.healer().message(now, message, &mut out);
-            self.take_healer(out);
+            self.with_healer(|healer, out| healer.message(now, message, out));
         } else {
             let shard = channel - shards;
             let message = self.to_shard[shard].pop_front().expect("busy");
             trace!(self, "healer -> shard {shard}: {}", brief_back(&message));
-            let mut out = ShardOut::default();
-            self.engine.as_mut().expect("the volume is open").shards[shard].message(now, message, &mut out);
-            self.take_shard(shard, out);
+            self.with_shard(shard, |shard, out| shard.message(now, message, out));
         }
     }
 
     fn complete(&mut self, flight: usize) {
         let (owner, completion) = self.perform(flight);
         let now = self.now;
-        let engine = self.engine.as_mut().expect("the volume is open");
         match owner {
-            Owner::Shard(shard) => {
-                let mut out = ShardOut::default();
-                engine.shards[shard].completed(now, completion, &mut out);
-                self.take_shard(shard, out);
-            }
-            Owner::Healer => {
-                let mut out = HealerOut::default();
-                engine.healer.completed(now, completion, &mut out);
-                self.take_healer(out);
-            }
+            Owner::Shard(shard) => self.with_shard(shard, |shard, out| shard.completed(now, completion, out)),
+            Owner::Healer => self.with_healer(|healer, out| healer.completed(now, completion, out)),
             Owner::Script => unreachable!("scripts have a driver of their own"),
         }
     }

@@ -64,10 +64,8 @@ impl Places {
 /// Counters kept across restarts: requests first, then the tally. Only ever append.
 pub(super) fn saved_values(requests: [u64; 6], tally: &Tally) -> Vec<u64> {
     let t = tally;
-    let mut values = requests.to_vec();
-    values.extend([t.guest_errors, t.recovered_reads, t.rewritten, t.remaps, t.lost, t.healed]);
-    values.extend([t.health_scans, t.commits, t.metadata_repairs]);
-    values
+    let healed = [t.guest_errors, t.recovered_reads, t.rewritten, t.remaps, t.lost, t.healed];
+    [&requests[..], &healed, &[t.health_scans, t.commits, t.metadata_repairs]].concat()
 }
 
 impl Core {

@@ -6,7 +6,7 @@ use std::fmt;
 use uuid::Uuid;
 
 use super::OpenError;
-use super::repair::{Repair, What, device_of};
+use super::repair::{Lack, Repair, What, device_of};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::io::Io;
 use crate::volume::layout::{Home, LabelLayout, Layout, PAGE, PAGE_SIZE, Place};
@@ -31,10 +31,12 @@ impl fmt::Display for Flaw {
 }
 
 /// Why a copy that was read needs to be written anew, if it does.
-fn lacking(found: Result<u64, Flaw>, newest: u64) -> Option<String> {
+fn lacking(found: Result<u64, Flaw>, newest: u64) -> Option<Lack> {
     match found {
-        Err(flaw) => Some(flaw.to_string()),
-        Ok(sequence) if sequence != newest => Some(format!("sequence {sequence}, and the newest is {newest}")),
+        Err(flaw) => Some(Lack::Hidden(flaw.to_string())),
+        Ok(sequence) if sequence != newest => {
+            Some(Lack::Older(format!("sequence {sequence}, and the newest is {newest}")))
+        }
         Ok(_) => None,
     }
 }
@@ -57,7 +59,7 @@ async fn read_homes(io: &Io, layout: &Layout, set: Uuid, place: Place, home: Hom
                     verify(&bulk[at..at + PAGE])
                 }
                 Err(_) => {
-                    let (page, _) = io.read(DeviceIndex::SPARE, layout.table(place, home, number), PAGE).await;
+                    let page = io.read_page(DeviceIndex::SPARE, layout.table(place, home, number)).await;
                     page.map_err(Flaw::Unreadable).and_then(|page| verify(&page))
                 }
             };
@@ -91,8 +93,8 @@ pub(super) async fn load_table(
         let (anchor, page) = newest.ok_or(OpenError::TablePage(number))?;
         for ((place, _), (home, pages)) in &homes {
             let found = pages[index].as_ref().map(|page| page.sequence).map_err(|flaw| *flaw);
-            if let Some(cause) = lacking(found, page.sequence) {
-                repairs.push(Repair::new(What::Page(*place, *home, number), cause));
+            if let Some(lack) = lacking(found, page.sequence) {
+                repairs.push(Repair::new(What::Page(*place, *home, number), lack));
             }
         }
         table.load_page(number, page, anchor);

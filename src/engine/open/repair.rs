@@ -1,5 +1,7 @@
 //! Copies of metadata that are to be written anew, and the writing of them.
 
+use std::ops::Range;
+
 use super::superblocks;
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::io::Io;
@@ -60,16 +62,36 @@ impl What {
     }
 }
 
+/// What is wrong with a copy that was read.
+pub(super) enum Lack {
+    /// Nothing can be made of it. It may hold a later version than any other copy, and be read the next time.
+    Hidden(String),
+    /// It is older than another.
+    Older(String),
+}
+
 /// A copy that is damaged, or older than another.
 pub(super) struct Repair {
     pub(super) what: What,
     /// Which copy it is, and what is wrong with it.
     pub(super) cause: String,
+    /// See [`Lack::Hidden`].
+    pub(super) is_hidden: bool,
 }
 
 impl Repair {
-    pub(super) fn new(what: What, why: String) -> Repair {
-        Repair { what, cause: format!("{}: {why}", what.name()) }
+    pub(super) fn new(what: What, lack: Lack) -> Repair {
+        let is_hidden = matches!(lack, Lack::Hidden(_));
+        let (Lack::Hidden(why) | Lack::Older(why)) = lack;
+        Repair { what, cause: format!("{}: {why}", what.name()), is_hidden }
+    }
+
+    /// The table page of which it is a home.
+    pub(super) fn page(&self) -> Option<u32> {
+        match self.what {
+            What::Page(_, _, number) => Some(number),
+            What::Superblock(..) | What::Poison(_) | What::Counters(_) => None,
+        }
     }
 }
 
@@ -79,6 +101,8 @@ pub(super) struct Newest<'a> {
     pub(super) layout: &'a Layout,
     pub(super) label: Option<LabelLayout>,
     pub(super) superblock: &'a Superblock,
+    /// Of the label's table, as [`Superblock::stamped`].
+    pub(super) stamped: u64,
     pub(super) table: &'a Table,
     pub(super) poison: &'a Poison,
     pub(super) counters: &'a SavedCounters,
@@ -101,13 +125,42 @@ impl Newest<'_> {
         let set = self.superblock.set;
         match what {
             What::Superblock(seat, copy) => self.superblock.encode(seat, copy),
-            What::Page(place, home, number) => {
-                let page = self.table.page_with(number, self.table.page(number).sequence, &[]);
-                page.encode(set, number, PageSeat::Spare(place, home))
-            }
+            What::Page(place, home, number) => self.page(place, home, number, self.table.page(number).sequence),
             What::Poison(seat) => self.poison.encode(set, seat),
             What::Counters(place) => self.counters.encode(set, Seat::Spare(place)),
         }
+    }
+
+    /// A home of a table page, as a commit of that sequence writes it.
+    fn page(&self, place: Place, home: Home, number: u32, sequence: u64) -> [u8; PAGE] {
+        let page = self.table.page_with(number, sequence, &[]);
+        page.encode(self.superblock.set, number, PageSeat::Spare(place, home))
+    }
+
+    /// Write a home of a table page under another sequence.
+    pub(super) async fn write_page(
+        &self,
+        io: &Io,
+        place: Place,
+        home: Home,
+        number: u32,
+        sequence: u64,
+    ) -> Result<(), Errno> {
+        let offset = self.layout.table(place, home, number);
+        io.write(DeviceIndex::SPARE, offset, &self.page(place, home, number, sequence)).await
+    }
+
+    /// Write the same home of consecutive table pages.
+    pub(super) async fn write_pages(
+        &self,
+        io: &Io,
+        place: Place,
+        home: Home,
+        numbers: Range<u32>,
+    ) -> Result<(), Errno> {
+        let offset = self.layout.table(place, home, numbers.start);
+        let bytes: Vec<u8> = numbers.flat_map(|number| self.bytes(What::Page(place, home, number))).collect();
+        io.write(DeviceIndex::SPARE, offset, &bytes).await
     }
 
     /// Write a copy of the newest.

@@ -1,6 +1,6 @@
 //! Superblocks at open: where they lie, which one counts, and what the primary's label says to it.
 
-use super::repair::{Repair, What, device_of};
+use super::repair::{Lack, Repair, What, device_of};
 use super::{DeviceFacts, OpenError};
 use crate::device::DeviceIndex;
 use crate::engine::io::Io;
@@ -181,7 +181,9 @@ impl Label {
     pub(super) fn repairs(&self) -> Vec<Repair> {
         let damaged = self.found.iter().filter_map(|found| Some((found, found.result.as_ref().err()?)));
         damaged
-            .map(|(found, flaw)| Repair::new(What::Superblock(Seat::Label, found.copy), flaw.cause.clone()))
+            .map(|(found, flaw)| {
+                Repair::new(What::Superblock(Seat::Label, found.copy), Lack::Hidden(flaw.cause.clone()))
+            })
             .collect()
     }
 }
@@ -195,14 +197,14 @@ pub(super) fn repairs(found: &[Found], superblock: &Superblock) -> Vec<Repair> {
         if superblock.is_retired(place) {
             continue;
         }
-        let cause = match result {
-            Err(flaw) => flaw.cause.clone(),
+        let lack = match result {
+            Err(flaw) => Lack::Hidden(flaw.cause.clone()),
             Ok(old) if *copy == current && old.generation != superblock.generation => {
-                format!("generation {}, and the newest is {}", old.generation, superblock.generation)
+                Lack::Older(format!("generation {}, and the newest is {}", old.generation, superblock.generation))
             }
             Ok(_) => continue,
         };
-        repairs.push(Repair::new(What::Superblock(*seat, *copy), cause));
+        repairs.push(Repair::new(What::Superblock(*seat, *copy), lack));
     }
     repairs
 }

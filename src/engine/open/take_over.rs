@@ -1,6 +1,8 @@
 //! Taking over a volume for writing: repairs first, then a new generation.
 
-use super::repair::{Newest, Repair, What};
+use std::collections::BTreeSet;
+
+use super::repair::{Lack, Newest, Repair, What};
 use super::{OpenError, event, io_error};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::event::{Event, Severity};
@@ -8,6 +10,14 @@ use crate::engine::io::Io;
 use crate::volume::layout::{Home, Place};
 use crate::volume::sidecar::Poison;
 use crate::volume::superblock::{Seat, Superblock};
+use crate::volume::table::PageState;
+
+/// How far a number is raised above the newest that was found, where a copy gave nothing: what it holds may have been
+/// numbered higher, by a commit or an update that came to nothing else, and reads again some day. More than one
+/// session can count, and even, which leaves a superblock the copy it goes to.
+const BEYOND_HIDDEN: u64 = 1 << 32;
+/// Table pages that are written at once.
+const PAGES_AT_ONCE: u32 = 256;
 
 /// A volume being taken over.
 pub(super) struct TakeOver<'a> {
@@ -21,6 +31,16 @@ pub(super) struct TakeOver<'a> {
     repaired: u64,
 }
 
+/// What has become of a volume that was taken over.
+pub(super) struct TakenOver {
+    /// Of the generation that has begun.
+    pub(super) superblock: Superblock,
+    /// Copies written anew.
+    pub(super) repaired: u64,
+    /// Table pages with another sequence than was found.
+    pub(super) renewed: Vec<(u32, PageState)>,
+}
+
 impl<'a> TakeOver<'a> {
     pub(super) fn new(
         io: &'a Io,
@@ -29,43 +49,109 @@ impl<'a> TakeOver<'a> {
         events: &'a mut Vec<Event>,
     ) -> TakeOver<'a> {
         let mut next = newest.superblock.next_generation();
-        next.clean = false;
+        if repairs.iter().any(|repair| repair.is_hidden && matches!(repair.what, What::Superblock(Seat::Spare(_), _))) {
+            next.generation += BEYOND_HIDDEN;
+        }
+        (next.clean, next.stamped) = (false, newest.stamped);
         (next.stamp, next.sampled) = (None, 0);
         TakeOver { io, newest, repairs, next, events, repaired: 0 }
     }
 
     /// Bring every live place to the newest state, flush, and only then begin a new generation, the spare
     /// first. A place that does not take a write is retired while there is another; one that was retired is
-    /// written in full and counts again if it takes that. The new superblock, and how much was repaired.
-    pub(super) async fn run(mut self) -> Result<(Superblock, u64), OpenError> {
+    /// written in full and counts again if it takes that.
+    pub(super) async fn run(mut self) -> Result<TakenOver, OpenError> {
         // What a killed process left in the device's cache may be the newest there is: before anything is
         // overwritten for its sake it must be durable. The slots' last writes are waiting there too.
+        self.write_newest_again().await?;
         self.flush().await?;
         // Before the repairs: who fails those may have to make room for a place that is back.
         self.restore_retired().await?;
-        self.repair_spare().await?;
+        let renewed = self.repair_spare().await?;
         self.begin().await?;
         self.flush().await?;
         self.renew_label().await;
-        Ok((self.next, self.repaired))
+        Ok(TakenOver { superblock: self.next, repaired: self.repaired, renewed })
+    }
+
+    /// Write what is the newest where it was found, byte for byte: had a flush failed after it was written, the
+    /// next one would succeed without it. What a power cut leaves of that is what was there before, whole.
+    async fn write_newest_again(&mut self) -> Result<(), OpenError> {
+        let is_lacking = |what| self.repairs.iter().any(|repair| repair.what == what);
+        let copy = Superblock::copy_for(self.newest.superblock.generation);
+        for place in self.live_places() {
+            let superblock = What::Superblock(Seat::Spare(place), copy);
+            if !is_lacking(superblock)
+                && let Err(errno) = self.newest.write(self.io, superblock).await
+            {
+                self.retire(place, errno, "writing the superblock again")?;
+            }
+        }
+        if self.newest.poison.poisoned {
+            for what in Place::ALL.map(|place| What::Poison(Seat::Spare(place))) {
+                if !is_lacking(what) {
+                    // One of them is enough, as when it was noted.
+                    let _ = self.newest.write(self.io, what).await;
+                }
+            }
+        }
+        if !self.newest.superblock.clean {
+            for place in self.live_places() {
+                if let Err(errno) = self.write_anchors_again(place).await {
+                    self.retire(place, errno, "writing the table again")?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_anchors_again(&self, place: Place) -> Result<(), Errno> {
+        let pages = self.newest.layout.table_pages;
+        let is_lacking = |repair: &Repair| match repair.what {
+            What::Page(of, home, number) => (of == place && home == self.anchor(number)).then_some(number),
+            What::Superblock(..) | What::Poison(_) | What::Counters(_) => None,
+        };
+        let lacking: BTreeSet<u32> = self.repairs.iter().filter_map(is_lacking).collect();
+        for home in Home::ALL {
+            let is_wanted = |number: &u32| self.anchor(*number) == home && !lacking.contains(number);
+            let mut number = 0;
+            while let Some(first) = (number..pages).find(is_wanted) {
+                let last = (first..pages.min(first + PAGES_AT_ONCE)).take_while(is_wanted).last();
+                number = last.expect("the first is") + 1;
+                self.newest.write_pages(self.io, place, home, first..number).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn anchor(&self, number: u32) -> Home {
+        self.newest.table.page(number).anchor
+    }
+
+    fn live_places(&self) -> Vec<Place> {
+        Place::ALL.into_iter().filter(|place| !self.next.is_retired(*place)).collect()
     }
 
     /// Rewrite the copies that lack the newest. Of table pages, first the homes of the same name in other
-    /// places, so that the only home that has it is never the only one whole for long.
-    async fn repair_spare(&mut self) -> Result<(), OpenError> {
+    /// places, so that the only home that has it is never the only one whole for long. A page of which a home
+    /// gave nothing is then committed anew, which has to come after whatever that home holds.
+    async fn repair_spare(&mut self) -> Result<Vec<(u32, PageState)>, OpenError> {
         let new_copy = Superblock::copy_for(self.next.generation);
         let repairs = self.repairs;
+        let hidden: BTreeSet<u32> = repairs.iter().filter(|repair| repair.is_hidden).filter_map(Repair::page).collect();
         for first in [true, false] {
             let mut written = false;
             for repair in repairs {
                 let goes_first = match repair.what {
-                    What::Page(_, home, number) => home == self.newest.table.page(number).anchor,
+                    What::Page(_, home, number) => home == self.anchor(number),
                     // Written in the end, or with the new generation.
                     What::Superblock(Seat::Label, _) | What::Poison(Seat::Label) => continue,
                     What::Superblock(_, copy) if copy == new_copy => continue,
                     What::Superblock(..) | What::Poison(_) | What::Counters(_) => true,
                 };
-                if goes_first == first && !repair.what.needed_by().is_some_and(|place| self.next.is_retired(place)) {
+                let is_renewed = !goes_first && repair.page().is_some_and(|number| hidden.contains(&number));
+                let is_retired = repair.what.needed_by().is_some_and(|place| self.next.is_retired(place));
+                if goes_first == first && !is_renewed && !is_retired {
                     written = true;
                     self.repair(repair).await?;
                 }
@@ -74,7 +160,36 @@ impl<'a> TakeOver<'a> {
                 self.flush().await?;
             }
         }
-        Ok(())
+        self.renew(&hidden).await
+    }
+
+    /// Commit table pages as they are, with a sequence above any that was tried: the home that is not the anchor
+    /// first, and when that is durable the anchor. Their states then.
+    async fn renew(&mut self, numbers: &BTreeSet<u32>) -> Result<Vec<(u32, PageState)>, OpenError> {
+        let renewed = |number: u32| {
+            let PageState { sequence, anchor } = self.newest.table.page(number);
+            (number, PageState { sequence: sequence + BEYOND_HIDDEN, anchor: anchor.other() })
+        };
+        let renewed: Vec<(u32, PageState)> = numbers.iter().map(|number| renewed(*number)).collect();
+        for is_second in [false, true] {
+            for (number, PageState { sequence, anchor }) in &renewed {
+                let home = if is_second { anchor.other() } else { *anchor };
+                for place in self.live_places() {
+                    match self.newest.write_page(self.io, place, home, *number, *sequence).await {
+                        Err(errno) => self.retire(place, errno, "rewriting damaged metadata")?,
+                        Ok(()) if is_second => {}
+                        Ok(()) => {
+                            let of = self.repairs.iter().find(|repair| repair.what == What::Page(place, home, *number));
+                            of.into_iter().for_each(|repair| self.repaired(repair));
+                        }
+                    }
+                }
+            }
+            if !renewed.is_empty() {
+                self.flush().await?;
+            }
+        }
+        Ok(renewed)
     }
 
     async fn repair(&mut self, repair: &Repair) -> Result<(), OpenError> {
@@ -116,7 +231,7 @@ impl<'a> TakeOver<'a> {
             if self.restore(place).await.is_err() {
                 continue;
             }
-            let counters = Repair::new(What::Counters(place), "retired until now".to_owned());
+            let counters = Repair::new(What::Counters(place), Lack::Older("retired until now".to_owned()));
             if let Err(errno) = self.newest.write(self.io, counters.what).await {
                 self.not_repaired(&counters, errno);
             }

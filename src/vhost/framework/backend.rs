@@ -96,7 +96,7 @@ impl VhostUserBackend for BlkBackend {
 
     /// What our own transport offers, but for INFLIGHT_SHMFD, of which the daemon wants to know nothing.
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        protocol::FEATURES - VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        protocol::FEATURES - VhostUserProtocolFeatures::INFLIGHT_SHMFD - VhostUserProtocolFeatures::LOG_SHMFD
     }
 
     fn reset_device(&self) {

@@ -45,7 +45,7 @@ impl Disk {
                 volatile.later.iter().rfind(left).map_or(volatile.durable, |(_, content)| *content);
         }
         self.reverted |= self.dropped;
-        self.dropped = false;
+        (self.dropped, self.dropped_data) = (false, false);
     }
 
     /// The process goes, and with it those writes under way that `undone` names.
@@ -60,7 +60,7 @@ impl Disk {
 
     /// Equal for disks with the same content that keep the same through every crash.
     pub(crate) fn fingerprint(&self, hasher: &mut impl Hasher) {
-        (self.dropped, self.reverted, self.cache.len()).hash(hasher);
+        (self.dropped, self.dropped_data, self.reverted, self.cache.len()).hash(hasher);
         for (sector, content) in self.current.iter().enumerate().filter(|(_, content)| **content != 0) {
             (sector, self.words(*content)).hash(hasher);
         }

@@ -1,5 +1,6 @@
 //! What sectors hold, and what a power cut may make of it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -45,6 +46,14 @@ impl Store {
             }
         }
     }
+
+    /// Whether two contents are the same bytes.
+    pub(super) fn are_alike(&self, one: Content, other: Content) -> bool {
+        let mut bytes = [[0; SECTOR]; 2];
+        self.copy(one, &mut bytes[0]);
+        self.copy(other, &mut bytes[1]);
+        bytes[0] == bytes[1]
+    }
 }
 
 /// Versions of a sector that a power cut may leave.
@@ -84,6 +93,10 @@ impl Cache {
 
     pub(super) fn contains(&self, sector: usize) -> bool {
         self.places[sector] != 0
+    }
+
+    pub(super) fn is_at_rest(&self, sectors: Range<usize>) -> bool {
+        self.places[sectors].iter().all(|place| *place == 0)
     }
 
     /// The sector's versions, with `durable` as the first of them if it was at rest.

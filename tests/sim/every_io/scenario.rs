@@ -53,7 +53,7 @@ const PLAIN: Scenario = Scenario {
 /// The first 60 slots are taken: what is committed from then on takes two sectors of its page.
 const CROWDED: Scenario = Scenario { blocks: 64, slots: 72, prepare: make_crowded, ..PLAIN };
 
-pub(crate) const TABLE: [Scenario; 30] = [
+pub(crate) const TABLE: [Scenario; 31] = [
     Scenario {
         name: "first remap",
         begin: |world| open_with_bad_blocks(world, 2, 1),
@@ -429,6 +429,22 @@ pub(crate) const TABLE: [Scenario; 30] = [
             flush(world);
         },
         ..PLAIN
+    },
+    Scenario {
+        name: "commit in doubt in torn pages",
+        damaged: true,
+        begin: |world| {
+            open_with_bad_blocks(world, 60, 1);
+            bad_table(world, &Place::ALL);
+        },
+        act: |world| {
+            write(world, blocks(60, 1));
+            world.disks[1].bad_writes.clear();
+            world.let_pass(3);
+            write(world, blocks(60, 1));
+            flush(world);
+        },
+        ..CROWDED
     },
     Scenario {
         name: "failed flush noted on the spare alone",

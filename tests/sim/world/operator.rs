@@ -1,7 +1,7 @@
 //! The operator, and what status says: orders, their replies, and what must be true of them.
 
 use vhost_remap::device::{DeviceIndex, Op, OpKind};
-use vhost_remap::engine::healer::{HealerOut, HealerStatus, Order, OrderId, Reply};
+use vhost_remap::engine::healer::{HealerStatus, Order, OrderId, Reply};
 use vhost_remap::engine::view::PrimaryState;
 use vhost_remap::units::Sector;
 
@@ -23,33 +23,31 @@ impl World {
         };
         self.orders.insert(id, ordered);
         let now = self.now;
-        let mut out = HealerOut::default();
-        self.healer().order(now, id, order, &mut out);
-        self.take_healer(out);
+        self.with_healer(|healer, out| healer.order(now, id, order, out));
     }
 
     /// The healer's state, which it gives at once.
     pub(crate) fn status(&mut self) -> HealerStatus {
-        let now = self.now;
-        let mut out = HealerOut::default();
-        self.healer().order(now, OrderId(u64::MAX), Order::Status, &mut out);
-        let at = out.replies.iter().position(|(id, _)| *id == OrderId(u64::MAX)).expect("status is given at once");
-        let (_, reply) = out.replies.remove(at);
-        self.take_healer(out);
-        let Reply::Status(status) = reply else { panic!("a status was asked for") };
+        let Reply::Status(status) = self.ask_healer(Order::Status) else { panic!("a status was asked for") };
         *status
+    }
+
+    /// An order that is answered at once.
+    fn ask_healer(&mut self, order: Order) -> Reply {
+        let (now, id) = (self.now, OrderId(u64::MAX));
+        let mut reply = None;
+        self.with_healer(|healer, out| {
+            healer.order(now, id, order, out);
+            let at = out.replies.iter().position(|(of, _)| *of == id).expect("it is answered at once");
+            reply = Some(out.replies.remove(at).1);
+        });
+        reply.expect("set above")
     }
 
     /// All special blocks.
     pub(crate) fn list(&mut self) -> Vec<(vhost_remap::units::Block, vhost_remap::volume::map::BlockState, u8)> {
-        let now = self.now;
-        let mut out = HealerOut::default();
         let order = Order::List { from: Sector(0), limit: usize::MAX };
-        self.healer().order(now, OrderId(u64::MAX), order, &mut out);
-        let at = out.replies.iter().position(|(id, _)| *id == OrderId(u64::MAX)).expect("the list is given at once");
-        let (_, reply) = out.replies.remove(at);
-        self.take_healer(out);
-        let Reply::List(list) = reply else { panic!("a list was asked for") };
+        let Reply::List(list) = self.ask_healer(order) else { panic!("a list was asked for") };
         list
     }
 

@@ -1,7 +1,6 @@
 //! The guest and its requests: asked, answered against the model, given back.
 
 use vhost_remap::engine::request::{Request, RequestOp, Status, Token};
-use vhost_remap::engine::shard::ShardOut;
 use vhost_remap::units::SectorRange;
 
 use super::{Asked, QUEUES, Stopping, World, sectors, trace};
@@ -37,9 +36,7 @@ impl World {
 
     fn hand_in(&mut self, shard: usize, request: Request) {
         let now = self.now;
-        let mut out = ShardOut::default();
-        self.engine.as_mut().expect("open").shards[shard].submit(now, request, &mut out);
-        self.take_shard(shard, out);
+        self.with_shard(shard, |shard, out| shard.submit(now, request, out));
     }
 
     /// That queue with its shard, or the next one that is not stopping; where all are, it opens again in time.
@@ -57,7 +54,7 @@ impl World {
     fn a_read(&mut self, range: SectorRange) -> (RequestOp, &'static str, Vec<SectorRange>, Tick) {
         let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
         // What an earlier request left there may look just like what this one is to bring.
-        static DIRT: [u8; 64 * SECTOR] = [0xa5; 64 * SECTOR];
+        static DIRT: [u8; 4 * SECTOR] = [0xa5; 4 * SECTOR];
         for at in (0..data.len()).step_by(DIRT.len()) {
             data.copy_from(at, &DIRT[..DIRT.len().min(data.len() - at)]);
         }
@@ -216,9 +213,7 @@ impl World {
         let shard = usize::from(queue / QUEUES);
         trace!(self, "withdraw queue {queue} of shard {shard}, finish {finish}");
         self.stopping.push(Stopping { queue, shard, finish, back: Vec::new() });
-        let mut out = ShardOut::default();
-        self.engine.as_mut().expect("open").shards[shard].withdraw(queue, &mut out);
-        self.take_shard(shard, out);
+        self.with_shard(shard, |shard, out| shard.withdraw(queue, out));
     }
 
     /// What came back from a queue that stops is served to its end; a queue that has stopped goes on.
@@ -229,9 +224,7 @@ impl World {
             if back.is_empty() {
                 continue;
             }
-            let mut out = ShardOut::default();
-            self.engine.as_mut().expect("open").shards[shard].finish(queue, &mut out);
-            self.take_shard(shard, out);
+            self.with_shard(shard, |shard, out| shard.finish(queue, out));
             back.into_iter().for_each(|request| self.hand_in(shard, request));
         }
         if self.stopping.is_empty() {
