@@ -307,9 +307,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         let addresses = RingAddresses { descriptors: descriptor, avail: available, used, log };
         let memory = self.memory.clone();
         let (number, queue) = self.queue(index)?;
-        let moved = queue.addresses.replace(addresses) != Some(addresses);
-        if queue.started && moved {
+        let moved = queue.started && queue.addresses != Some(addresses);
+        if moved {
             Ring::new(&memory, addresses, queue.size, 0, false).map_err(refuse)?;
+        }
+        queue.addresses = Some(addresses);
+        if moved {
             self.worker(number).send(Command::Addresses { queue: number, addresses });
         }
         Ok(())
