@@ -393,8 +393,8 @@ fn rig_map(story: &Story, moment: usize) -> Vec<Entry> {
     expect(&copies(story, moment, &[]), story.shape.layout().table_pages).expect("opens").map
 }
 
-/// An operator's order that runs when the volume is closed goes no further than the block it is at, and is over by then:
-/// what it wrote to the primary after the close had looked at it would pass for somebody else's.
+/// An operator's order that runs when the volume is closed goes no further than the block it is at, and is over by
+/// then: what it wrote to the primary after the close had looked at it would pass for somebody else's.
 #[test]
 fn an_order_under_way_ends_before_the_volume_is_closed() {
     const BLOCKS: u64 = 8;
