@@ -53,6 +53,7 @@ const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
 const SET_OWNER: u32 = 3;
 const SET_MEM_TABLE: u32 = 5;
+const SET_LOG_BASE: u32 = 6;
 const SET_VRING_NUM: u32 = 8;
 const SET_VRING_ADDR: u32 = 9;
 const SET_VRING_BASE: u32 = 10;
@@ -68,6 +69,9 @@ const GET_INFLIGHT_FD: u32 = 31;
 const SET_INFLIGHT_FD: u32 = 32;
 const ADD_MEM_REG: u32 = 37;
 const REM_MEM_REG: u32 = 38;
+
+/// The front-end wants to know what is written to memory (VHOST_F_LOG_ALL).
+const F_LOG_ALL: u64 = 1 << 26;
 
 /// The protocol knows 1 to 44 or so.
 const CODES_END: usize = 48;
@@ -211,8 +215,8 @@ fn set_up(bench: &Bench, queue: u32, enable: bool) -> Vec<Message> {
     vec![
         message(SET_OWNER, Vec::new(), &[]),
         message(GET_FEATURES, Vec::new(), &[]),
-        message(SET_PROTOCOL_FEATURES, words(&[0xb209]), &[]),
-        message(SET_FEATURES, words(&[bench.device.offered_features()]), &[]),
+        message(SET_PROTOCOL_FEATURES, words(&[0xb20b]), &[]),
+        message(SET_FEATURES, words(&[bench.device.offered_features() | F_LOG_ALL]), &[]),
         message(ADD_MEM_REG, words(&[0, 0, MEMORY, USER, 0]), &[bench.memory.as_raw_fd()]),
         message(SET_VRING_NUM, halves(&[queue, u32::from(QUEUE_SIZE)]), &[]),
         message(SET_VRING_BASE, halves(&[queue, 0]), &[]),
@@ -235,6 +239,10 @@ fn address(program: &mut Program<'_>) -> u64 {
 fn payload(program: &mut Program<'_>, code: u32) -> Vec<u8> {
     match code {
         SET_FEATURES | SET_PROTOCOL_FEATURES => words(&[address(program) | u64::from(program.u16()) << 16]),
+        SET_LOG_BASE => {
+            let (len, start) = (program.pick(&[8, 0x180, 0x1000, 0, 1 << 40]), program.pick(&[0, 8, 0xff8, 1 << 63]));
+            words(&[len, start])
+        }
         SET_VRING_NUM | SET_VRING_BASE | GET_VRING_BASE | SET_VRING_ENABLE => {
             halves(&[program.pick(&INDICES), number(program)])
         }
@@ -283,6 +291,7 @@ fn fitting(bench: &Bench, code: u32) -> Vec<RawFd> {
         SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR => vec![bench.event.as_raw_fd()],
         ADD_MEM_REG | SET_MEM_TABLE => vec![bench.memory.as_raw_fd()],
         SET_INFLIGHT_FD => vec![bench.inflight.0.as_raw_fd()],
+        SET_LOG_BASE => vec![bench.short.as_raw_fd()],
         _ => Vec::new(),
     }
 }
