@@ -204,6 +204,7 @@ fn a_spare_that_is_back_is_not_used_before_its_pages_are_written() {
 fn a_spare_that_is_back_waits_for_a_flush_that_is_under_way() {
     let mut rig = begun(SMALL);
     let mut engine = rig.open().unwrap();
+    rig.performed.clear();
     rig.held_flush = Some(SPARE);
     engine.begin_order(&mut rig, Order::Save);
     engine.settle_but_for_held(&mut rig).unwrap();
