@@ -45,6 +45,8 @@ mod model;
 mod modes;
 #[path = "process/operator.rs"]
 mod operator;
+#[path = "process/packaging.rs"]
+mod packaging;
 #[path = "process/real_devices.rs"]
 mod real_devices;
 #[path = "process/real_errors.rs"]

@@ -7,7 +7,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use vhost::VhostUserMemoryRegionBase;
@@ -20,6 +19,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::QUEUE_SIZE_MAX;
+use super::command::wait;
 use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
 use super::dirty::{DirtyLog, MaybeLog, VHOST_F_LOG_ALL};
 use super::inflight::InflightRegion;
@@ -27,10 +27,7 @@ use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
 use super::ring::{Ring, RingAddresses, RingError};
 use super::worker::{Command, QueueKick, StartQueue, StopHow};
 use crate::runtime::mailbox::Outbox;
-use crate::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-
-/// After this long a drain is reported: the device does not return requests.
-const SLOW_DRAIN: Duration = Duration::from_secs(5);
+use crate::sync::mpsc::{Receiver, channel};
 
 /// Protocol features on offer. Only what works: the crate drops STATUS, and has no sender for what BACKEND_REQ is
 /// good for.
@@ -203,6 +200,13 @@ impl Session {
         Ok(())
     }
 
+    /// Have the cache mode outlive this process.
+    fn note_cache_mode(&self) {
+        if let Some(region) = &self.inflight {
+            region.set_write_through(!self.device.is_writeback());
+        }
+    }
+
     fn event_fd(file: Option<File>) -> Option<OwnedFd> {
         file.map(OwnedFd::from)
     }
@@ -220,22 +224,6 @@ fn check_kick(fd: &OwnedFd) -> Result<()> {
 
 fn duplicate(fd: Option<&OwnedFd>) -> Option<OwnedFd> {
     fd.and_then(|fd| fd.try_clone().inspect_err(|error| log::error!("an eventfd is lost: {error}")).ok())
-}
-
-/// Wait for a worker, and say so when it takes long. `None` if the worker had nothing to say.
-pub(super) fn wait<T>(from: &Receiver<T>, what: impl Fn() -> String) -> Option<T> {
-    let mut reported = false;
-    loop {
-        match from.recv_timeout(SLOW_DRAIN) {
-            Ok(value) => return Some(value),
-            Err(RecvTimeoutError::Disconnected) => return None,
-            Err(RecvTimeoutError::Timeout) if !reported => {
-                log::warn!("{}: waiting for requests that the device does not return", what());
-                reported = true;
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-    }
 }
 
 impl VhostUserBackendReqHandlerMut for Session {
@@ -319,9 +307,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         let addresses = RingAddresses { descriptors: descriptor, avail: available, used, log };
         let memory = self.memory.clone();
         let (number, queue) = self.queue(index)?;
-        let moved = queue.addresses.replace(addresses) != Some(addresses);
-        if queue.started && moved {
+        let moved = queue.started && queue.addresses != Some(addresses);
+        if moved {
             Ring::new(&memory, addresses, queue.size, 0, false).map_err(refuse)?;
+        }
+        queue.addresses = Some(addresses);
+        if moved {
             self.worker(number).send(Command::Addresses { queue: number, addresses });
         }
         Ok(())
@@ -416,7 +407,9 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         // Flags differ between front-ends for the same thing: 0 in the spec, 1 in rust-vmm's.
-        self.device.write_config(offset, buf).map_err(refuse)
+        self.device.write_config(offset, buf).map_err(refuse)?;
+        self.note_cache_mode();
+        Ok(())
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
@@ -440,7 +433,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
         let (offset, len) = (inflight.mmap_offset, inflight.mmap_size);
         let region = InflightRegion::map(&file, offset, len, inflight.num_queues, inflight.queue_size);
-        self.inflight = Some(Arc::new(region.map_err(refuse)?));
+        let region = region.map_err(refuse)?;
+        // A process before this one may have been told.
+        if region.is_write_through() {
+            self.device.set_writeback(false);
+        }
+        self.inflight = Some(Arc::new(region));
+        self.note_cache_mode();
         Ok(())
     }
 

@@ -6,7 +6,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::ioctl_fionread;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::device::BlkDevice;
@@ -18,6 +19,11 @@ use crate::runtime::worker::WorkerPort;
 /// How long the rest of a message may take: a front-end that stops in the middle of one must not keep a
 /// shutdown waiting.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Bytes of a message's header: request, flags, size.
+const HEADER_SIZE: u64 = 12;
+/// How often to look for the rest of a header: `poll` says that there is something, not that there is more.
+const HEADER_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The vhost-user side of one volume.
 ///
@@ -110,7 +116,11 @@ fn converse(
     socket: &UnixStream,
     shutdown: BorrowedFd<'_>,
 ) -> io::Result<()> {
-    while wait_for(socket.as_fd(), shutdown)? {
+    while let Some(message) = next_message(socket, shutdown)? {
+        if message == Message::Cut {
+            log::warn!("the connection is closed: no more than the start of a header came in {MESSAGE_TIMEOUT:?}");
+            break;
+        }
         match handler.handle_request() {
             Ok(()) => {}
             Err(error) if is_refusal(&error) => log::warn!("the front-end was refused: {error}"),
@@ -127,14 +137,55 @@ fn converse(
     Ok(())
 }
 
+/// What has come of a message.
+#[derive(PartialEq, Eq)]
+enum Message {
+    /// A header at least, or all that will ever come.
+    Whole,
+    /// Less than a header, for [`MESSAGE_TIMEOUT`].
+    Cut,
+}
+
+/// Wait for a message that can be handled: the crate reads headers and writes answers for as long as that takes,
+/// whatever the timeouts of the socket. `None` if `shutdown` is readable.
+fn next_message(socket: &UnixStream, shutdown: BorrowedFd<'_>) -> io::Result<Option<Message>> {
+    if !wait_for(socket.as_fd(), shutdown)? {
+        return Ok(None);
+    }
+    let mut rest = MESSAGE_TIMEOUT;
+    while ioctl_fionread(socket)? < HEADER_SIZE {
+        match wait_until(socket.as_fd(), PollFlags::RDHUP, shutdown, Some(HEADER_INTERVAL))? {
+            Some(true) => return Ok(Some(Message::Whole)),
+            Some(false) => return Ok(None),
+            None if rest.is_zero() => return Ok(Some(Message::Cut)),
+            None => rest = rest.saturating_sub(HEADER_INTERVAL),
+        }
+    }
+    // A socket is writable while most of its buffer is free, which is more than the longest answer.
+    let room = wait_until(socket.as_fd(), PollFlags::OUT, shutdown, None)?;
+    Ok((room == Some(true)).then_some(Message::Whole))
+}
+
 /// Wait until `fd` is readable; false if it is `shutdown` that is.
 pub(super) fn wait_for(fd: BorrowedFd<'_>, shutdown: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(wait_until(fd, PollFlags::IN, shutdown, None)? == Some(true))
+}
+
+/// Wait until `fd` is as wanted; false if it is `shutdown` that is readable, `None` if neither is in time.
+fn wait_until(
+    fd: BorrowedFd<'_>,
+    wanted: PollFlags,
+    shutdown: BorrowedFd<'_>,
+    limit: Option<Duration>,
+) -> io::Result<Option<bool>> {
+    let limit = limit.map(|limit| Timespec::try_from(limit).expect("some milliseconds"));
     loop {
-        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::from_borrowed_fd(shutdown, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Ok(_) if !fds[1].revents().is_empty() => return Ok(false),
-            Ok(_) if !fds[0].revents().is_empty() => return Ok(true),
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        let mut fds = [PollFd::from_borrowed_fd(fd, wanted), PollFd::from_borrowed_fd(shutdown, PollFlags::IN)];
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(0) => return Ok(None),
+            Ok(_) if !fds[1].revents().is_empty() => return Ok(Some(false)),
+            Ok(_) => return Ok(Some(true)),
+            Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -347,6 +398,31 @@ mod tests {
             assert!(!front_end.order(SET_CONFIG, &set, &[]), "the capacity is not the driver's to set");
             front_end.read_sector(guest);
         });
+    }
+
+    /// QEMU says nothing of the cache mode to a back-end that came back.
+    #[test]
+    fn write_through_outlives_the_process() {
+        let config = |offset: u32, len: u32, bytes: &[u8]| {
+            [&[offset, len, 0].iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<_>>(), bytes].concat()
+        };
+        let mut region = None;
+        for (before, after) in [(1, 0), (0, 0), (0, 1), (1, 1)] {
+            check(|path, guest| {
+                let mut front_end = FrontEnd::connect(path);
+                front_end.inflight = region.take();
+                front_end.set_up(guest, 0);
+                assert_eq!(front_end.get(GET_CONFIG, &config(32, 1, &[0]))[12], before);
+                front_end.set(SET_CONFIG, &config(32, 1, &[after]));
+                front_end.read_sector(guest);
+                region = front_end.inflight.take();
+            });
+            // The next guest has used nothing.
+            region = region.take().map(|(layout, file)| {
+                rustix::io::pwrite(&file, &0_u16.to_le_bytes(), 14).unwrap();
+                (layout, file)
+            });
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::mpsc::channel;
 use crate::sync::{Mutex, MutexGuard};
 use crate::vhost::QUEUE_SIZE_MAX;
+use crate::vhost::command::wait;
 use crate::vhost::device::BlkDevice;
 use crate::vhost::protocol;
 use crate::vhost::worker::StopHow;
@@ -65,7 +66,7 @@ impl BlkBackend {
             (number, stopped)
         };
         for (number, stopped) in numbers.map(order_stop).collect::<Vec<_>>() {
-            protocol::wait(&stopped, || format!("queue {number}"));
+            wait(&stopped, || format!("queue {number}"));
         }
     }
 
