@@ -47,6 +47,9 @@ fn a_volume_has_one_server() {
     // A socket somebody listens on is not taken away from him.
     let why = volume.serve_refused(&["--lock-wait", "0"]);
     assert!(why.contains("vm.sock"), "{why}");
+    // Nor is anything made over a volume that is served.
+    let why = refusal(&vhost_remap(&["create", "--size", "32M", "--primary", volume.primary.to_str().unwrap()]));
+    assert!(why.contains("still in use by another process"), "{why}");
     assert_eq!(server.guest(1).read(0, 1), Ok(vec![0; 512]));
     // A server that ends makes room for the one that waits for it.
     let waiting = volume.serve_elsewhere(&["--lock-wait", "30"]);
