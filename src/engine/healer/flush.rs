@@ -196,12 +196,17 @@ impl Core {
         Err(self.flush_failed(device, errno).await)
     }
 
-    /// Flush the spare that comes back, for the sake of its metadata: it is not in use yet, and what it
-    /// holds of the guest's is judged as ever.
-    pub(super) async fn flush_returning_spare(self: &Rc<Self>) -> Result<(), Failure> {
+    /// Write to the spare that comes back, and flush it, for the sake of its metadata: it is not in use yet, and what
+    /// it holds of the guest's is judged as ever. Writing is part of the turn, as another flush that failed meanwhile
+    /// would drop what was written.
+    pub(super) async fn flush_returning_spare<T>(
+        self: &Rc<Self>,
+        writing: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
         let device = DeviceIndex::SPARE;
         let turn = &self.flushes.turns[usize::from(device.0)];
         turn.acquire().await;
+        let written = writing.await.inspect_err(|_| turn.release())?;
         let slot_writes = self.progress.slot_writes.load(Ordering::Acquire);
         match self.io.flush(device).await {
             Ok(()) => {
@@ -209,7 +214,7 @@ impl Core {
                     self.flushes.flushed_slot_writes.set(slot_writes);
                 }
                 turn.release();
-                Ok(())
+                Ok(written)
             }
             Err(errno) => Err(self.flush_failed(device, errno).await),
         }

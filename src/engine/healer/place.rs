@@ -210,19 +210,7 @@ impl Core {
             }
             let page = Page { sequence: state.sequence + 1, ..known };
             for home in [state.anchor.other(), state.anchor] {
-                let mut took = Vec::new();
-                let mut failed = None;
-                for place in places {
-                    match self.write_page(place, home, number, &page).await {
-                        (place, Ok(())) => took.push(place),
-                        (_, Err(errno)) => failed = Some(errno),
-                    }
-                }
-                places = took;
-                if let Some(errno) = failed.filter(|_| places.is_empty()) {
-                    return Err(Failure::errno(DeviceIndex::SPARE, errno));
-                }
-                self.flush_returning_spare().await?;
+                places = self.flush_returning_spare(self.write_home(places, home, number, &page)).await?;
                 // From here on this home is the one to keep: a failure at the other one starts from it.
                 let state = PageState { sequence: page.sequence, anchor: home };
                 self.table.borrow_mut().set_page(number, state);
@@ -234,14 +222,35 @@ impl Core {
         settled
     }
 
+    /// Write a page to that home in `places`; those that take it. This fails only when none does.
+    async fn write_home(
+        &self,
+        places: Vec<Place>,
+        home: Home,
+        number: u32,
+        page: &Page,
+    ) -> Result<Vec<Place>, Failure> {
+        let mut took = Vec::new();
+        let mut failed = None;
+        for place in places {
+            match self.write_page(place, home, number, page).await {
+                (place, Ok(())) => took.push(place),
+                (_, Err(errno)) => failed = Some(errno),
+            }
+        }
+        match failed.filter(|_| took.is_empty()) {
+            Some(errno) => Err(Failure::errno(DeviceIndex::SPARE, errno)),
+            None => Ok(took),
+        }
+    }
+
     /// Say on the returned spare which places count, where that is not what its newest superblock may say:
     /// `places` took everything, and an attempt to retire one may have been left half done.
     async fn settle_superblock(self: &Rc<Self>, places: Vec<Place>) -> Result<(), Failure> {
         if places == self.live_places() && self.places.tried.get() <= self.superblock.borrow().generation {
             return Ok(());
         }
-        let next = self.write_next_superblock(places, |_| {}).await?;
-        self.flush_returning_spare().await?;
+        let next = self.flush_returning_spare(self.write_next_superblock(places, |_| {})).await?;
         self.use_superblock(next, "not taken");
         Ok(())
     }
