@@ -18,7 +18,7 @@ use crate::frontend::{F_EVENT_IDX, F_INDIRECT, INDIRECT, NEXT, Raw, Ring, WRITE,
 use crate::guest::ANSWER_LIMIT;
 use crate::model::pattern;
 use crate::server::{Server, Volume, done, vhost_remap};
-use crate::traces_frontends::{Trace, traces};
+use crate::traces_frontends::{Trace, qemu_in_write_through, traces};
 use crate::traces_messages::{
     Answer, Body, F_FLUSH, Fd, GET_CONFIG, Index, Message, PLAIN, PROTOCOL_OFFERED, Received, SET_PROTOCOL_FEATURES,
     connect, framed, halves, receive, words,
@@ -247,6 +247,14 @@ impl Vm<'_> {
         self.stamps[ring] = stamp;
     }
 
+    /// Offer a write; its stamp.
+    fn offer_write(&mut self, ring: usize) -> u64 {
+        let buffers = [(self.rings[ring].area() + 0x1000, u32::try_from(COUNT * 512).expect("small"), 0)];
+        let stamp = self.write(ring, &buffers);
+        self.offer(ring, 1, &buffers);
+        stamp
+    }
+
     fn expect_data(&self, ring: usize, at: u64, sectors: u64, stamp: u64) {
         let found = self.rings[ring].read(at, usize::try_from(sectors * 512).expect("small"));
         assert!(found == pattern(Self::sector(ring), sectors, stamp), "what was written with {stamp} reads otherwise");
@@ -298,31 +306,54 @@ pub(crate) fn configuration(server: &Server) -> Vec<u8> {
     answer[12..].to_vec()
 }
 
-/// Go through a trace.
-fn play(trace: &Trace) {
-    println!("{}", trace.name);
-    let volume = volume();
-    let mut server = volume.serve(&["--on-device-loss", "hold"]);
-    let mut vm = Vm::new(trace, &configuration(&server));
-    let mut socket = None;
-    let (mut events, mut held) = (0, 0);
-    for step in &trace.steps {
+/// A trace under way.
+pub(crate) struct Replay<'a> {
+    volume: Volume,
+    pub(crate) server: Server,
+    pub(crate) vm: Vm<'a>,
+    socket: Option<UnixStream>,
+    /// Number of the last event that was waited for.
+    events: u64,
+    /// What a write holds that waits for the primary.
+    held: u64,
+}
+
+impl<'a> Replay<'a> {
+    fn serve(volume: &Volume) -> Server {
+        volume.serve(&["--on-device-loss", "hold"])
+    }
+
+    pub(crate) fn new(trace: &'a Trace) -> Replay<'a> {
+        println!("{}", trace.name);
+        let volume = volume();
+        let server = Self::serve(&volume);
+        let vm = Vm::new(trace, &configuration(&server));
+        Replay { volume, server, vm, socket: None, events: 0, held: 0 }
+    }
+
+    /// Go through the trace, and leave the last connection as it is.
+    pub(crate) fn run(mut self) -> Replay<'a> {
+        for step in &self.vm.trace.steps {
+            self = self.step(step);
+        }
+        self
+    }
+
+    fn step(mut self, step: &Step) -> Replay<'a> {
+        let Replay { server, vm, socket, events, held, .. } = &mut self;
         match *step {
             Step::Say(ref message) => vm.say(socket.get_or_insert_with(|| connect(&server.socket)), message),
             Step::Io(ring) => vm.io(ring),
             Step::Long(ring, buffers) => {
-                assert!(trace.features & F_INDIRECT != 0 && buffers > trace.size, "no long chain");
+                assert!(vm.trace.features & F_INDIRECT != 0 && buffers > vm.trace.size, "no long chain");
                 let at = vm.rings[ring].area() + 0x10000;
                 let buffers: Vec<_> = (0..u64::from(buffers)).map(|index| (at + 1024 * index, 1024)).collect();
                 vm.write_and_read(ring, &buffers);
-                vm.rings[ring].write(at, &[0; 4096]);
             }
             Step::Hold(ring) => {
                 server.fault(&["--ops", "read,write,flush,discard,identify", "--errno", "ENODEV"]);
-                let buffers = [(vm.rings[ring].area() + 0x1000, u32::try_from(COUNT * 512).expect("small"), 0)];
-                held = vm.write(ring, &buffers);
-                vm.offer(ring, 1, &buffers);
-                events = server.await_event_after("device-gone", events).seq;
+                *held = vm.offer_write(ring);
+                *events = server.await_event_after("device-gone", *events).seq;
                 assert_eq!(vm.rings[ring].take(Duration::ZERO), None);
             }
             Step::Return => {
@@ -331,25 +362,20 @@ fn play(trace: &Trace) {
             }
             Step::Held(ring) => {
                 assert_eq!(vm.rings[ring].take(ANSWER_LIMIT), Some((0, 1)));
-                vm.stamps[ring] = held;
+                vm.stamps[ring] = *held;
                 vm.expect_on_disk(ring);
             }
             Step::Dropped(ring) => vm.expect_on_disk(ring),
             Step::Driver => vm.rings.iter_mut().for_each(|ring| ring.restart_at(0)),
-            Step::HangUp => socket = None,
+            Step::HangUp => *socket = None,
             Step::Crash => {
-                server.kill();
-                (socket, events) = (None, 0);
-                server = volume.serve(&["--on-device-loss", "hold"]);
+                self.server.kill();
+                let server = Self::serve(&self.volume);
+                return Replay { server, socket: None, events: 0, ..self };
             }
         }
+        self
     }
-    for ring in &mut vm.rings {
-        assert_eq!(ring.take(Duration::ZERO), None, "nothing is answered twice");
-        assert_eq!(ring.used_idx(), ring.avail_idx());
-    }
-    drop(socket);
-    server.stop();
 }
 
 /// O3, O5, E5: in the order and with the flags, sizes and descriptors of their sources, to the last request.
@@ -358,7 +384,26 @@ fn each_front_end_gets_the_answers_it_waits_for_and_its_guest_the_disk() {
     let traces = traces();
     std::thread::scope(|scope| {
         for trace in &traces {
-            scope.spawn(move || play(trace));
+            scope.spawn(move || {
+                let mut replay = Replay::new(trace).run();
+                for ring in &mut replay.vm.rings {
+                    assert_eq!(ring.take(Duration::ZERO), None, "nothing is answered twice");
+                    assert_eq!(ring.used_idx(), ring.avail_idx());
+                }
+                replay.server.stop();
+            });
         }
     });
+}
+
+/// F1, O3: it does not flush, and to the server's successor nobody says why.
+#[test]
+fn a_driver_that_chose_write_through_has_it_after_a_kill_of_the_server() {
+    let trace = qemu_in_write_through();
+    let mut replay = Replay::new(&trace).run();
+    replay.server.fault(&["--ops", "flush", "--count", "1"]);
+    replay.vm.offer_write(0);
+    let ring = &mut replay.vm.rings[0];
+    assert_eq!(ring.take(ANSWER_LIMIT), Some((0, 1)));
+    assert_eq!(ring.read(ring.area() + 16, 1), [1], "answered as done before it was durable");
 }

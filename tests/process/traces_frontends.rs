@@ -232,6 +232,22 @@ fn qemu_10() -> Trace {
     Trace { name: "QEMU 10", rings: 2, size: 256, features, memory: PC, steps: steps.concat() }
 }
 
+/// A guest whose driver makes the cache write-through and therefore never flushes, up to the reconnection after a crash.
+pub(crate) fn qemu_in_write_through() -> Trace {
+    let features = BLK | F_EVENT_IDX | F_INDIRECT;
+    let qemu = Qemu { release: 10, rings: 1, size: 128, features };
+    let steps = [
+        qemu.realize(),
+        qemu.start(true, false),
+        vec![Step::Io(0)],
+        needing_replies(vec![tell(SET_CONFIG, Body::Writeback(0, 0))]),
+        vec![Step::Crash],
+        qemu.connect(),
+        qemu.start(false, false),
+    ];
+    Trace { name: "QEMU, write-through", rings: 1, size: 128, features, memory: PC, steps: steps.concat() }
+}
+
 /// A guest with viostor in QEMU: chains of up to 512 buffers, and a reset when a request has been stuck for a minute.
 fn windows() -> Trace {
     let features = BLK | F_EVENT_IDX | F_INDIRECT;

@@ -212,8 +212,10 @@ impl Watched {
         // As the last one left it: the cache mode is the disk's, not the connection's.
         self.configuration = configuration(&self.server);
         let log = self.server.log_text();
-        warnings.extend(log[self.log..].lines().filter(|line| !line.contains(" INFO ")).map(str::to_owned));
-        self.log = log.len();
+        // The last line may be half written, as nobody waits for it.
+        let whole = log.rfind('\n').map_or(0, |end| end + 1);
+        warnings.extend(log[self.log..whole].lines().filter(|line| !line.contains(" INFO ")).map(str::to_owned));
+        self.log = whole;
         assert!(warnings.iter().all(|line| line.contains(" WARN ")), "{warnings:?}");
     }
 }
