@@ -33,8 +33,9 @@ unload: ## stop the server of SOCKET=…, which flushes and closes its volume
 status: ## show the state of the server of SOCKET=…
 	@ci/server status
 
-install: all ## copy the program to $(DESTDIR)$(PREFIX)/bin
+install: all ## copy the program, and what QEMU, libvirt and systemd read of it, under $(DESTDIR)$(PREFIX)
 	install -D -m 0755 "$${CARGO_TARGET_DIR:-target}/release/vhost-remap" "$(DESTDIR)$(PREFIX)/bin/vhost-remap"
+	@ci/packaging/install "$(DESTDIR)" "$(PREFIX)"
 
 help: ## list these
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | \
@@ -46,7 +47,7 @@ demo: all ## boot a guest on a failing disk and watch it heal
 
 simulate: ## run the simulator for long: SEEDS=1000000 [FIRST_SEED=0]; a failure is shrunk and can be replayed
 	@$(with_cargo) VHOST_REMAP_SEEDS="$${SEEDS:-1000000}" VHOST_REMAP_FIRST_SEED="$${FIRST_SEED:-0}" \
-	    VHOST_REMAP_KEEP_GOING=1 cargo test --release --locked --test sim -- every_run --nocapture
+	    VHOST_REMAP_KEEP_GOING=1 cargo test --profile simulate --locked --test sim -- every_run --nocapture
 
 mutants: ## take out one safeguard after the other and see whether a test notices: [MUTANTS='commit-* …'] (hours)
 	@$(with_cargo) ci/mutants $(MUTANTS)
@@ -54,10 +55,12 @@ mutants: ## take out one safeguard after the other and see whether a test notice
 bench: ## (not part of this version)
 	@echo "make bench: benchmarks are not part of this version" >&2; exit 1
 
-torture: ## kill a working server 1,000 times (KILLS=…) and check every answered write; SEED=… to do it again
+torture: ## kill a working server 1,000 times (KILLS=…; SEED=… to do it again), and 200 times (VM_KILLS=…) under a guest
 	@echo "follow it with: tail -F target/test-logs/torture.log"
 	@$(with_cargo) export VHOST_REMAP_KILLS="$${KILLS:-1000}" VHOST_REMAP_SEED="$${SEED:-$$((RANDOM << 15 | RANDOM))}" && \
 	    STEP_SECONDS=$$((600 + VHOST_REMAP_KILLS * 5)) ci/test torture
+	@$(with_cargo) export VHOST_REMAP_VM_KILLS="$${VM_KILLS:-200}" && \
+	    STEP_SECONDS=$$((600 + VHOST_REMAP_VM_KILLS * 15)) ci/test vm_kills
 
 # What is given on make's command line reaches the scripts by itself. Not so what has a value above; and what has none
 # must not reach them empty.

@@ -37,12 +37,16 @@ mod input_volumes;
 mod input_words;
 #[path = "process/inputs.rs"]
 mod inputs;
+#[path = "process/migration.rs"]
+mod migration;
 #[path = "process/model.rs"]
 mod model;
 #[path = "process/modes.rs"]
 mod modes;
 #[path = "process/operator.rs"]
 mod operator;
+#[path = "process/packaging.rs"]
+mod packaging;
 #[path = "process/real_devices.rs"]
 mod real_devices;
 #[path = "process/real_errors.rs"]

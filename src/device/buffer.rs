@@ -126,6 +126,11 @@ impl Iovecs {
         self.len == 0
     }
 
+    /// Address and length of each piece.
+    pub fn pieces(&self) -> impl Iterator<Item = (*const u8, usize)> {
+        self.list.iter().map(|piece| (piece.iov_base.cast_const().cast(), piece.iov_len))
+    }
+
     /// The whole list as an operation's `data`.
     pub fn as_io(&self) -> IoSlice {
         IoSlice { ptr: self.list.as_ptr(), count: self.list.len() }

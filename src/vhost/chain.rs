@@ -6,6 +6,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::dirty::DirtyLog;
 use super::memory::{MemoryMap, RegionBits};
 use super::ring::{DESCRIPTOR_SIZE, Descriptor, Ring};
 use crate::device::buffer::Iovecs;
@@ -78,16 +79,24 @@ pub type LocalMap = Rc<Arc<MemoryMap>>;
 #[derive(Debug)]
 pub struct StatusByte {
     ptr: *mut u8,
-    _memory: LocalMap,
+    memory: LocalMap,
 }
 
 impl StatusByte {
     /// Tell the guest.
     #[inline]
     pub fn write(&self, status: u8) {
-        // SAFETY: the byte is memory of `_memory` (Chain::status_byte), which maps it as long as this value
+        // SAFETY: the byte is memory of `memory` (Chain::status_byte), which maps it as long as this value
         // lives. A volatile store of a byte tolerates whatever the guest does there.
         unsafe { self.ptr.write_volatile(status) };
+    }
+
+    /// Note in the dirty log that the guest was told, and what was read into these buffers.
+    pub(crate) fn mark(&self, data: Option<&Iovecs>, log: &DirtyLog) {
+        log.mark_host(&self.memory, self.ptr, 1);
+        for (ptr, len) in data.into_iter().flat_map(Iovecs::pieces) {
+            log.mark_host(&self.memory, ptr, len);
+        }
     }
 }
 
@@ -263,7 +272,7 @@ impl Chain<'_> {
     pub fn status_byte(&self, memory: &LocalMap) -> Option<StatusByte> {
         assert!(Arc::ptr_eq(self.memory, memory), "a status byte lies in the map of its chain");
         let ptr = self.scatter.last_writable?;
-        Some(StatusByte { ptr, _memory: memory.clone() })
+        Some(StatusByte { ptr, memory: memory.clone() })
     }
 
     /// The regions the chain touches.
@@ -313,6 +322,14 @@ impl Chain<'_> {
         // SAFETY: the segments are memory of `self.memory`, which has just become the owner of the list;
         // Rust references into guest memory are never made.
         side.visit(offset, len, |ptr, n| unsafe { iovecs.push(ptr, n) });
+    }
+
+    /// Note all writable bytes in the dirty log.
+    pub(crate) fn mark_written(&self, log: &DirtyLog) {
+        self.scatter.writable.visit(0, u64::MAX, |ptr, n| log.mark_host(self.memory, ptr, n));
+        if let Some(status) = self.scatter.last_writable {
+            log.mark_host(self.memory, status, 1);
+        }
     }
 
     /// Upper bound of the iovecs that either direction needs.

@@ -123,6 +123,16 @@ impl BlkDevice {
         self.settings.config.read(offset, len)
     }
 
+    /// Whether the driver wants a volatile cache.
+    pub fn is_writeback(&self) -> bool {
+        self.settings.config.is_writeback()
+    }
+
+    /// Switch between write-back and write-through, for the driver.
+    pub fn set_writeback(&self, writeback: bool) {
+        self.settings.config.set_writeback(writeback);
+    }
+
     /// The driver writes to the configuration.
     ///
     /// # Errors

@@ -27,6 +27,7 @@ const QUEUE_ALIGNMENT: usize = 64;
 const VERSION: u16 = 1;
 
 /// Offsets in a queue's header.
+const FEATURES_AT: usize = 0;
 const VERSION_AT: usize = 8;
 const DESC_NUM_AT: usize = 10;
 const LAST_BATCH_HEAD_AT: usize = 12;
@@ -35,6 +36,10 @@ const USED_IDX_AT: usize = 14;
 const INFLIGHT_AT: usize = 0;
 const NEXT_AT: usize = 6;
 const COUNTER_AT: usize = 8;
+
+/// Our own among the features of the first queue, of which the protocol knows none: the driver switched the cache to
+/// write-through. Front-ends do not say so again to the next process.
+const WRITE_THROUGH: u64 = 1 << 63;
 
 /// Why a region cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -134,6 +139,28 @@ impl InflightRegion {
         let start = NonNull::new(start.map_err(io::Error::from)?.cast()).expect("mmap never succeeds with address 0");
         let lead = usize::try_from(lead).expect("less than a page");
         Ok(InflightRegion { start, len: map_len, lead, queues, size })
+    }
+
+    /// Whether the driver of this region wants its writes durable.
+    pub fn is_write_through(&self) -> bool {
+        self.features().load(Ordering::Acquire) & WRITE_THROUGH != 0
+    }
+
+    /// Note whether the driver wants its writes durable, for the next process.
+    pub fn set_write_through(&self, write_through: bool) {
+        if write_through {
+            self.features().fetch_or(WRITE_THROUGH, Ordering::Release);
+        } else {
+            self.features().fetch_and(!WRITE_THROUGH, Ordering::Release);
+        }
+    }
+
+    /// Of the first queue.
+    fn features(&self) -> &AtomicU64 {
+        let at = self.start.as_ptr().wrapping_add(self.lead + FEATURES_AT);
+        // SAFETY: there is at least one queue, whose header is mapped as long as `self` lives; its start is a multiple
+        // of eight (InflightRegion::map), and all access is atomic.
+        unsafe { AtomicU64::from_ptr(at.cast()) }
     }
 
     /// Queues the region has room for.

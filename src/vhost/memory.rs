@@ -55,7 +55,8 @@ pub struct RegionAddress {
 }
 
 /// A file mapping of our own.
-struct Mapping {
+#[derive(Debug)]
+pub(super) struct Mapping {
     start: NonNull<u8>,
     len: usize,
 }
@@ -77,12 +78,16 @@ impl Drop for Mapping {
 
 impl Mapping {
     /// Map `[0, align_up(len))` bytes of `file` from the page-aligned `offset`.
-    fn new(file: &File, offset: u64, len: usize) -> Result<Mapping, rustix::io::Errno> {
+    pub(super) fn new(file: &File, offset: u64, len: usize) -> Result<Mapping, rustix::io::Errno> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
         let start = unsafe { mmap(std::ptr::null_mut(), len, protection, flags, file.as_fd(), offset)? };
         Ok(Mapping { start: NonNull::new(start.cast()).expect("mmap never succeeds with address 0"), len })
+    }
+
+    pub(super) fn start(&self) -> *mut u8 {
+        self.start.as_ptr()
     }
 }
 
@@ -272,6 +277,20 @@ impl MemoryMap {
         })?;
         let ptr = region.host.wrapping_add(usize::try_from(user - region.address.user).ok()?);
         (len > 0).then_some(Piece { ptr, len, region: region.bit })
+    }
+
+    /// Call `each` with the guest address and the length of every part of `len` bytes at the host address `ptr`;
+    /// what is no memory of this map is left out.
+    pub(super) fn guest_ranges(&self, ptr: *const u8, len: usize, mut each: impl FnMut(u64, u64)) {
+        let bytes = |n: usize| u64::try_from(n).expect("a usize fits in 64 bits");
+        let (start, end) = (bytes(ptr.addr()), bytes(ptr.addr()) + bytes(len));
+        for region in &self.regions {
+            let host = bytes(region.host.addr());
+            let (from, to) = (start.max(host), end.min(host + region.address.len));
+            if from < to {
+                each(region.address.guest + (from - host), to - from);
+            }
+        }
     }
 
     /// Copy `to.len()` bytes from guest address `guest`; `None` where some of them are not memory.

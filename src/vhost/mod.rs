@@ -12,6 +12,7 @@ pub mod chain;
 pub mod command;
 pub mod config;
 pub mod device;
+pub mod dirty;
 pub(crate) mod drive;
 pub mod framework;
 pub mod inflight;

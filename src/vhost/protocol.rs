@@ -7,7 +7,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use vhost::VhostUserMemoryRegionBase;
@@ -20,16 +19,15 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::QUEUE_SIZE_MAX;
+use super::command::wait;
 use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
+use super::dirty::{DirtyLog, MaybeLog, VHOST_F_LOG_ALL};
 use super::inflight::InflightRegion;
 use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
 use super::ring::{Ring, RingAddresses, RingError};
 use super::worker::{Command, QueueKick, StartQueue, StopHow};
 use crate::runtime::mailbox::Outbox;
-use crate::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-
-/// After this long a drain is reported: the device does not return requests.
-const SLOW_DRAIN: Duration = Duration::from_secs(5);
+use crate::sync::mpsc::{Receiver, channel};
 
 /// Protocol features on offer. Only what works: the crate drops STATUS, and has no sender for what BACKEND_REQ is
 /// good for.
@@ -38,7 +36,8 @@ pub(super) const FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    .union(VhostUserProtocolFeatures::RESET_DEVICE);
+    .union(VhostUserProtocolFeatures::RESET_DEVICE)
+    .union(VhostUserProtocolFeatures::LOG_SHMFD);
 
 /// What the front-end has said of a queue.
 #[derive(Default)]
@@ -61,6 +60,8 @@ pub(crate) struct Session {
     memory: Arc<MemoryMap>,
     inflight: Option<Arc<InflightRegion>>,
     features: u64,
+    /// What SET_LOG_BASE gave; used while LOG_ALL is among the features.
+    log: MaybeLog,
 }
 
 /// A refusal that the crate has answered, where an answer was asked for; the connection goes on.
@@ -85,7 +86,7 @@ fn address_of(region: &VhostUserMemoryRegion) -> RegionAddress {
 impl Session {
     pub(crate) fn new(device: Arc<BlkDevice>, workers: Vec<Outbox<Command>>, queues: u16) -> Session {
         let queues = std::iter::repeat_with(QueueSetup::default).take(usize::from(queues)).collect();
-        Session { device, workers, queues, memory: Arc::new(MemoryMap::new()), inflight: None, features: 0 }
+        Session { device, workers, queues, memory: Arc::new(MemoryMap::new()), inflight: None, features: 0, log: None }
     }
 
     /// The end of the connection: every queue is stopped, the device has returned everything, and guest memory
@@ -97,6 +98,26 @@ impl Session {
             log::error!("the connection cannot be wound up: {error}");
         }
         self.inflight = None;
+        self.log = None;
+        self.use_log();
+    }
+
+    /// Features on offer: the device's, and those of the transport.
+    fn offered_features(&self) -> u64 {
+        self.device.offered_features() | 1 << VHOST_F_LOG_ALL
+    }
+
+    /// Have all workers log, or not, as was negotiated; from the return on they do.
+    fn use_log(&self) {
+        let log = self.log.as_ref().filter(|_| self.features & 1 << VHOST_F_LOG_ALL != 0);
+        let (done, ends) = channel();
+        for worker in &self.workers {
+            worker.send(Command::DirtyLog { log: log.cloned(), done: done.clone() });
+        }
+        drop(done);
+        for _ in &self.workers {
+            wait(&ends, || "the dirty log".to_string());
+        }
     }
 
     fn worker(&self, index: u16) -> &Outbox<Command> {
@@ -179,6 +200,13 @@ impl Session {
         Ok(())
     }
 
+    /// Have the cache mode outlive this process.
+    fn note_cache_mode(&self) {
+        if let Some(region) = &self.inflight {
+            region.set_write_through(!self.device.is_writeback());
+        }
+    }
+
     fn event_fd(file: Option<File>) -> Option<OwnedFd> {
         file.map(OwnedFd::from)
     }
@@ -196,22 +224,6 @@ fn check_kick(fd: &OwnedFd) -> Result<()> {
 
 fn duplicate(fd: Option<&OwnedFd>) -> Option<OwnedFd> {
     fd.and_then(|fd| fd.try_clone().inspect_err(|error| log::error!("an eventfd is lost: {error}")).ok())
-}
-
-/// Wait for a worker, and say so when it takes long. `None` if the worker had nothing to say.
-pub(super) fn wait<T>(from: &Receiver<T>, what: impl Fn() -> String) -> Option<T> {
-    let mut reported = false;
-    loop {
-        match from.recv_timeout(SLOW_DRAIN) {
-            Ok(value) => return Some(value),
-            Err(RecvTimeoutError::Disconnected) => return None,
-            Err(RecvTimeoutError::Timeout) if !reported => {
-                log::warn!("{}: waiting for requests that the device does not return", what());
-                reported = true;
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-    }
 }
 
 impl VhostUserBackendReqHandlerMut for Session {
@@ -236,16 +248,20 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.device.offered_features())
+        Ok(self.offered_features())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let unknown = features & !self.device.offered_features();
+        let unknown = features & !self.offered_features();
         if unknown != 0 {
             return Err(refuse(format!("features {unknown:#x} were not offered")));
         }
+        let changed = self.features ^ features;
         self.features = features;
         self.device.negotiated(features);
+        if changed & 1 << VHOST_F_LOG_ALL != 0 {
+            self.use_log();
+        }
         if features & (1 << VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
             // Without protocol features there is no SET_VRING_ENABLE: rings start enabled.
             for index in 0..self.queues.len() {
@@ -281,13 +297,14 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
-        let addresses = RingAddresses { descriptors: descriptor, avail: available, used };
+        let log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        let addresses = RingAddresses { descriptors: descriptor, avail: available, used, log };
         let memory = self.memory.clone();
         let (number, queue) = self.queue(index)?;
         let moved = queue.started && queue.addresses != Some(addresses);
@@ -390,7 +407,9 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         // Flags differ between front-ends for the same thing: 0 in the spec, 1 in rust-vmm's.
-        self.device.write_config(offset, buf).map_err(refuse)
+        self.device.write_config(offset, buf).map_err(refuse)?;
+        self.note_cache_mode();
+        Ok(())
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
@@ -414,7 +433,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
         let (offset, len) = (inflight.mmap_offset, inflight.mmap_size);
         let region = InflightRegion::map(&file, offset, len, inflight.num_queues, inflight.queue_size);
-        self.inflight = Some(Arc::new(region.map_err(refuse)?));
+        let region = region.map_err(refuse)?;
+        // A process before this one may have been told.
+        if region.is_write_through() {
+            self.device.set_writeback(false);
+        }
+        self.inflight = Some(Arc::new(region));
+        self.note_cache_mode();
         Ok(())
     }
 
@@ -459,7 +484,14 @@ impl VhostUserBackendReqHandlerMut for Session {
         Err(Error::InvalidOperation("there is no shared memory"))
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("dirty logging was not offered"))
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        // Its only answer repeats the message: an error must end the connection, or the front-end waits for ever.
+        let log = DirtyLog::map(&file, log.mmap_offset, log.mmap_size).map_err(|error| {
+            log::warn!("{error}");
+            Error::InvalidParam
+        })?;
+        self.log = Some(Arc::new(log));
+        self.use_log();
+        Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use super::dirty::MaybeLog;
 use super::inflight::{InflightError, InflightQueue, InflightRegion};
 use super::memory::MemoryMap;
 use super::ring::{Ring, RingAddresses, RingError};
@@ -112,6 +113,8 @@ pub(crate) struct Queue {
     mapped: bool,
     /// Whether the driver was asked to kick and nothing came since.
     pub(crate) armed: bool,
+    /// Where writes to the used ring are noted.
+    pub(crate) log: MaybeLog,
     pub(crate) stop: Option<Stop>,
 }
 
@@ -144,6 +147,7 @@ impl Queue {
             broken: false,
             mapped: true,
             armed: false,
+            log: None,
             stop: None,
         })
     }
@@ -231,12 +235,34 @@ impl Queue {
         if !self.ring.unpublished() {
             return;
         }
+        let first = self.ring.published();
         let notify = self.ring.publish();
+        if let Some(log) = &self.log {
+            self.ring.mark_used(log, first);
+        }
         if let Some(inflight) = &mut self.inflight {
             inflight.published(self.ring.next_used());
         }
         if notify {
             self.signal_call();
+        }
+    }
+
+    /// Ask the driver to kick; whether it need not, as there is something already.
+    pub(crate) fn arm(&mut self) -> bool {
+        let more = self.ring.arm();
+        if let Some(log) = &self.log {
+            self.ring.mark_used(log, self.ring.published());
+        }
+        more
+    }
+
+    /// Ask the driver not to kick for now.
+    #[inline]
+    pub(crate) fn disarm(&mut self) {
+        self.ring.disarm();
+        if let Some(log) = &self.log {
+            self.ring.mark_used(log, self.ring.published());
         }
     }
 

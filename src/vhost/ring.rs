@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
+use super::dirty::DirtyLog;
 use super::memory::{MemoryMap, RegionBits};
 
 /// Bytes of a descriptor (virtio 1.3 §2.7.5).
@@ -55,6 +56,8 @@ pub struct RingAddresses {
     pub avail: u64,
     /// Used ring.
     pub used: u64,
+    /// The used ring's guest address, where writes to it belong into the dirty log (VHOST_VRING_F_LOG).
+    pub log: Option<u64>,
 }
 
 /// A descriptor, copied out (virtio 1.3 §2.7.5).
@@ -266,6 +269,26 @@ impl Ring {
     pub fn disarm(&mut self) {
         if !self.event_idx {
             self.used_u16(FLAGS).store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
+        }
+    }
+
+    /// The used index the driver was last told.
+    pub(crate) fn published(&self) -> u16 {
+        self.published
+    }
+
+    /// Note in the dirty log what was written to the used ring: the entries from `first` to the published one, and
+    /// the words before and after them.
+    pub(crate) fn mark_used(&self, log: &DirtyLog, first: u16) {
+        let Some(used) = self.addresses.log else { return };
+        let mark = |offset: usize, len: u64| {
+            let offset = u64::try_from(offset).expect("within a ring");
+            log.mark(used.saturating_add(offset), len);
+        };
+        mark(FLAGS, 4);
+        mark(ELEMENTS + 8 * usize::from(self.size), 2);
+        for entry in 0..self.published.wrapping_sub(first) {
+            mark(ELEMENTS + 8 * usize::from(first.wrapping_add(entry) & (self.size - 1)), 8);
         }
     }
 

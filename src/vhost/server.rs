@@ -400,6 +400,31 @@ mod tests {
         });
     }
 
+    /// QEMU says nothing of the cache mode to a back-end that came back.
+    #[test]
+    fn write_through_outlives_the_process() {
+        let config = |offset: u32, len: u32, bytes: &[u8]| {
+            [&[offset, len, 0].iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<_>>(), bytes].concat()
+        };
+        let mut region = None;
+        for (before, after) in [(1, 0), (0, 0), (0, 1), (1, 1)] {
+            check(|path, guest| {
+                let mut front_end = FrontEnd::connect(path);
+                front_end.inflight = region.take();
+                front_end.set_up(guest, 0);
+                assert_eq!(front_end.get(GET_CONFIG, &config(32, 1, &[0]))[12], before);
+                front_end.set(SET_CONFIG, &config(32, 1, &[after]));
+                front_end.read_sector(guest);
+                region = front_end.inflight.take();
+            });
+            // The next guest has used nothing.
+            region = region.take().map(|(layout, file)| {
+                rustix::io::pwrite(&file, &0_u16.to_le_bytes(), 14).unwrap();
+                (layout, file)
+            });
+        }
+    }
+
     #[test]
     fn refusals_leave_the_connection_open() {
         check(|path, guest| {

@@ -79,7 +79,7 @@ impl Guest {
     }
 
     pub(crate) fn addresses(&self) -> RingAddresses {
-        RingAddresses { descriptors: DESCRIPTORS, avail: AVAIL, used: USED }
+        RingAddresses { descriptors: DESCRIPTORS, avail: AVAIL, used: USED, log: None }
     }
 
     pub(crate) fn ring(&self) -> Ring {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::chain::{LocalMap, Scatter};
 use super::device::Settings;
+use super::dirty::MaybeLog;
 use super::drive::{Drive, TOKEN_FREE};
 use super::memory::{MemoryMap, RegionBits};
 use super::queue::{Kick, Queue, Stop};
@@ -53,6 +54,8 @@ pub struct DataPlane {
     settings: Arc<Settings>,
     status: Arc<WorkerStatus>,
     memory: LocalMap,
+    /// Where writes to guest memory are noted, during a live migration.
+    log: MaybeLog,
     /// By the queue's number in the device.
     queues: Vec<Option<Box<Queue>>>,
     /// Numbers of the started queues.
@@ -75,6 +78,7 @@ impl DataPlane {
             settings,
             status,
             memory: Rc::new(Arc::new(MemoryMap::new())),
+            log: None,
             queues: Vec::new(),
             started: Vec::new(),
             tokens: Tokens::new(),
@@ -95,6 +99,7 @@ impl DataPlane {
             Ok(mut queue) => {
                 self.drive.shard.resume(index);
                 self.watch_kick(&mut queue);
+                queue.log.clone_from(&self.log);
                 if !queue.resubmit.is_empty() {
                     log::info!("queue {index}: {} requests are resubmitted", queue.resubmit.len());
                 }
@@ -146,6 +151,14 @@ impl DataPlane {
             }
         }
         self.removals.push(Removal { regions: removed, before: self.tokens.next_serial(), done });
+    }
+
+    /// Note writes to guest memory in `log` from now on, those of requests under way included.
+    pub fn set_log(&mut self, log: &MaybeLog) {
+        self.log.clone_from(log);
+        for queue in self.queues.iter_mut().flatten() {
+            queue.log.clone_from(log);
+        }
     }
 
     /// One round: take what is there, submit, wait (if `may_wait` and there is nothing to do), answer.
@@ -213,7 +226,7 @@ impl DataPlane {
     }
 
     fn take(&mut self, queue: &mut Queue, now: Time) {
-        queue.ring.disarm();
+        queue.disarm();
         while let Some(head) = queue.resubmit.pop_front() {
             if queue.begin(head) {
                 self.serve(queue, head, None, now);
@@ -243,6 +256,9 @@ impl DataPlane {
         match parse(&chain, &self.drive.disk, &mut self.pool) {
             Parsed::Done { written } => {
                 status.write(S_OK);
+                if let Some(log) = &self.log {
+                    chain.mark_written(log);
+                }
                 queue.give_back(head, written);
             }
             Parsed::Refused(refused) => {
@@ -250,6 +266,9 @@ impl DataPlane {
                     self.drive.reject(&self.status, queue.index, head, true, refused.cause);
                 }
                 status.write(refused.status);
+                if let Some(log) = &self.log {
+                    status.mark(None, log);
+                }
                 queue.give_back(head, 1);
             }
             Parsed::Submit { op, written } => {
@@ -297,6 +316,14 @@ impl DataPlane {
             Status::IoErr => (S_IOERR, 1),
         };
         taken.status.write(value);
+        if let Some(log) = &self.log {
+            // What a read that failed has left in its buffers is the guest's to see, too.
+            let data = match &answer.request.op {
+                RequestOp::Read { data, .. } => Some(data),
+                _ => None,
+            };
+            taken.status.mark(data, log);
+        }
         let queue = self.queue(taken.queue).expect("a queue stops only after its last answer");
         queue.give_back(taken.head, written);
         if let RequestOp::Read { mut data, .. } | RequestOp::Write { mut data, .. } = answer.request.op
@@ -402,7 +429,7 @@ impl DataPlane {
         for index in &self.started {
             let Some(queue) = self.queues[usize::from(*index)].as_mut() else { continue };
             if queue.is_running() && !queue.armed {
-                queue.armed = !queue.ring.arm();
+                queue.armed = !queue.arm();
                 more |= !queue.armed;
             }
         }
@@ -451,6 +478,11 @@ impl DataPlane {
                 }
             }
             Command::Memory { map, removed, done } => self.set_memory(&map, removed, done),
+            Command::DirtyLog { log, done } => {
+                self.set_log(&log);
+                // The asker may have gone; nothing is to be done about that.
+                let _ = done.send(());
+            }
             Command::Exit => return false,
         }
         true

@@ -54,6 +54,23 @@ fn nobody_is_told_of_a_failed_flush_before_the_note_of_it_is_written() {
     assert_eq!(engine.await_answer(&mut rig, flush), Ok(Status::IoErr));
 }
 
+/// A flush of the spare that fails drops what it finds. The note of another failure is not there to be found.
+#[test]
+fn the_note_of_a_failed_flush_is_written_when_no_flush_of_its_device_is_under_way() {
+    let (mut rig, mut engine) = with_pending_block();
+    assert_eq!(engine.write(&mut rig, MOVED * BLOCK, &new(MOVED)), Ok(Status::Ok));
+    rig.performed.clear();
+    rig.held_flush = Some(SPARE);
+    rig.bad_flushes = [1, 1];
+    let flush = engine.begin_flush(&mut rig);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert!(engine.is_poisoned());
+    assert!(rig.performed.iter().all(|op| op.device == PRIMARY), "{:?}", rig.performed);
+    rig.held_flush = None;
+    assert_eq!(engine.await_answer(&mut rig, flush), Ok(Status::IoErr));
+    assert_eq!(engine.causes("poisoned").len(), 1);
+}
+
 /// Of what is written after the note, its list of regions says nothing.
 #[test]
 fn a_write_that_waited_at_the_healer_when_the_volume_was_poisoned_is_not_begun() {

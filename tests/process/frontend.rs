@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -37,6 +37,12 @@ pub(crate) const AREA: u64 = 4 << 20;
 
 pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
 pub(crate) const F_INDIRECT: u64 = 1 << 28;
+/// The front-end has the device note what it writes.
+pub(crate) const F_LOG_ALL: u64 = 1 << 26;
+
+pub(crate) const PAGE: u64 = 4096;
+/// Bytes of a dirty log of all guest memory.
+pub(crate) const LOG_BYTES: u64 = MEMORY_END / PAGE / 8;
 
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
@@ -92,7 +98,7 @@ impl FrontEnd {
         let mut session = Frontend::from_stream(stream, setup.queues as u64);
         session.set_owner().unwrap();
         let features = session.get_features().unwrap();
-        session.set_features(features & !setup.without).unwrap();
+        session.set_features(features & !setup.without & !F_LOG_ALL).unwrap();
         let protocol_features = session.get_protocol_features().unwrap();
         session.set_protocol_features(protocol_features - VhostUserProtocolFeatures::INFLIGHT_SHMFD).unwrap();
         session.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -111,21 +117,36 @@ impl FrontEnd {
     pub(crate) fn start(&mut self, queue: usize, base: u16) {
         let ring = &mut self.rings[queue];
         ring.restart_at(base);
-        let config = VringConfigData {
-            queue_max_size: ring.size,
-            queue_size: ring.size,
-            flags: 0,
-            desc_table_addr: USER + ring.base,
-            used_ring_addr: USER + ring.base + USED,
-            avail_ring_addr: USER + ring.base + AVAIL,
-            log_addr: None,
-        };
         self.session.set_vring_num(queue, ring.size).unwrap();
-        self.session.set_vring_addr(queue, &config).unwrap();
+        self.session.set_vring_addr(queue, &ring.config(false)).unwrap();
         self.session.set_vring_base(queue, base).unwrap();
         self.session.set_vring_call(queue, &ring.call).unwrap();
         self.session.set_vring_kick(queue, &ring.kick).unwrap();
         self.session.set_vring_enable(queue, true).unwrap();
+    }
+
+    /// Have the device note in `log`, from the given byte on, what it writes to guest memory and its rings.
+    pub(crate) fn log_to(&mut self, log: &File, start: u64) {
+        let (mmap_size, mmap_handle) = (LOG_BYTES, log.as_raw_fd());
+        let region = VhostUserDirtyLogRegion { mmap_size, mmap_offset: start, mmap_handle };
+        self.session.set_log_base(0, Some(region)).unwrap();
+        self.session.set_features((self.features & !self.setup.without) | F_LOG_ALL).unwrap();
+        for (queue, ring) in self.rings.iter().enumerate() {
+            self.session.set_vring_addr(queue, &ring.config(true)).unwrap();
+        }
+    }
+
+    /// End that.
+    pub(crate) fn log_no_more(&mut self) {
+        self.session.set_features(self.features & !self.setup.without & !F_LOG_ALL).unwrap();
+        for (queue, ring) in self.rings.iter().enumerate() {
+            self.session.set_vring_addr(queue, &ring.config(false)).unwrap();
+        }
+    }
+
+    /// The guest's memory, to be looked at from outside.
+    pub(crate) fn memory(&self) -> &Arc<File> {
+        &self.file
     }
 
     /// Stop a ring; where it goes on.
@@ -136,7 +157,7 @@ impl FrontEnd {
     /// Reset the device and negotiate again; all rings are stopped.
     pub(crate) fn reset(&mut self) {
         self.session.reset_device().unwrap();
-        self.session.set_features(self.features & !self.setup.without).unwrap();
+        self.session.set_features(self.features & !self.setup.without & !F_LOG_ALL).unwrap();
     }
 
     /// Stop a ring and have it go on where it stopped, while its driver may be waiting. With `kick` and `call` of
@@ -227,6 +248,23 @@ impl Ring {
         self.write(self.base + USED, &[0, 0]);
         self.store(self.base + AVAIL + 2, base);
         self.store(self.base + USED + 2, base);
+    }
+
+    fn config(&self, logged: bool) -> VringConfigData {
+        VringConfigData {
+            queue_max_size: self.size,
+            queue_size: self.size,
+            flags: u32::from(logged),
+            desc_table_addr: USER + self.base,
+            used_ring_addr: USER + self.base + USED,
+            avail_ring_addr: USER + self.base + AVAIL,
+            log_addr: logged.then_some(self.used_ring()),
+        }
+    }
+
+    /// Where its used ring is in guest memory.
+    pub(crate) fn used_ring(&self) -> u64 {
+        self.base + USED
     }
 
     /// Start of the memory for this ring's buffers.

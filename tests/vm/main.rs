@@ -106,14 +106,17 @@ fn four_queues_keep_every_write_while_faults_come_and_go() {
     assert!(status.blocks.remapped > 0, "no write met a fault");
 }
 
+/// O3. `make torture` kills more often.
 #[test]
 fn a_server_killed_again_and_again_under_a_guest_is_not_noticed() {
     let Some(_turn) = guests() else { return };
+    let kills = std::env::var("VHOST_REMAP_VM_KILLS").map_or(4, |kills| kills.parse().expect("a number of kills"));
     let mut server = Server::start("512M", 4);
-    let mut guest = Guest::start(&server, "fio.sh", &["20"], &["--smp", "4"], Duration::from_secs(150));
+    let limit = Duration::from_secs(150 + 10 * kills);
+    let mut guest = Guest::start(&server, "fio.sh", &[], &["--smp", "4"], limit);
     assert_eq!(guest.line(), "running");
     let mut dice = Dice(11);
-    for _ in 0..4 {
+    for _ in 0..kills {
         for _ in 0..8 {
             let start = block_in_use(&mut dice);
             server.fault(&["--ops", "write", "--sectors", &format!("{start}-{}", start + 31)]);
@@ -124,8 +127,10 @@ fn a_server_killed_again_and_again_under_a_guest_is_not_noticed() {
         server.kill();
         server.run();
     }
+    guest.say("stop");
     guest.finish();
     server.assert_unnoticed();
+    println!("{kills} kills under a guest, {} blocks remapped", server.remapped().len());
 }
 
 /// Sets `stop` however a scope is left, so that its thread ends and the failure is seen.

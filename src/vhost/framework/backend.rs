@@ -15,6 +15,7 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::mpsc::channel;
 use crate::sync::{Mutex, MutexGuard};
 use crate::vhost::QUEUE_SIZE_MAX;
+use crate::vhost::command::wait;
 use crate::vhost::device::BlkDevice;
 use crate::vhost::protocol;
 use crate::vhost::worker::StopHow;
@@ -65,7 +66,7 @@ impl BlkBackend {
             (number, stopped)
         };
         for (number, stopped) in numbers.map(order_stop).collect::<Vec<_>>() {
-            protocol::wait(&stopped, || format!("queue {number}"));
+            wait(&stopped, || format!("queue {number}"));
         }
     }
 
@@ -96,7 +97,7 @@ impl VhostUserBackend for BlkBackend {
 
     /// What our own transport offers, but for INFLIGHT_SHMFD, of which the daemon wants to know nothing.
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        protocol::FEATURES - VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        protocol::FEATURES - VhostUserProtocolFeatures::INFLIGHT_SHMFD - VhostUserProtocolFeatures::LOG_SHMFD
     }
 
     fn reset_device(&self) {

@@ -154,7 +154,7 @@ impl Guest {
 
     pub(crate) fn addresses(&self, ring: Ring) -> RingAddresses {
         let start = USER + ring.start;
-        RingAddresses { descriptors: start, avail: start + AVAIL, used: start + USED }
+        RingAddresses { descriptors: start, avail: start + AVAIL, used: start + USED, log: None }
     }
 
     /// The parts of the file behind a guest range, whether mapped at the moment or not, with their regions.
