@@ -82,11 +82,6 @@ impl Config {
         (0..u64::from(len)).map(|i| byte(u64::from(offset) + i)).collect()
     }
 
-    /// Whether the writeback byte is among `len` bytes from `offset`.
-    pub fn has_writeback(offset: u32, len: u32) -> bool {
-        WRITEBACK.checked_sub(offset).is_some_and(|at| at < len)
-    }
-
     /// The driver writes.
     ///
     /// # Errors

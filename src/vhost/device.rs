@@ -31,23 +31,16 @@ const fn bit(number: u32) -> u64 {
 pub struct Settings {
     config: Config,
     flush: AtomicBool,
-    /// The cache mode a driver has chosen. It outlives a reset: front-ends show the next driver what they remember.
+    /// The cache mode that a driver has chosen. It outlives a reset, as front-ends show the next driver what they
+    /// remember; a driver that is shown write-through does not flush.
     writeback: AtomicBool,
-    /// Whether the driver knows of the cache mode what is known here. A front-end that comes back after the end of this
-    /// process neither asks for the configuration nor says what its driver has chosen before.
-    agreed: AtomicBool,
 }
 
 impl Settings {
     /// Whether writes must be durable before they are answered: the driver cannot flush, or has switched the
-    /// cache to write-through (virtio 1.3 §5.2.5, §5.2.6.2), or may have.
+    /// cache to write-through (virtio 1.3 §5.2.5, §5.2.6.2).
     pub fn write_through(&self) -> bool {
-        !(self.flush.load(Ordering::Relaxed) && self.agreed.load(Ordering::Relaxed) && self.config.is_writeback())
-    }
-
-    /// The driver flushes, which it would not if it took the cache for write-through.
-    pub fn flushed(&self) {
-        self.agreed.store(true, Ordering::Relaxed);
+        !(self.flush.load(Ordering::Relaxed) && self.config.is_writeback())
     }
 }
 
@@ -62,13 +55,9 @@ impl BlkDevice {
     /// The device that shows `disk` and offers `queues` queues, 1 to [`QUEUES_MAX`].
     pub fn new(disk: Arc<DiskInfo>, queues: u16) -> BlkDevice {
         let queues = queues.clamp(1, QUEUES_MAX);
-        let settings = Settings {
-            config: Config::new(&disk, queues),
-            flush: AtomicBool::new(false),
-            writeback: AtomicBool::new(true),
-            agreed: AtomicBool::new(false),
-        };
-        BlkDevice { disk, queues, settings: Arc::new(settings) }
+        let (flush, writeback) = (AtomicBool::new(false), AtomicBool::new(true));
+        let settings = Arc::new(Settings { config: Config::new(&disk, queues), flush, writeback });
+        BlkDevice { disk, queues, settings }
     }
 
     /// Queues on offer.
@@ -112,24 +101,22 @@ impl BlkDevice {
         let flush = features & bit(VIRTIO_BLK_F_FLUSH) != 0;
         self.settings.flush.store(flush, Ordering::Relaxed);
         let visible = features & bit(VIRTIO_BLK_F_CONFIG_WCE) != 0;
-        self.settings.config.set_writeback(self.settings.writeback.load(Ordering::Relaxed) && (flush || !visible));
+        self.settings.config.set_writeback(self.is_writeback() && (flush || !visible));
     }
 
     /// Bytes of the configuration: exactly `len`.
     pub fn read_config(&self, offset: u32, len: u32) -> Vec<u8> {
-        if Config::has_writeback(offset, len) {
-            self.settings.agreed.store(true, Ordering::Relaxed);
-        }
         self.settings.config.read(offset, len)
     }
 
     /// Whether the driver wants a volatile cache.
     pub fn is_writeback(&self) -> bool {
-        self.settings.config.is_writeback()
+        self.settings.writeback.load(Ordering::Relaxed)
     }
 
     /// Switch between write-back and write-through, for the driver.
     pub fn set_writeback(&self, writeback: bool) {
+        self.settings.writeback.store(writeback, Ordering::Relaxed);
         self.settings.config.set_writeback(writeback);
     }
 
@@ -140,14 +127,13 @@ impl BlkDevice {
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), NotWritable> {
         self.settings.config.write(offset, bytes)?;
         self.settings.writeback.store(self.settings.config.is_writeback(), Ordering::Relaxed);
-        self.settings.agreed.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     /// Back to the state before any driver, but for the cache mode.
     pub fn reset(&self) {
         self.settings.flush.store(false, Ordering::Relaxed);
-        self.settings.config.set_writeback(self.settings.writeback.load(Ordering::Relaxed));
+        self.settings.config.set_writeback(self.is_writeback());
     }
 }
 
@@ -176,24 +162,6 @@ mod tests {
         assert!(device.settings().write_through());
         device.reset();
         assert_eq!(device.read_config(32, 1), [1]);
-    }
-
-    #[test]
-    fn the_cache_is_write_through_until_the_driver_is_known_to_flush() {
-        let agreements: [fn(&BlkDevice); 3] = [
-            |device| device.settings().flushed(),
-            |device| drop(device.read_config(0, 60)),
-            |device| device.write_config(32, &[1]).unwrap(),
-        ];
-        for agree in agreements {
-            let (device, _) = Bench::ports(1);
-            device.negotiated(device.offered_features());
-            drop(device.read_config(0, 32));
-            drop(device.read_config(33, 60));
-            assert!(device.settings().write_through(), "a driver may have chosen that in the life before this one");
-            agree(&device);
-            assert!(!device.settings().write_through());
-        }
     }
 
     #[test]

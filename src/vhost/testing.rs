@@ -234,7 +234,6 @@ impl Bench {
         let guest = Guest::new(size);
         let device = device();
         device.negotiated(device.offered_features());
-        device.settings().flushed();
         let disks = MemoryDisks::new(&[CAPACITY * 512]);
         let (port, to_shard, from_shard) = port(0, &device, &disks);
         let worker = port.open().unwrap();

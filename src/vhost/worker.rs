@@ -272,9 +272,6 @@ impl DataPlane {
                 queue.give_back(head, 1);
             }
             Parsed::Submit { op, written } => {
-                if matches!(op, RequestOp::Flush) {
-                    self.settings.flushed();
-                }
                 let taken = Taken { queue: queue.index, head, position, status, written, started: now, regions };
                 let request = Request {
                     token: self.tokens.insert(taken),

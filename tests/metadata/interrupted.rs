@@ -4,8 +4,9 @@
 use std::collections::BTreeSet;
 
 use uuid::Uuid;
+use vhost_remap::device::OpKind;
 use vhost_remap::device::memory::Keep;
-use vhost_remap::engine::healer::Order;
+use vhost_remap::engine::healer::{Order, Reply};
 use vhost_remap::engine::open::OpenError;
 use vhost_remap::engine::request::Status;
 use vhost_remap::volume::layout::Place;
@@ -390,4 +391,37 @@ fn a_retired_place_counts_again_only_when_it_takes_everything() {
 
 fn rig_map(story: &Story, moment: usize) -> Vec<Entry> {
     expect(&copies(story, moment, &[]), story.shape.layout().table_pages).expect("opens").map
+}
+
+/// An operator's order that runs when the volume is closed goes no further than the block it is at, and is over by
+/// then: what it wrote to the primary after the close had looked at it would pass for somebody else's.
+#[test]
+fn an_order_under_way_ends_before_the_volume_is_closed() {
+    const BLOCKS: u64 = 8;
+    let range = range_of(0, BLOCKS as usize * 4096);
+    let mut cut_short = 0;
+    for steps in 0..40 {
+        let mut rig = begun(SMALL);
+        rig.bad.clear();
+        let mut engine = rig.open().unwrap();
+        engine.done(&mut rig, Order::Remap(range));
+        let release = engine.begin_order(&mut rig, Order::Release(range));
+        for _ in 0..steps {
+            engine.step(&mut rig).unwrap();
+        }
+        let settle = engine.begin_order(&mut rig, Order::Settle);
+        while !engine.is_answered(settle) {
+            engine.step(&mut rig).unwrap();
+        }
+        let Some(Reply::Done(released)) = engine.reply(release) else { panic!("{steps}: the order goes on") };
+        cut_short += usize::from(released.as_ref().is_err_and(|why| why.contains("is being closed")));
+        rig.performed.clear();
+        engine.settle(&mut rig).unwrap();
+        assert!(!rig.performed.iter().any(|op| op.kind == OpKind::Write && op.device == PRIMARY), "{steps}");
+        for order in [Order::Release(range), Order::Save] {
+            let Reply::Done(Err(why)) = engine.order(&mut rig, order).unwrap() else { panic!("it is taken") };
+            assert!(why.contains("is being closed"), "{why}");
+        }
+    }
+    assert!(cut_short > 0, "no order was under way");
 }

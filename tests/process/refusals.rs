@@ -47,6 +47,10 @@ fn a_volume_has_one_server() {
     // A socket somebody listens on is not taken away from him.
     let why = volume.serve_refused(&["--lock-wait", "0"]);
     assert!(why.contains("vm.sock"), "{why}");
+    // Nor is anything made over a volume that is served.
+    let made = vhost_remap(&["create", "--size", "32M", "--primary", volume.primary.to_str().unwrap()]);
+    let why = String::from_utf8_lossy(&made.stderr);
+    assert!(made.status.code() == Some(1) && why.contains("still in use by another process"), "{why}");
     assert_eq!(server.guest(1).read(0, 1), Ok(vec![0; 512]));
     // A server that ends makes room for the one that waits for it.
     let waiting = volume.serve_elsewhere(&["--lock-wait", "30"]);

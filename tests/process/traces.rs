@@ -396,9 +396,9 @@ fn each_front_end_gets_the_answers_it_waits_for_and_its_guest_the_disk() {
     });
 }
 
-/// F1, O3: it does not flush, and to the server's successor nobody says why.
+/// F1, O3: it does not flush, and neither after the reset nor to the server's successor does anyone say why.
 #[test]
-fn a_driver_that_chose_write_through_has_it_after_a_kill_of_the_server() {
+fn a_driver_that_chose_write_through_has_it_after_a_reset_and_a_kill_of_the_server() {
     let trace = qemu_in_write_through();
     let mut replay = Replay::new(&trace).run();
     replay.server.fault(&["--ops", "flush", "--count", "1"]);

@@ -241,7 +241,9 @@ pub(crate) fn qemu_in_write_through() -> Trace {
         qemu.start(true, false),
         vec![Step::Io(0)],
         needing_replies(vec![tell(SET_CONFIG, Body::Writeback(0, 0))]),
-        vec![Step::Crash],
+        // Its successor is shown what the front-end remembers.
+        qemu.reset(),
+        vec![Step::Io(0), Step::Crash],
         qemu.connect(),
         qemu.start(false, false),
     ];

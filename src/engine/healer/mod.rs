@@ -184,6 +184,7 @@ pub(super) struct Core {
     stopping: RefCell<BTreeMap<(usize, u16), Stopping>>,
     running: Cell<usize>,
     to_shards: RefCell<Vec<(usize, ToShard)>>,
+    orders: operator::Orders,
     replies: RefCell<Vec<(OrderId, Reply)>>,
     events: RefCell<Vec<Event>>,
 }
@@ -256,6 +257,7 @@ impl Healer {
             rewritten: RefCell::default(),
             told_used: Cell::new(0),
             tally: RefCell::new(opened.tally),
+            orders: operator::Orders::default(),
             waiting: RefCell::default(),
             held: RefCell::default(),
             stopping: RefCell::default(),

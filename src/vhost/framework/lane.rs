@@ -259,9 +259,6 @@ impl Lane {
                 queue.give_back(vring, head, 1);
             }
             Parsed::Submit { op, written } => {
-                if matches!(op, RequestOp::Flush) {
-                    self.settings.flushed();
-                }
                 let regions = RegionBits::default();
                 let taken = Taken { queue: number, head, position: None, status, written, started: now, regions };
                 let token = self.tokens.insert(taken);

@@ -194,9 +194,8 @@ pub(super) fn drain(worker: &WorkerThread<Command>) -> Option<u16> {
     stopped.recv().ok()
 }
 
-/// A device whose driver can flush, and does.
+/// A device whose driver can flush.
 pub(super) fn negotiate(device: &BlkDevice) -> Arc<Settings> {
     device.negotiated(device.offered_features());
-    device.settings().flushed();
     device.settings()
 }

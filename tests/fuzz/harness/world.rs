@@ -79,7 +79,6 @@ impl World {
         let port = ports.into_iter().next().expect("one worker");
         let device = BlkDevice::new(port.disk.clone(), 2);
         device.negotiated(device.offered_features() & if first & 2 == 0 { u64::MAX } else { !(1 << 9) });
-        device.read_config(0, 60);
         let worker = port.open().expect("descriptors are left");
         let plane = DataPlane::new(worker, device.settings(), Arc::new(WorkerStatus::new()));
         let guest = Guest::new();
