@@ -71,6 +71,14 @@ mod soak;
 mod spare;
 #[path = "process/storm.rs"]
 mod storm;
+#[path = "process/traces.rs"]
+mod traces;
+#[path = "process/traces_frontends.rs"]
+mod traces_frontends;
+#[path = "process/traces_hostile.rs"]
+mod traces_hostile;
+#[path = "process/traces_messages.rs"]
+mod traces_messages;
 #[path = "process/transports.rs"]
 mod transports;
 #[path = "process/upgrade.rs"]

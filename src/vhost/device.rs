@@ -31,6 +31,9 @@ const fn bit(number: u32) -> u64 {
 pub struct Settings {
     config: Config,
     flush: AtomicBool,
+    /// The cache mode that a driver has chosen. It outlives a reset, as front-ends show the next driver what they
+    /// remember; a driver that is shown write-through does not flush.
+    writeback: AtomicBool,
 }
 
 impl Settings {
@@ -52,7 +55,8 @@ impl BlkDevice {
     /// The device that shows `disk` and offers `queues` queues, 1 to [`QUEUES_MAX`].
     pub fn new(disk: Arc<DiskInfo>, queues: u16) -> BlkDevice {
         let queues = queues.clamp(1, QUEUES_MAX);
-        let settings = Arc::new(Settings { config: Config::new(&disk, queues), flush: AtomicBool::new(false) });
+        let (flush, writeback) = (AtomicBool::new(false), AtomicBool::new(true));
+        let settings = Arc::new(Settings { config: Config::new(&disk, queues), flush, writeback });
         BlkDevice { disk, queues, settings }
     }
 
@@ -96,9 +100,8 @@ impl BlkDevice {
     pub fn negotiated(&self, features: u64) {
         let flush = features & bit(VIRTIO_BLK_F_FLUSH) != 0;
         self.settings.flush.store(flush, Ordering::Relaxed);
-        if !flush && features & bit(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
-            self.settings.config.set_writeback(false);
-        }
+        let visible = features & bit(VIRTIO_BLK_F_CONFIG_WCE) != 0;
+        self.settings.config.set_writeback(self.is_writeback() && (flush || !visible));
     }
 
     /// Bytes of the configuration: exactly `len`.
@@ -108,11 +111,12 @@ impl BlkDevice {
 
     /// Whether the driver wants a volatile cache.
     pub fn is_writeback(&self) -> bool {
-        self.settings.config.is_writeback()
+        self.settings.writeback.load(Ordering::Relaxed)
     }
 
     /// Switch between write-back and write-through, for the driver.
     pub fn set_writeback(&self, writeback: bool) {
+        self.settings.writeback.store(writeback, Ordering::Relaxed);
         self.settings.config.set_writeback(writeback);
     }
 
@@ -121,13 +125,15 @@ impl BlkDevice {
     /// # Errors
     /// When it is not the writeback byte.
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), NotWritable> {
-        self.settings.config.write(offset, bytes)
+        self.settings.config.write(offset, bytes)?;
+        self.settings.writeback.store(self.settings.config.is_writeback(), Ordering::Relaxed);
+        Ok(())
     }
 
-    /// Back to the state before any driver.
+    /// Back to the state before any driver, but for the cache mode.
     pub fn reset(&self) {
         self.settings.flush.store(false, Ordering::Relaxed);
-        self.settings.config.set_writeback(true);
+        self.settings.config.set_writeback(self.is_writeback());
     }
 }
 
@@ -156,5 +162,15 @@ mod tests {
         assert!(device.settings().write_through());
         device.reset();
         assert_eq!(device.read_config(32, 1), [1]);
+    }
+
+    #[test]
+    fn what_the_driver_chose_outlives_a_reset() {
+        let (device, _) = Bench::ports(1);
+        device.write_config(32, &[0]).unwrap();
+        device.reset();
+        device.negotiated(device.offered_features());
+        assert_eq!(device.read_config(32, 1), [0]);
+        assert!(device.settings().write_through());
     }
 }

@@ -4,7 +4,7 @@
 //! as no driver should, and shows what came back byte for byte.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -103,12 +103,9 @@ impl FrontEnd {
         session.set_protocol_features(protocol_features - VhostUserProtocolFeatures::INFLIGHT_SHMFD).unwrap();
         session.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         session.get_queue_num().unwrap();
-        let file = memory_file();
+        let (file, memory) = guest_memory();
         let region = |start| region_of(&file, start);
         session.set_mem_table(&[region(0), region(REGION), region(2 * REGION)]).unwrap();
-        let part = |start| (GuestAddress(start), REGION as usize, Some(FileOffset::from_arc(file.clone(), start)));
-        let memory = GuestMemoryMmap::from_ranges_with_files([part(0), part(REGION), part(2 * REGION)]);
-        let memory = Arc::new(memory.expect("mappings"));
         let event_idx = features & !setup.without & F_EVENT_IDX != 0;
         let rings = (0..setup.queues).map(|index| Ring::new(memory.clone(), index, setup.size, event_idx)).collect();
         let mut front_end = FrontEnd { session, setup, features, protocol_features, rings, file };
@@ -218,15 +215,19 @@ pub(crate) fn area_of(ring: usize) -> u64 {
     REGION / 2 + ring as u64 * AREA
 }
 
-fn memory_file() -> Arc<File> {
+/// New memory of a guest, at the same places of its file, and our view of it.
+pub(crate) fn guest_memory() -> (Arc<File>, Arc<GuestMemoryMmap>) {
     let fd = rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
     let file = File::from(fd);
     file.set_len(MEMORY_END).expect("memory");
-    Arc::new(file)
+    let file = Arc::new(file);
+    let part = |start| (GuestAddress(start), REGION as usize, Some(FileOffset::from_arc(file.clone(), start)));
+    let memory = GuestMemoryMmap::from_ranges_with_files([part(0), part(REGION), part(2 * REGION)]);
+    (file, Arc::new(memory.expect("mappings")))
 }
 
 impl Ring {
-    fn new(memory: Arc<GuestMemoryMmap>, index: usize, size: u16, event_idx: bool) -> Ring {
+    pub(crate) fn new(memory: Arc<GuestMemoryMmap>, index: usize, size: u16, event_idx: bool) -> Ring {
         let (kick, call) = (EventFd::new(0).expect("an eventfd"), EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
         let called = Epoll::new().expect("an epoll instance");
         let readable = EpollEvent::new(EventSet::IN, 0);
@@ -235,7 +236,13 @@ impl Ring {
         Ring { memory, index, base, size, event_idx, avail: 0, used: 0, kick, call, called }
     }
 
-    fn restart_at(&mut self, base: u16) {
+    /// Where in guest memory descriptors, used and available ring are.
+    pub(crate) fn parts(&self) -> [u64; 3] {
+        [self.base, self.base + USED, self.base + AVAIL]
+    }
+
+    /// Empty, as a driver makes it that starts at that entry.
+    pub(crate) fn restart_at(&mut self, base: u16) {
         (self.avail, self.used) = (base, base);
         self.write(self.base + AVAIL, &[0, 0]);
         self.write(self.base + USED, &[0, 0]);
@@ -321,6 +328,10 @@ impl Ring {
         (self.kick.try_clone().expect("a descriptor"), self.call.try_clone().expect("a descriptor"))
     }
 
+    pub(crate) fn raw_events(&self) -> (RawFd, RawFd) {
+        (self.kick.as_raw_fd(), self.call.as_raw_fd())
+    }
+
     pub(crate) fn kick(&self) {
         self.kick.write(1).expect("an eventfd takes a write");
     }
@@ -329,6 +340,11 @@ impl Ring {
     pub(crate) fn lie(&self, more: u16) {
         self.store(self.base + AVAIL + 2, self.avail.wrapping_add(more));
         self.kick();
+    }
+
+    /// Entries made available since the start.
+    pub(crate) fn avail_idx(&self) -> u16 {
+        self.avail
     }
 
     /// Entries used since the start, as the device shows them.
