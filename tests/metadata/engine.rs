@@ -118,7 +118,7 @@ impl Engine {
         self.submit(rig, RequestOp::Write { range, data })
     }
 
-    /// Submit a read, whose data nobody wants, without waiting for it.
+    /// Submit a read without waiting for it.
     pub(crate) fn begin_read(&mut self, rig: &mut Rig, sector: u64, count: u64) -> Token {
         let bytes = usize::try_from(count * 512).expect("small");
         let data = Iovecs::of_buffer(&Arc::new(AlignedBuf::zeroed(bytes)), 0, bytes);
@@ -168,12 +168,16 @@ impl Engine {
 
     /// What a read gives; `None` where it fails.
     pub(crate) fn read(&mut self, rig: &mut Rig, sector: u64, count: u64) -> Option<Vec<u8>> {
-        let mut bytes = vec![0; usize::try_from(count * 512).expect("small")];
-        let data = Iovecs::of_buffer(&Arc::new(AlignedBuf::zeroed(bytes.len())), 0, bytes.len());
-        let token = self.submit(rig, RequestOp::Read { range: range_of(sector, bytes.len()), data });
+        let token = self.begin_read(rig, sector, count);
         self.settle(rig).expect("no end was set");
-        let answer = self.answers.iter().find(|answer| answer.request.token == token).expect("settled");
+        self.content(token)
+    }
+
+    /// What a read gave that is answered; `None` where it failed.
+    pub(crate) fn content(&self, token: Token) -> Option<Vec<u8>> {
+        let answer = self.answers.iter().find(|answer| answer.request.token == token).expect("answered");
         let RequestOp::Read { data, .. } = &answer.request.op else { panic!("the request comes back as it went") };
+        let mut bytes = vec![0; data.len()];
         data.copy_to(0, &mut bytes);
         (answer.status == Status::Ok).then_some(bytes)
     }

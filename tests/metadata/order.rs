@@ -6,7 +6,7 @@ use vhost_remap::engine::healer::{Order, Reply};
 use vhost_remap::engine::request::Status;
 use vhost_remap::volume::layout::{Home, Place};
 
-use crate::commits::{BLOCK_A, SMALL, bad_block, begun, new, three_pages};
+use crate::commits::{BLOCK_A, MOVED, SMALL, bad_block, begun, new, old, three_pages};
 use crate::crash::fates;
 use crate::engine::Engine;
 use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig, SPARE, pattern, range_of};
@@ -328,4 +328,30 @@ fn two_places_that_fail_at_a_time_are_not_retired_each_by_the_other() {
     drop(engine);
     rig.crash(|_, _| Keep::Drop);
     assert_eq!(rig.open().unwrap().read(&mut rig, block * BLOCK, BLOCK), Some(data));
+}
+
+/// W5: as long as the healer reads a slot, its block stays there, and nothing else comes into it.
+#[test]
+fn a_slot_that_is_read_again_is_not_given_to_another_block_meanwhile() {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    let at = (SPARE, rig.shape.layout().slots_start + 3 * 512);
+    let bad = std::mem::take(&mut rig.bad);
+    rig.bad = vec![Bad { device: SPARE, from: at.1, to: at.1 + 512, reads: Reads::Never, writes: false }];
+    rig.performed.clear();
+    let read = engine.begin_read(&mut rig, MOVED * BLOCK + 3, 1);
+    while rig.performed.is_empty() {
+        engine.step(&mut rig).unwrap();
+    }
+    // It failed once. What the healer tries then takes its time.
+    (rig.bad, rig.held_read) = (bad, Some(at));
+    engine.settle_but_for_held(&mut rig).unwrap();
+    engine.begin_order(&mut rig, Order::Release(range_of(MOVED * BLOCK, 4096)));
+    engine.settle_but_for_held(&mut rig).unwrap();
+    let write = engine.begin_write(&mut rig, BLOCK_A * BLOCK, &new(BLOCK_A));
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert_eq!((engine.answer(read), engine.answer(write)), (None, Some(Status::Ok)));
+    rig.held_read = None;
+    engine.settle(&mut rig).unwrap();
+    assert_eq!(engine.content(read).as_deref(), Some(&old(MOVED)[3 * 512..4 * 512]));
 }

@@ -106,6 +106,8 @@ pub(crate) struct Rig {
     pub(crate) held_page: Option<u32>,
     /// The same for writes of that byte.
     pub(crate) held: Option<(DeviceIndex, u64)>,
+    /// The same for reads from that byte on.
+    pub(crate) held_read: Option<(DeviceIndex, u64)>,
     /// The same for flushes of that device.
     pub(crate) held_flush: Option<DeviceIndex>,
     /// Operations of the spare that fail, counted from 0: the first of them, and how many.
@@ -136,6 +138,7 @@ impl Rig {
             lost: None,
             held_page: None,
             held: None,
+            held_read: None,
             held_flush: None,
             fails: None,
             left: None,
@@ -249,7 +252,11 @@ impl Rig {
             op.kind == OpKind::Write && op.device == device && (op.offset..op.offset + op.len).contains(&byte)
         };
         let flushes = op.kind == OpKind::Flush && self.held_flush == Some(op.device);
-        flushes || self.held_page.is_some_and(|page| self.writes_page(op, page)) || self.held.is_some_and(covers)
+        let reads = op.kind == OpKind::Read && self.held_read == Some((op.device, op.offset));
+        flushes
+            || reads
+            || self.held_page.is_some_and(|page| self.writes_page(op, page))
+            || self.held.is_some_and(covers)
     }
 
     /// The oldest operation under way that is not held.
