@@ -46,29 +46,40 @@ fn write_until_committed(rig: &mut Rig, engine: &mut Engine, block: u64, place: 
 #[test]
 fn a_home_that_gave_nothing_is_older_than_what_the_volume_went_on_with() {
     for (place, commits) in Place::ALL.into_iter().flat_map(|place| (0..3).map(move |commits| (place, commits))) {
-        let mut rig = begun(SMALL);
-        let mut engine = rig.open().unwrap();
-        let page = write_until_committed(&mut rig, &mut engine, BLOCK_A, place);
-        drop(engine);
-        rig.crash(|device, sector: Sector| {
-            let is_of_page = device == SPARE && (page..page + PAGE_SIZE).contains(&(sector.0 * 512));
-            if is_of_page { Keep::Keep } else { Keep::Drop }
-        });
-        assert_eq!(rig.fork().open().unwrap().map().len(), 2, "the commit is found where its home reads");
-        rig.bad = vec![Bad { device: SPARE, from: page, to: page + PAGE_SIZE, reads: Reads::Never, writes: false }];
-        rig.lost = Some((SPARE, page..page + PAGE_SIZE));
-        let mut engine = rig.open().unwrap();
-        assert_eq!(engine.map().len(), 1);
-        for block in 0..commits {
-            engine.done(&mut rig, Order::Remap(range_of(block * BLOCK, 4096)));
+        // Either of the homes.
+        for before in 0..2 {
+            check_hidden_home(place, before, commits);
         }
-        let map = engine.map();
-        drop(engine);
-        rig.kill();
-        rig.lost = None;
-        rig.bad.clear();
-        assert_eq!(rig.open().unwrap().map(), map, "{place:?}, {commits} commits");
     }
+}
+
+/// After so many commits before, and with so many while the home does not read.
+fn check_hidden_home(place: Place, before: u64, commits: u64) {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    let remap = |rig: &mut Rig, engine: &mut Engine, blocks: std::ops::Range<u64>| {
+        blocks.for_each(|block| engine.done(rig, Order::Remap(range_of(block * BLOCK, 4096))));
+    };
+    remap(&mut rig, &mut engine, 0..before);
+    let map = engine.map();
+    let page = write_until_committed(&mut rig, &mut engine, BLOCK_A, place);
+    drop(engine);
+    rig.crash(|device, sector: Sector| {
+        let is_of_page = device == SPARE && (page..page + PAGE_SIZE).contains(&(sector.0 * 512));
+        if is_of_page { Keep::Keep } else { Keep::Drop }
+    });
+    assert_eq!(rig.fork().open().unwrap().map().len(), map.len() + 1, "the commit is found where its home reads");
+    rig.bad = vec![Bad { device: SPARE, from: page, to: page + PAGE_SIZE, reads: Reads::Never, writes: false }];
+    rig.lost = Some((SPARE, page..page + PAGE_SIZE));
+    let mut engine = rig.open().unwrap();
+    assert_eq!(engine.map(), map);
+    remap(&mut rig, &mut engine, before..before + commits);
+    let map = engine.map();
+    drop(engine);
+    rig.kill();
+    rig.lost = None;
+    rig.bad.clear();
+    assert_eq!(rig.open().unwrap().map(), map, "{place:?}, {before} commits before and {commits} after");
 }
 
 /// A superblock that retires the head is in the tail alone when the power goes, and gives nothing at the next start.

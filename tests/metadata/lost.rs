@@ -90,3 +90,26 @@ fn a_sector_lost_from_a_slot_is_not_looked_for_on_the_primary() {
         assert_eq!(engine.read(&mut rig, MOVED * BLOCK + 1, 7).as_deref(), Some(&expected[512..]));
     }
 }
+
+/// W5: what is found of lost sectors does not replace what the guest writes to them meanwhile.
+#[test]
+fn a_write_to_lost_sectors_that_are_being_found_again_stays() {
+    for steps in 0.. {
+        let mut rig = half_lost();
+        let mut engine = rig.open().unwrap();
+        let read = engine.begin_read(&mut rig, HALF * BLOCK, BLOCK);
+        for _ in 0..steps {
+            engine.step(&mut rig).unwrap();
+        }
+        let is_over = engine.answer(read).is_some();
+        let data = pattern(HALF * BLOCK, BLOCK, 9);
+        let write = engine.begin_write(&mut rig, HALF * BLOCK, &data);
+        engine.settle(&mut rig).unwrap();
+        assert_eq!((engine.answer(read), engine.answer(write)), (Some(Status::Ok), Some(Status::Ok)), "{steps}");
+        let found = engine.read(&mut rig, HALF * BLOCK, BLOCK);
+        assert!(found == Some(data), "after {steps} steps, what was found again has replaced what was written");
+        if is_over {
+            break;
+        }
+    }
+}

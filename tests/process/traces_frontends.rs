@@ -232,7 +232,7 @@ fn qemu_10() -> Trace {
     Trace { name: "QEMU 10", rings: 2, size: 256, features, memory: PC, steps: steps.concat() }
 }
 
-/// A guest whose driver makes the cache write-through and therefore never flushes, up to the reconnection after a crash.
+/// A guest whose driver makes the cache write-through, and so never flushes; up to the reconnection after a crash.
 pub(crate) fn qemu_in_write_through() -> Trace {
     let features = BLK | F_EVENT_IDX | F_INDIRECT;
     let qemu = Qemu { release: 10, rings: 1, size: 128, features };

@@ -379,7 +379,9 @@ fn a_front_end_that_stops_in_the_middle_of_a_message_is_cut_off() {
                 let volume = Volume::create(32, 64);
                 let mut watched = Watched::new(&volume);
                 let socket = part_of_a_message(&watched.server, len);
-                assert_eq!((&socket).read(&mut [0]).map_err(|error| error.kind()).unwrap_or(0), 0, "{len}");
+                // A reset where the server has left something unread.
+                let end = (&socket).read(&mut [0]).map_err(|error| error.kind());
+                assert!(matches!(end, Ok(0) | Err(ErrorKind::ConnectionReset)), "{len} bytes: {end:?}");
                 let mut warnings = Vec::new();
                 watched.check(&mut warnings);
                 assert!(warnings.len() == 1 && warnings[0].contains("the connection is closed: "), "{warnings:?}");
