@@ -184,7 +184,8 @@ pub(super) struct Core {
     stopping: RefCell<BTreeMap<(usize, u16), Stopping>>,
     running: Cell<usize>,
     to_shards: RefCell<Vec<(usize, ToShard)>>,
-    orders: operator::Orders,
+    /// The volume is being closed.
+    closing: Cell<bool>,
     replies: RefCell<Vec<(OrderId, Reply)>>,
     events: RefCell<Vec<Event>>,
 }
@@ -257,7 +258,7 @@ impl Healer {
             rewritten: RefCell::default(),
             told_used: Cell::new(0),
             tally: RefCell::new(opened.tally),
-            orders: operator::Orders::default(),
+            closing: Cell::new(false),
             waiting: RefCell::default(),
             held: RefCell::default(),
             stopping: RefCell::default(),

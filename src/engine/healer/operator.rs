@@ -1,13 +1,12 @@
 //! Orders of the operator, and the state they ask for.
 
-use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use super::commit::Commit;
 use super::flush::PoisonReport;
 use super::{Core, Severity, Tally};
 use crate::device::DeviceIndex;
-use crate::engine::task::{Promise, join_all, promise};
+use crate::engine::task::join_all;
 use crate::engine::view::{Mode, PrimaryState};
 use crate::units::{BLOCK_SIZE, Block, BlockRange, Sector, SectorRange};
 use crate::volume::map::BlockState;
@@ -106,16 +105,6 @@ fn nothing_to_do(range: SectorRange, state: &str) -> String {
     }
 }
 
-/// Orders under way that write to the devices.
-#[derive(Default)]
-pub(super) struct Orders {
-    running: Cell<usize>,
-    /// The volume is being closed: none begins, and none begins another block.
-    closing: Cell<bool>,
-    /// Who waits for the last of them.
-    waiters: RefCell<Vec<Promise<()>>>,
-}
-
 impl Core {
     /// Carry out an order, in a task of its own where it needs a device.
     pub(super) fn order(self: &Rc<Self>, id: OrderId, order: Order) {
@@ -127,10 +116,10 @@ impl Core {
         let core = self.clone();
         self.spawn(async move {
             let reply = match order {
-                Order::Clear => Reply::Done(core.counted(core.clear()).await),
-                Order::Remap(range) => Reply::Done(core.counted(core.remap_blocks(range)).await),
-                Order::Release(range) => Reply::Done(core.counted(core.release_blocks(range)).await),
-                Order::Save => Reply::Done(core.counted(core.save()).await),
+                Order::Clear => Reply::Done(core.clear().await),
+                Order::Remap(range) => Reply::Done(core.remap_blocks(range).await),
+                Order::Release(range) => Reply::Done(core.release_blocks(range).await),
+                Order::Save => Reply::Done(core.save().await),
                 Order::Settle => Reply::Settled(core.settle().await.map_err(|failure| failure.cause)),
                 Order::Seal(stamp) => {
                     let sealed = core.seal(stamp).await;
@@ -142,29 +131,10 @@ impl Core {
         });
     }
 
-    async fn counted(&self, order: impl Future<Output = Result<String, String>>) -> Result<String, String> {
-        let running = &self.orders.running;
-        running.set(running.get() + 1);
-        let result = order.await;
-        running.set(running.get() - 1);
-        if running.get() == 0 {
-            self.orders.waiters.take().into_iter().for_each(|waiter| waiter.keep(()));
-        }
-        result
-    }
-
-    /// See that no order writes any more: those under way end with the block they are at.
-    pub(super) async fn end_orders(&self) {
-        self.orders.closing.set(true);
-        if self.orders.running.get() > 0 {
-            let (promise, awaited) = promise();
-            self.orders.waiters.borrow_mut().push(promise);
-            awaited.await;
-        }
-    }
-
+    /// Once the volume is being closed no order begins, and none begins another block. It is not waited for those
+    /// under way: what they wait for may be workers that have ended.
     fn refuse_closing(&self) -> Result<(), String> {
-        if self.orders.closing.get() { Err("the volume is being closed".into()) } else { Ok(()) }
+        if self.closing.get() { Err("the volume is being closed".into()) } else { Ok(()) }
     }
 
     fn reply(&self, id: OrderId, reply: Reply) {

@@ -427,7 +427,7 @@ impl Core {
         if self.mode.get().read_only {
             return Err(Failure::refused(Refusal::ReadOnly));
         }
-        self.end_orders().await;
+        self.closing.set(true);
         let none = SectorRange::default();
         self.flush_volume().await.inspect_err(|failure| {
             self.event(Severity::Error, "close", failure.device, none, &*failure.cause, "left as after a crash");
