@@ -3,7 +3,7 @@
 //!
 //! One protocol thread talks to the front-end (vhost-user, `docs/interop/vhost-user.rst` of QEMU) and
 //! never waits on the disk, except where the protocol demands a drain. Worker threads own the queues:
-//! they parse descriptor chains (virtio 1.3 §2.7 and §5.2.6) into engine requests and give every chain
+//! they parse descriptor chains (virtio 1.3 §2.7, §2.8 and §5.2.6) into engine requests and give every chain
 //! back exactly once. Everything read from guest memory is hostile: it is copied out once and checked.
 //!
 //! Nothing here knows what a slot or a map is; nothing below knows what a descriptor is.
@@ -36,5 +36,5 @@ mod testing;
 /// used costs a few words.
 pub const QUEUES_MAX: u16 = 64;
 
-/// Largest queue: the limit of split virtqueues (virtio 1.3 §2.7).
+/// Largest queue: the limit of virtqueues (virtio 1.3 §2.7, §2.8).
 pub const QUEUE_SIZE_MAX: u16 = 32_768;

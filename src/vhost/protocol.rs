@@ -16,6 +16,7 @@ use vhost::vhost_user::message::{
     VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::QUEUE_SIZE_MAX;
@@ -24,7 +25,7 @@ use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
 use super::dirty::{DirtyLog, MaybeLog, VHOST_F_LOG_ALL};
 use super::inflight::InflightRegion;
 use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
-use super::ring::{Ring, RingAddresses, RingError};
+use super::ring::{Ring, RingAddresses, RingError, RingFormat};
 use super::worker::{Command, QueueKick, StartQueue, StopHow};
 use crate::runtime::mailbox::Outbox;
 use crate::sync::mpsc::{Receiver, channel};
@@ -44,7 +45,7 @@ pub(super) const FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures
 struct QueueSetup {
     size: u16,
     addresses: Option<RingAddresses>,
-    base: u16,
+    base: u32,
     kick: Option<QueueKick>,
     call: Option<OwnedFd>,
     err: Option<OwnedFd>,
@@ -104,7 +105,13 @@ impl Session {
 
     /// Features on offer: the device's, and those of the transport.
     fn offered_features(&self) -> u64 {
-        self.device.offered_features() | 1 << VHOST_F_LOG_ALL
+        self.device.offered_features() | 1 << VHOST_F_LOG_ALL | 1 << VIRTIO_F_RING_PACKED
+    }
+
+    /// What was negotiated of rings.
+    fn ring_format(&self) -> RingFormat {
+        let has = |number: u32| self.features & 1 << number != 0;
+        RingFormat { packed: has(VIRTIO_F_RING_PACKED), event_idx: has(VIRTIO_RING_F_EVENT_IDX) }
     }
 
     /// Have all workers log, or not, as was negotiated; from the return on they do.
@@ -133,7 +140,7 @@ impl Session {
 
     /// Start a queue once everything is known: with its kick, or late ones when they are enabled.
     fn start_if_ready(&mut self, index: u32) -> Result<()> {
-        let event_idx = self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let format = self.ring_format();
         let memory = self.memory.clone();
         let inflight = self.inflight.clone();
         let (number, queue) = self.queue(index)?;
@@ -142,13 +149,13 @@ impl Session {
             return Ok(());
         };
         // The worker translates for itself; here it is checked so that the front-end hears of errors.
-        Ring::new(&memory, addresses, queue.size, queue.base, event_idx).map_err(refuse)?;
+        Ring::new(&memory, addresses, queue.size, queue.base, format).map_err(refuse)?;
         let start = StartQueue {
             index: number,
             addresses,
             size: queue.size,
-            next_avail: queue.base,
-            event_idx,
+            base: queue.base,
+            format,
             inflight,
             kick: queue.kick.take().expect("just seen"),
             call: duplicate(queue.call.as_ref()),
@@ -160,14 +167,14 @@ impl Session {
         Ok(())
     }
 
-    /// Order a stop; the receiver gets the next avail entry, or is closed if the worker did not serve the queue.
-    fn order_stop(&mut self, index: u16, how: StopHow) -> Receiver<u16> {
+    /// Order a stop; the receiver gets the place where it goes on, or is closed if the worker did not serve the queue.
+    fn order_stop(&mut self, index: u16, how: StopHow) -> Receiver<u32> {
         let (reply, stopped) = channel();
         self.worker(index).send(Command::Stop { queue: index, how, reply });
         stopped
     }
 
-    fn finish_stop(&mut self, index: u16, stopped: &Receiver<u16>) -> Result<()> {
+    fn finish_stop(&mut self, index: u16, stopped: &Receiver<u32>) -> Result<()> {
         let base = wait(stopped, || format!("queue {index}"));
         let queue = &mut self.queues[usize::from(index)];
         queue.started = false;
@@ -242,7 +249,9 @@ impl VhostUserBackendReqHandlerMut for Session {
             queue.enabled = false;
             queue.base = 0;
         }
-        self.inflight = None;
+        if let Some(region) = self.inflight.take() {
+            region.forget_packed();
+        }
         self.device.reset();
         Ok(())
     }
@@ -257,6 +266,9 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(refuse(format!("features {unknown:#x} were not offered")));
         }
         let changed = self.features ^ features;
+        if changed & 1 << VIRTIO_F_RING_PACKED != 0 && self.queues.iter().any(|queue| queue.started) {
+            return Err(refuse("queues are started: their rings stay split or packed"));
+        }
         self.features = features;
         self.device.negotiated(features);
         if changed & 1 << VHOST_F_LOG_ALL != 0 {
@@ -284,7 +296,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= QUEUE_SIZE_MAX);
+        // Of packed rings no power of two is asked (virtio 1.3 §2.8.10.1).
+        let legal = |size: u16| size.is_power_of_two() || (size > 0 && self.ring_format().packed);
+        let size = u16::try_from(num).ok().filter(|size| *size <= QUEUE_SIZE_MAX && legal(*size));
         let size = size.ok_or_else(|| refuse(RingError::Size(num)))?;
         let (number, queue) = self.queue(index)?;
         if queue.started && queue.size != size {
@@ -305,11 +319,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     ) -> Result<()> {
         let log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
         let addresses = RingAddresses { descriptors: descriptor, avail: available, used, log };
-        let memory = self.memory.clone();
+        let (memory, format) = (self.memory.clone(), self.ring_format());
         let (number, queue) = self.queue(index)?;
         let moved = queue.started && queue.addresses != Some(addresses);
         if moved {
-            Ring::new(&memory, addresses, queue.size, 0, false).map_err(refuse)?;
+            Ring::check(&memory, addresses, queue.size, format).map_err(refuse)?;
         }
         queue.addresses = Some(addresses);
         if moved {
@@ -319,12 +333,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        // The upper half belongs to packed rings.
+        let mask = if self.ring_format().packed { u32::MAX } else { 0xffff };
         let (number, queue) = self.queue(index)?;
         if queue.started {
             return Err(refuse(format!("queue {number} is started: its place stays")));
         }
-        // The upper half belongs to packed rings.
-        queue.base = u16::try_from(base & 0xffff).expect("masked");
+        queue.base = base & mask;
         Ok(())
     }
 
@@ -338,7 +353,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         }
         let queue = &mut self.queues[usize::from(number)];
         queue.kick = None;
-        Ok(VhostUserVringState::new(index, u32::from(queue.base)))
+        Ok(VhostUserVringState::new(index, queue.base))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -423,7 +438,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let (queues, size) = (inflight.num_queues, inflight.queue_size);
         // As for GET_VRING_BASE, no refusal can be said but by ending the connection.
-        let (file, len) = InflightRegion::create(queues, size).map_err(|error| {
+        let (file, len) = InflightRegion::create(queues, size, self.ring_format().packed).map_err(|error| {
             log::warn!("{error}");
             Error::InvalidParam
         })?;

@@ -39,6 +39,8 @@ pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
 pub(crate) const F_INDIRECT: u64 = 1 << 28;
 /// The front-end has the device note what it writes.
 pub(crate) const F_LOG_ALL: u64 = 1 << 26;
+/// Rings are packed; these here are split.
+pub(crate) const F_PACKED: u64 = 1 << 34;
 
 pub(crate) const PAGE: u64 = 4096;
 /// Bytes of a dirty log of all guest memory.
@@ -98,7 +100,7 @@ impl FrontEnd {
         let mut session = Frontend::from_stream(stream, setup.queues as u64);
         session.set_owner().unwrap();
         let features = session.get_features().unwrap();
-        session.set_features(features & !setup.without & !F_LOG_ALL).unwrap();
+        session.set_features(features & !setup.without & !F_LOG_ALL & !F_PACKED).unwrap();
         let protocol_features = session.get_protocol_features().unwrap();
         session.set_protocol_features(protocol_features - VhostUserProtocolFeatures::INFLIGHT_SHMFD).unwrap();
         session.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -130,7 +132,7 @@ impl FrontEnd {
         let (mmap_size, mmap_handle) = (LOG_BYTES, log.as_raw_fd());
         let region = VhostUserDirtyLogRegion { mmap_size, mmap_offset: start, mmap_handle };
         self.session.set_log_base(0, Some(region)).unwrap();
-        self.session.set_features((self.features & !self.setup.without) | F_LOG_ALL).unwrap();
+        self.session.set_features((self.features & !self.setup.without & !F_PACKED) | F_LOG_ALL).unwrap();
         for (queue, ring) in self.rings.iter().enumerate() {
             self.session.set_vring_addr(queue, &ring.config(true)).unwrap();
         }
@@ -138,7 +140,7 @@ impl FrontEnd {
 
     /// End that.
     pub(crate) fn log_no_more(&mut self) {
-        self.session.set_features(self.features & !self.setup.without & !F_LOG_ALL).unwrap();
+        self.session.set_features(self.features & !self.setup.without & !F_LOG_ALL & !F_PACKED).unwrap();
         for (queue, ring) in self.rings.iter().enumerate() {
             self.session.set_vring_addr(queue, &ring.config(false)).unwrap();
         }
@@ -157,7 +159,7 @@ impl FrontEnd {
     /// Reset the device and negotiate again; all rings are stopped.
     pub(crate) fn reset(&mut self) {
         self.session.reset_device().unwrap();
-        self.session.set_features(self.features & !self.setup.without & !F_LOG_ALL).unwrap();
+        self.session.set_features(self.features & !self.setup.without & !F_LOG_ALL & !F_PACKED).unwrap();
     }
 
     /// Stop a ring and have it go on where it stopped, while its driver may be waiting. With `kick` and `call` of

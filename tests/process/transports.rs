@@ -16,7 +16,7 @@ use vhost_remap::runtime::report::{Counters, ListEntry};
 use vhost_remap::volume::layout::Layout;
 
 use crate::chains::{Chain, Chains};
-use crate::frontend::{AREA, F_EVENT_IDX, F_INDIRECT, F_LOG_ALL, FrontEnd, Ring, Setup};
+use crate::frontend::{AREA, F_EVENT_IDX, F_INDIRECT, F_LOG_ALL, F_PACKED, FrontEnd, Ring, Setup};
 use crate::model::{Model, Random, pattern};
 use crate::server::{Server, TRANSPORTS, Volume, done, vhost_remap};
 
@@ -258,7 +258,7 @@ fn remains(server: &Server, guest: &mut Guest<'_>, outcomes: Vec<Outcome>) -> Re
         )
     };
     // The framework tracks no requests, and logs no writes.
-    let features = guest.front_end().features & !F_LOG_ALL;
+    let features = guest.front_end().features & !F_LOG_ALL & !F_PACKED;
     let own = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::LOG_SHMFD;
     let protocol_features = (guest.front_end().protocol_features - own).bits();
     let (list, counters) = (server.list(), server.status().counters);

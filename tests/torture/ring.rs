@@ -44,6 +44,8 @@ const USER: u64 = 0x5500_0000_0000;
 
 const F_INDIRECT: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
+/// Not for these rings, which are split.
+const F_PACKED: u64 = 1 << 34;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -143,7 +145,7 @@ impl Device {
         session.set_owner()?;
         let features = session.get_features()?;
         assert!(features & F_INDIRECT != 0 && features & F_EVENT_IDX != 0, "{features:x}");
-        session.set_features(features & !self.without)?;
+        session.set_features(features & !self.without & !F_PACKED)?;
         let mut protocol_features = session.get_protocol_features()?;
         if !self.tracked {
             protocol_features.remove(VhostUserProtocolFeatures::INFLIGHT_SHMFD);

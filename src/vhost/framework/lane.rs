@@ -23,7 +23,7 @@ use crate::vhost::drive::{Drive, TOKEN_FREE};
 use crate::vhost::memory::{MemoryMap, RegionBits};
 use crate::vhost::queue::HeadSet;
 use crate::vhost::request::{Parsed, S_IOERR, S_OK, parse};
-use crate::vhost::ring::Descriptor;
+use crate::vhost::ring::{Descriptor, Head};
 use crate::vhost::status::WorkerStatus;
 use crate::vhost::tokens::{Taken, Tokens};
 use crate::vhost::worker::{POOL_MAX, StopHow};
@@ -121,7 +121,7 @@ impl Lane {
         let shard = &mut self.drive.shard;
         let queue = self.queues.entry(vring.number).or_insert_with(|| {
             shard.resume(vring.number);
-            let heads = HeadSet::new(crate::vhost::QUEUE_SIZE_MAX);
+            let heads = HeadSet::new(u32::from(crate::vhost::QUEUE_SIZE_MAX));
             Queue { vring, heads, look: false, broken: false, given_back: false, stops: Vec::new() }
         });
         queue.look = true;
@@ -260,6 +260,7 @@ impl Lane {
             }
             Parsed::Submit { op, written } => {
                 let regions = RegionBits::default();
+                let head = Head::of_split(head);
                 let taken = Taken { queue: number, head, position: None, status, written, started: now, regions };
                 let token = self.tokens.insert(taken);
                 let request = Request { token, queue: number, write_through: self.settings.write_through(), op };
@@ -294,7 +295,7 @@ impl Lane {
         taken.status.write(value);
         let queue = self.queues.get_mut(&taken.queue).expect("a queue stops only after its last answer");
         let shared = queue.vring.clone();
-        queue.give_back(&mut shared.vring.get_mut(), taken.head, written);
+        queue.give_back(&mut shared.vring.get_mut(), taken.head.id, written);
         if let RequestOp::Read { mut data, .. } | RequestOp::Write { mut data, .. } = answer.request.op
             && self.pool.len() < POOL_MAX
         {

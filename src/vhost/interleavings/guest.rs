@@ -13,6 +13,7 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::mpsc::channel;
 use crate::vhost::device::{BlkDevice, Settings};
 use crate::vhost::memory::RegionBits;
+use crate::vhost::ring::RingFormat;
 use crate::vhost::status::WorkerStatus;
 use crate::vhost::testing::{DATA, Guest, chain_from, readable, writable};
 use crate::vhost::thread::WorkerThread;
@@ -167,8 +168,8 @@ impl Driver {
             index: 0,
             addresses: self.guest.addresses(),
             size: self.guest.size,
-            next_avail,
-            event_idx: false,
+            base: u32::from(next_avail),
+            format: RingFormat::default(),
             inflight: None,
             kick: QueueKick::Fd(self.kick.try_clone().unwrap()),
             call: Some(self.call.try_clone().unwrap()),
@@ -191,7 +192,7 @@ pub(super) fn serve(index: usize, port: WorkerPort, settings: Arc<Settings>, dri
 pub(super) fn drain(worker: &WorkerThread<Command>) -> Option<u16> {
     let (reply, stopped) = channel();
     worker.commands.send(Command::Stop { queue: 0, how: StopHow::Drain, reply });
-    stopped.recv().ok()
+    stopped.recv().ok().map(|base| u16::try_from(base).unwrap())
 }
 
 /// A device whose driver can flush.

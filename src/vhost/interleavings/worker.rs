@@ -204,7 +204,7 @@ fn a_queue_that_is_to_stop_or_disabled_takes_nothing_more() {
         worker.commands.send(Command::Stop { queue: 0, how: StopHow::Drain, reply });
         settle(&worker, &driver);
         offer(3);
-        let base = stopped.recv().unwrap();
+        let base = u16::try_from(stopped.recv().unwrap()).unwrap();
         assert!(base <= 3, "a request is taken after the order to stop");
         assert_eq!(used_idx(), base);
         (0..base).for_each(|number| check(&driver, number));

@@ -47,7 +47,7 @@ fn used(bench: &Bench) -> Vec<u32> {
 }
 
 fn tracked() -> Arc<InflightRegion> {
-    let (file, len) = InflightRegion::create(1, 64).unwrap();
+    let (file, len) = InflightRegion::create(1, 64, false).unwrap();
     Arc::new(InflightRegion::map(&file, 0, len, 1, 64).unwrap())
 }
 
@@ -92,7 +92,7 @@ fn a_stop_rewinds_the_ring_over_parked_requests() {
     assert_eq!((stopped.try_recv(), used(&bench)), (Ok(1), vec![0]));
     lift(&mut bench);
     assert_eq!(used(&bench), [0_u32; 0], "what was given up never lands");
-    bench.set_next_avail(1);
+    bench.set_base(1);
     bench.start();
     bench.step();
     assert_eq!(used(&bench), [1, 2]);
@@ -129,7 +129,7 @@ fn with_a_region_they_stay_there_and_are_resubmitted_once() {
         assert_eq!(bench.stop(how), Some(base), "{how:?}");
         lift(&mut bench);
         assert_eq!(used(&bench), [1], "{how:?}");
-        bench.set_next_avail(0x1234);
+        bench.set_base(0x1234);
         bench.start_with(Some(region.clone()));
         bench.step();
         assert_eq!(used(&bench), [0, 2], "{how:?}");
