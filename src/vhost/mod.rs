@@ -14,6 +14,7 @@ pub mod config;
 pub mod device;
 pub mod dirty;
 pub(crate) mod drive;
+mod eventfd;
 pub mod framework;
 pub mod inflight;
 pub mod memory;

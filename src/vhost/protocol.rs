@@ -8,7 +8,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
@@ -23,6 +22,7 @@ use super::QUEUE_SIZE_MAX;
 use super::command::wait;
 use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
 use super::dirty::{DirtyLog, MaybeLog, VHOST_F_LOG_ALL};
+use super::eventfd::{check_kick, duplicate, event_fd};
 use super::inflight::InflightRegion;
 use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
 use super::ring::{Ring, RingAddresses, RingError, RingFormat};
@@ -213,24 +213,6 @@ impl Session {
             region.set_write_through(!self.device.is_writeback());
         }
     }
-
-    fn event_fd(file: Option<File>) -> Option<OwnedFd> {
-        file.map(OwnedFd::from)
-    }
-}
-
-/// Whether a worker can sleep on a kick: an eventfd, which is what the protocol speaks of, or a pipe. A file is
-/// readable at any time, and what cannot be polled would end the worker.
-fn check_kick(fd: &OwnedFd) -> Result<()> {
-    let check = || {
-        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN)
-    };
-    check().map_err(|errno| refuse(format!("the kick is no eventfd: {errno}")))
-}
-
-fn duplicate(fd: Option<&OwnedFd>) -> Option<OwnedFd> {
-    fd.and_then(|fd| fd.try_clone().inspect_err(|error| log::error!("an eventfd is lost: {error}")).ok())
 }
 
 impl VhostUserBackendReqHandlerMut for Session {
@@ -357,8 +339,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let fd = Self::event_fd(fd);
-        fd.as_ref().map_or(Ok(()), check_kick)?;
+        let fd = event_fd(fd);
+        fd.as_ref().map_or(Ok(()), check_kick).map_err(|errno| refuse(format!("the kick is no eventfd: {errno}")))?;
         let kick = fd.map_or(QueueKick::Polled, QueueKick::Fd);
         let (number, queue) = self.queue(u32::from(index))?;
         if queue.started {
@@ -371,7 +353,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let (number, queue) = self.queue(u32::from(index))?;
-        queue.call = Self::event_fd(fd);
+        queue.call = event_fd(fd);
         if queue.started {
             let call = duplicate(queue.call.as_ref());
             self.worker(number).send(Command::Call { queue: number, call });
@@ -381,7 +363,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let (number, queue) = self.queue(u32::from(index))?;
-        queue.err = Self::event_fd(fd);
+        queue.err = event_fd(fd);
         if queue.started {
             let err = duplicate(queue.err.as_ref());
             self.worker(number).send(Command::Err { queue: number, err });

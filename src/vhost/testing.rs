@@ -242,6 +242,8 @@ pub(crate) struct Bench {
     from_shard: Inbox<ToHealer>,
     base: u32,
     format: RingFormat,
+    /// The driver's side, where the ring is packed.
+    pub(crate) packed: Option<PackedDriver>,
 }
 
 impl Bench {
@@ -256,7 +258,17 @@ impl Bench {
         let mut plane = DataPlane::new(worker, device.settings(), Arc::new(WorkerStatus::new()));
         let (done, _) = channel();
         plane.set_memory(&guest.map(), Default::default(), done);
-        Bench { guest, plane, disks, device, to_shard, from_shard, base: 0, format: RingFormat::default() }
+        Bench {
+            guest,
+            plane,
+            disks,
+            device,
+            to_shard,
+            from_shard,
+            base: 0,
+            format: RingFormat::default(),
+            packed: None,
+        }
     }
 
     /// A device and places for its workers. Nobody plays the healer: reads are served, flushes are not.
@@ -267,9 +279,12 @@ impl Bench {
         (Arc::new(device), ports)
     }
 
-    /// Start queue 0 with a packed ring from now on.
-    pub(crate) fn use_packed(&mut self, event_idx: bool) {
-        self.format = RingFormat { packed: true, event_idx };
+    /// As [`Bench::new`], for a packed ring.
+    pub(crate) fn packed(size: u16) -> Bench {
+        let mut bench = Bench::new(size);
+        bench.format.packed = true;
+        bench.packed = Some(bench.guest.packed());
+        bench
     }
 
     /// Start queue 0 where it stopped.

@@ -85,3 +85,53 @@ fn an_indirect_table_may_be_longer_than_the_queue_and_cross_regions() {
     guest.descriptor(0, table, 515 * 16, F_INDIRECT, 0);
     assert_eq!(check(&guest, 0, |chain| (chain.readable_len(), chain.pieces())), Ok((515, 515)));
 }
+
+fn list(chain: &[(u64, u32, u16)]) -> Vec<Descriptor> {
+    chain.iter().map(|&(addr, len, flags)| Descriptor { addr, len, flags, next: 0 }).collect()
+}
+
+fn check_list<T>(guest: &Guest, chain: &[(u64, u32, u16)], see: impl FnOnce(Chain<'_>) -> T) -> Result<T, ChainError> {
+    Scatter::default().walk_list(&list(chain), &guest.map()).map(see)
+}
+
+#[test]
+fn a_list_of_a_packed_ring_is_walked_in_its_order() {
+    let guest = Guest::new(16);
+    let chain = [(DATA, 16, F_NEXT), (DATA + 0x1000, 512, F_NEXT | F_WRITE), (DATA + 0x2000, 1, F_WRITE)];
+    let seen = check_list(&guest, &chain, |chain| (chain.readable_len(), chain.writable_len(), chain.pieces()));
+    assert_eq!(seen, Ok((16, 513, 2)));
+    let seen = check_list(&guest, &chain[1..], |chain| chain.has_status());
+    assert_eq!(seen, Ok(true));
+    let refusal = |chain: &[(u64, u32, u16)]| check_list(&guest, chain, |_| ()).unwrap_err();
+    assert_eq!(refusal(&[chain[1], chain[0]]), ChainError::ReadableAfterWritable);
+    assert_eq!(refusal(&[chain[0], (DATA, 16, F_INDIRECT)]), ChainError::IndirectAndNext);
+    assert_eq!(refusal(&[(DATA, 16, F_INDIRECT | F_NEXT), chain[2]]), ChainError::IndirectAndNext);
+}
+
+/// Of its entries' flags only F_WRITE counts, and their order is that of the table (virtio 1.3 §2.8.7).
+#[test]
+fn a_table_of_a_packed_ring_is_all_of_its_chain() {
+    let guest = Guest::new(16);
+    // Beginning in one region of memory, and going on in the next.
+    let table = guest.first_region_end() - 24;
+    let entry = |at: u64, addr: u64, len: u32, flags: u16| {
+        guest.write(at, &addr.to_le_bytes());
+        guest.write(at + 8, &len.to_le_bytes());
+        guest.write(at + 12, &[0xff; 2]);
+        guest.write(at + 14, &flags.to_le_bytes());
+    };
+    entry(table, DATA, 16, 0);
+    entry(table + 16, DATA + 0x1000, 512, F_WRITE | F_INDIRECT | F_NEXT);
+    entry(table + 32, DATA + 0x2000, 1, F_WRITE | 0x8080);
+    let seen = |len: u32, flags: u16| {
+        check_list(&guest, &[(table, len, flags)], |chain| (chain.readable_len(), chain.writable_len()))
+    };
+    assert_eq!(seen(48, F_INDIRECT), Ok((16, 513)));
+    assert_eq!(seen(32, F_INDIRECT | F_WRITE), Ok((16, 512)));
+    for len in [0, 8, 17, 32_769 * 16] {
+        assert_eq!(seen(len, F_INDIRECT), Err(ChainError::IndirectLength(len)));
+    }
+    for at in [1 << 40, u64::MAX - 7] {
+        assert_eq!(check_list(&guest, &[(at, 32, F_INDIRECT)], |_| ()), Err(ChainError::IndirectUnmapped));
+    }
+}

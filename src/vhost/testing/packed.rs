@@ -105,11 +105,6 @@ impl PackedDriver {
         self.avail.set(self.avail.get() + u32::from(len));
     }
 
-    /// Descriptors that the driver may write.
-    pub(crate) fn room(&self) -> u16 {
-        self.size - u16::try_from(self.avail.get() - self.used.get()).unwrap()
-    }
-
     /// The next used buffer, if there is one: id, length, flags.
     pub(crate) fn take(&self) -> Option<(u16, u32, u16)> {
         let at = self.at(self.index(self.used.get()));
