@@ -47,6 +47,9 @@ mod modes;
 mod operator;
 #[path = "process/packaging.rs"]
 mod packaging;
+#[expect(dead_code, reason = "the unit tests of the library use the rest")]
+#[path = "../src/vhost/testing/packed.rs"]
+mod packed_ring;
 #[path = "process/real_devices.rs"]
 mod real_devices;
 #[path = "process/real_errors.rs"]

@@ -1,6 +1,6 @@
 //! The table of front-ends: what each says, as their sources have it, to a back-end that offers what this one does.
 
-use crate::frontend::{F_EVENT_IDX, F_INDIRECT};
+use crate::frontend::{F_EVENT_IDX, F_INDIRECT, F_PACKED};
 use crate::traces::Step;
 use crate::traces_messages::{
     ADD_MEM_REG, Answer, Body, F_FLUSH, Fd, GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD, GET_MAX_MEM_SLOTS,
@@ -197,6 +197,33 @@ fn qemu_7_2() -> Trace {
         vec![Step::HangUp],
     ];
     Trace { name: "QEMU 7.2", rings: 2, size: 128, features, memory: PC, steps: steps.concat() }
+}
+
+/// `packed=on`. After a kill of the server QEMU says of a packed ring what it knew before.
+fn qemu_packed(release: u32, name: &'static str) -> Trace {
+    let features = BLK | F_EVENT_IDX | F_INDIRECT | F_PACKED;
+    // Chains of three descriptors and one begin everywhere in such a ring.
+    let qemu = Qemu { release, rings: 2, size: 16, features };
+    let io = vec![Step::Io(0), Step::Io(1), Step::Long(0, 40), Step::Io(0)];
+    let steps = [
+        qemu.realize(),
+        qemu.start(true, false),
+        io.clone(),
+        qemu.stop(),
+        qemu.start(false, true),
+        io.clone(),
+        qemu.reconnect(&[Step::HangUp, Step::Return]),
+        io.clone(),
+        qemu.reconnect(&[Step::Crash]),
+        io.clone(),
+        qemu.reset(),
+        io.clone(),
+        qemu.reconnect(&[Step::Crash]),
+        io,
+        qemu.stop(),
+        vec![Step::HangUp],
+    ];
+    Trace { name, rings: 2, size: 16, features, memory: PC, steps: steps.concat() }
 }
 
 fn qemu_10() -> Trace {
@@ -440,5 +467,7 @@ fn libblkio() -> Trace {
 }
 
 pub(crate) fn traces() -> Vec<Trace> {
-    vec![qemu_7_2(), qemu_10(), windows(), cloud_hypervisor(), crosvm(), firecracker(), libblkio()]
+    let packed = [qemu_packed(7, "QEMU 7.2, packed"), qemu_packed(10, "QEMU 10, packed")];
+    let others = [qemu_7_2(), qemu_10(), windows(), cloud_hypervisor(), crosvm(), firecracker(), libblkio()];
+    packed.into_iter().chain(others).collect()
 }

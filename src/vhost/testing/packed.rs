@@ -105,19 +105,46 @@ impl PackedDriver {
         self.avail.set(self.avail.get() + u32::from(len));
     }
 
-    /// The next used buffer, if there is one: id, length, flags.
-    pub(crate) fn take(&self) -> Option<(u16, u32, u16)> {
-        let at = self.at(self.index(self.used.get()));
+    /// Whether the descriptor at that place was made available since the next one was to be at `before`.
+    pub(crate) fn is_between(&self, place: u16, before: u16) -> bool {
+        let twice = 2 * u32::from(self.size);
+        let number = |place: u16| {
+            let index = u32::from(place & 0x7fff);
+            if place >> 15 == 1 { index } else { index + u32::from(self.size) }
+        };
+        let since = |place: u16| (number(place) + twice - number(before)) % twice;
+        since(place) < since(self.avail_place())
+    }
+
+    /// The used buffer so many descriptors after the start, if there is one: id, length, flags, and its descriptors.
+    fn used_at(&self, count: u32) -> Option<(u16, u32, u16, u16)> {
+        let at = self.at(self.index(count));
         let flags: u16 = self.memory.load(GuestAddress(at + 14), Ordering::Acquire).unwrap();
-        let wanted = if self.wrap(self.used.get()) { AVAIL | USED } else { 0 };
-        if self.used.get() == self.avail.get() || flags & (AVAIL | USED) != wanted {
+        let wanted = if self.wrap(count) { AVAIL | USED } else { 0 };
+        if count == self.avail.get() || flags & (AVAIL | USED) != wanted {
             return None;
         }
         let len = self.memory.read_obj(GuestAddress(at + 8)).unwrap();
         let id: u16 = self.memory.read_obj(GuestAddress(at + 12)).unwrap();
-        let skip = self.lens.borrow_mut().remove(&id).expect("a buffer that the device has");
-        self.used.set(self.used.get() + u32::from(skip));
-        Some((id, len, flags & !(AVAIL | USED)))
+        let descriptors = *self.lens.borrow().get(&id).expect("a buffer that the device has");
+        Some((id, len, flags & !(AVAIL | USED), descriptors))
+    }
+
+    /// The place after the last used buffer, whether it was taken or not.
+    pub(crate) fn shown_place(&self) -> u16 {
+        let mut count = self.used.get();
+        while let Some((.., descriptors)) = self.used_at(count) {
+            count += u32::from(descriptors);
+        }
+        self.place(count)
+    }
+
+    /// The next used buffer, if there is one: id, length, flags.
+    pub(crate) fn take(&self) -> Option<(u16, u32, u16)> {
+        let (id, len, flags, descriptors) = self.used_at(self.used.get())?;
+        self.lens.borrow_mut().remove(&id);
+        self.used.set(self.used.get() + u32::from(descriptors));
+        Some((id, len, flags))
     }
 
     /// The next used buffer: id and length.
