@@ -47,6 +47,8 @@ mod modes;
 mod operator;
 #[path = "process/packaging.rs"]
 mod packaging;
+#[path = "process/packed.rs"]
+mod packed;
 #[expect(dead_code, reason = "the unit tests of the library use the rest")]
 #[path = "../src/vhost/testing/packed.rs"]
 mod packed_ring;

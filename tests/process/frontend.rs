@@ -54,10 +54,6 @@ pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT: u16 = 4;
 
-/// Event flags of packed rings: no events, and those for one place.
-const EVENT_DISABLE: u16 = 1;
-const EVENT_DESC: u16 = 2;
-
 /// A descriptor as it is written: address, length, flags, next.
 pub(crate) type Raw = (u64, u32, u16, u16);
 
@@ -469,17 +465,11 @@ impl Packed {
         self.driver.offer(head, &chain);
         // What the device asks for is read after it can see the chain.
         fence(Ordering::SeqCst);
-        match self.driver.device_event() {
-            (_, EVENT_DISABLE) => false,
-            // virtio 1.3 §2.8.10: a place that was just made available.
-            (place, EVENT_DESC) if event_idx => self.driver.is_between(place, before),
-            _ => true,
-        }
+        self.driver.wants_kick(before, event_idx)
     }
 
     fn next_used(&self, event_idx: bool) -> Option<(u32, u32)> {
-        let flags = if event_idx { EVENT_DESC } else { 0 };
-        self.driver.set_driver_event(self.driver.used_place(), flags);
+        self.driver.want_interrupt(event_idx);
         // The device may use a buffer before it sees that; then it is there now.
         fence(Ordering::SeqCst);
         self.driver.take_used().map(|(id, len)| (u32::from(id), len))

@@ -22,6 +22,9 @@ mod killer;
 #[expect(dead_code, reason = "only the dice are needed")]
 #[path = "../process/model.rs"]
 mod model;
+#[expect(dead_code, reason = "the unit tests of the library use the rest")]
+#[path = "../../src/vhost/testing/packed.rs"]
+mod packed_ring;
 mod ring;
 mod run;
 mod sector;

@@ -112,7 +112,7 @@ impl Torture {
             plan,
             random,
             expected: Expected::zeros(run, 0..SECTORS),
-            guest: Workload::new(1, true, true),
+            guest: Workload::new(1, true, true, true),
             sequence: 0,
             given_up: Vec::new(),
             stage: Stage::Opening,
@@ -145,7 +145,8 @@ impl Torture {
     fn new_guest(&mut self) {
         let queues = 2 + usize::try_from(self.plan.below(3)).expect("small");
         let (tracked, event_idx) = (!self.chance(3), !self.chance(4));
-        let before = std::mem::replace(&mut self.guest, Workload::new(queues, tracked, event_idx));
+        let packed = tracked && self.chance(2);
+        let before = std::mem::replace(&mut self.guest, Workload::new(queues, tracked, event_idx, packed));
         self.given_up.extend(before.give_up());
         self.counts.guests += 1;
     }

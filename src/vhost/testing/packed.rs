@@ -11,6 +11,11 @@ const NEXT: u16 = 1;
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
 
+/// Event flags: always, never, and for one place.
+const EVENT_ENABLE: u16 = 0;
+const EVENT_DISABLE: u16 = 1;
+const EVENT_DESC: u16 = 2;
+
 /// A descriptor of a chain: address, length, flags but for those of the ring.
 pub(crate) type Element = (u64, u32, u16);
 
@@ -105,8 +110,22 @@ impl PackedDriver {
         self.avail.set(self.avail.get() + u32::from(len));
     }
 
+    /// Whether the device wants to be kicked for what was made available from `before` on (virtio 1.3 §2.8.10).
+    pub(crate) fn wants_kick(&self, before: u16, event_idx: bool) -> bool {
+        match self.device_event() {
+            (_, EVENT_DISABLE) => false,
+            (place, EVENT_DESC) if event_idx => self.is_between(place, before),
+            _ => true,
+        }
+    }
+
+    /// Ask for an interrupt for the next used buffer.
+    pub(crate) fn want_interrupt(&self, event_idx: bool) {
+        self.set_driver_event(self.used_place(), if event_idx { EVENT_DESC } else { EVENT_ENABLE });
+    }
+
     /// Whether the descriptor at that place was made available since the next one was to be at `before`.
-    pub(crate) fn is_between(&self, place: u16, before: u16) -> bool {
+    fn is_between(&self, place: u16, before: u16) -> bool {
         let twice = 2 * u32::from(self.size);
         let number = |place: u16| {
             let index = u32::from(place & 0x7fff);
