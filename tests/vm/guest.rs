@@ -77,7 +77,8 @@ impl Guest {
         let (console, channel) = (server.dir().join("console"), server.dir().join("channel"));
         let output = File::create(&console).expect("a file for the console");
         // An image that starts from a disk starts from this one.
-        let disk = format!("{},num-queues={},reconnect=1,bootindex=1", server.socket().display(), server.queues());
+        let (socket, queues, rings) = (server.socket(), server.queues(), server.rings());
+        let disk = format!("{},num-queues={queues},{rings},reconnect=1,bootindex=1", socket.display());
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "TERM"]).arg(root().join("vm-images/run"));
         command.arg("--script").arg(folder.join(script)).args(args.iter().flat_map(|arg| ["--arg", arg]));

@@ -14,6 +14,8 @@ const START_MAX: Duration = Duration::from_secs(30);
 pub(crate) struct Server {
     dir: TempDir,
     queues: u16,
+    /// Whether its guest is to have packed rings.
+    packed: bool,
     /// Further options of `serve`.
     options: Vec<String>,
     child: Option<Child>,
@@ -46,7 +48,13 @@ impl Server {
 
     fn stopped(queues: u16, options: &[&str]) -> Server {
         let dir = tempfile::tempdir().expect("a folder for the disks");
-        Server { dir, queues, options: options.iter().map(ToString::to_string).collect(), child: None }
+        Server { dir, queues, packed: false, options: options.iter().map(ToString::to_string).collect(), child: None }
+    }
+
+    /// The same server for a guest with packed rings.
+    pub(crate) fn with_packed_rings(mut self) -> Server {
+        self.packed = true;
+        self
     }
 
     fn make(&self, words: &[&str]) {
@@ -113,6 +121,11 @@ impl Server {
     /// Queues it offers.
     pub(crate) fn queues(&self) -> u16 {
         self.queues
+    }
+
+    /// The property of QEMU's device that says what rings the guest has.
+    pub(crate) fn rings(&self) -> &'static str {
+        if self.packed { "packed=on" } else { "packed=off" }
     }
 
     /// A folder for what belongs to this test.

@@ -33,7 +33,7 @@ fn benches() -> impl Iterator<Item = (Bench, &'static str)> {
 
 /// What GET_VRING_BASE says when so many chains were taken, and so many used.
 fn base(bench: &Bench, taken: u32, used: u32) -> u32 {
-    if bench.packed.is_some() { 0x8000_8000 | 3 * taken | 3 * used << 16 } else { taken }
+    if bench.packed.is_some() { 0x8000_8000 | (3 * taken) | ((3 * used) << 16) } else { taken }
 }
 
 fn offer(bench: &Bench, number: u16, sector: u64) {

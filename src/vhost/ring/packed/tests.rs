@@ -47,6 +47,7 @@ fn chains_come_in_order_and_go_back_in_any_with_their_length() {
             bench.ring.push_used(a, 0);
             assert_eq!((bench.driver.take(), bench.ring.unpublished()), (None, true));
             assert!(bench.ring.publish());
+            assert_eq!(bench.driver.shown_place(), bench.driver.avail_place());
             let wrote = if round > 0 { F_WRITE } else { 0 };
             assert_eq!(bench.driver.take(), Some((7, round, wrote)), "size {size}, round {round}");
             assert_eq!((bench.driver.take(), bench.driver.take()), (Some((900, 0, 0)), None));
@@ -163,6 +164,19 @@ fn event_places_suppress_notifications_and_kicks() {
             bench.ring.disarm();
             assert!(!bench.ring.arm());
             assert_eq!(bench.driver.device_event(), (bench.driver.avail_place(), EVENT_DESC));
+            // The driver kicks for the chain that begins there, and for no other.
+            for (id, wanted) in [(0, true), (1, false)] {
+                let before = bench.driver.avail_place();
+                bench.offer(id, 2);
+                assert_eq!(bench.driver.wants_kick(before, true), wanted);
+            }
+            bench.driver.want_interrupt(true);
+            for notified in [true, false] {
+                let head = bench.take();
+                bench.ring.push_used(head, 0);
+                assert_eq!(bench.ring.publish(), notified);
+                bench.driver.take().unwrap();
+            }
         }
         for bits in [0x7fff, 0xffff] {
             bench.driver.set_driver_event(bits, EVENT_DESC);
