@@ -373,7 +373,9 @@ impl DataPlane {
         let (how, mut withdrawn) = (stop.how, std::mem::take(&mut stop.withdrawn));
         if how == StopHow::Drain {
             self.rewind(queue, &mut withdrawn);
-            if !queue.is_tracked() && !withdrawn.is_empty() {
+            // A guest that is migrated takes its memory along, and not the in-flight region.
+            let is_left_behind = queue.is_tracked() && self.log.is_none();
+            if !is_left_behind && !withdrawn.is_empty() {
                 self.drive.shard.finish(queue.index, &mut self.drive.out);
                 for request in withdrawn {
                     self.drive.shard.submit(now, request, &mut self.drive.out);

@@ -4,14 +4,18 @@
 //! as no driver should, and shows what came back byte for byte.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserHeaderFlag,
+    VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -152,6 +156,33 @@ impl FrontEnd {
     /// Stop a ring; where it goes on.
     pub(crate) fn stop(&mut self, queue: usize) -> u16 {
         u16::try_from(self.session.get_vring_base(queue).unwrap()).expect("an entry of a split ring")
+    }
+
+    /// The device's state, for a guest that leaves; nothing if it is refused.
+    pub(crate) fn save_state(&mut self) -> Option<Vec<u8>> {
+        let (mut reader, writer) = std::io::pipe().expect("a pipe");
+        let writer = OwnedFd::from(writer);
+        let direction = VhostTransferStateDirection::SAVE;
+        let own = self.session.set_device_state_fd(direction, VhostTransferStatePhase::STOPPED, writer).ok()?;
+        assert!(own.is_none(), "the channel is ours");
+        let mut state = Vec::new();
+        reader.read_to_end(&mut state).expect("the pipe's end");
+        self.session.check_device_state().ok().map(|()| state)
+    }
+
+    /// Whether a guest may come with this state.
+    pub(crate) fn load_state(&mut self, state: &[u8]) -> bool {
+        let (reader, mut writer) = std::io::pipe().expect("a pipe");
+        let reader = OwnedFd::from(reader);
+        let direction = VhostTransferStateDirection::LOAD;
+        if self.session.set_device_state_fd(direction, VhostTransferStatePhase::STOPPED, reader).is_err() {
+            return false;
+        }
+        let state = state.to_vec();
+        // Whoever has read enough closes the pipe.
+        let written = std::thread::spawn(move || writer.write_all(&state).is_ok());
+        let taken = self.session.check_device_state().is_ok();
+        written.join().expect("a writer") && taken
     }
 
     /// Reset the device and negotiate again; all rings are stopped.

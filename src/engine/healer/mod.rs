@@ -122,6 +122,10 @@ pub(super) struct Opened {
     pub(super) read_only: bool,
     /// There is no spare, and what has moved is known from a label written then (seconds since the epoch).
     pub(super) stamped: Option<u64>,
+    /// The superblock's generation before this opening began a new one.
+    pub(super) found_generation: u64,
+    /// What the last close said of its guest's cache, where there was one.
+    pub(super) closed_write_through: Option<bool>,
     pub(super) tally: Tally,
     pub(super) events: Vec<Event>,
 }
@@ -133,6 +137,8 @@ impl Opened {
             geometry,
             layout,
             label: None,
+            found_generation: superblock.generation,
+            closed_write_through: superblock.closed_write_through(),
             superblock,
             table,
             map,
