@@ -6,6 +6,7 @@ mod area;
 mod boot;
 mod full;
 mod guest;
+mod migrate;
 mod server;
 mod unreadable;
 
