@@ -11,6 +11,8 @@ mod crash_points;
 mod degraded;
 #[path = "process/disks.rs"]
 mod disks;
+#[path = "process/drain.rs"]
+mod drain;
 #[path = "process/exhaustion.rs"]
 mod exhaustion;
 #[path = "process/faults.rs"]

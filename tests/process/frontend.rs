@@ -220,6 +220,12 @@ impl FrontEnd {
         self.session.add_mem_region(&region_of(&self.file, 2 * REGION)).unwrap();
     }
 
+    /// As [`FrontEnd::swap_memory`], by a whole new table.
+    pub(crate) fn replace_memory(&mut self) {
+        self.session.set_mem_table(&[region_of(&self.file, 0), region_of(&self.file, REGION)]).unwrap();
+        self.session.set_mem_table(&[0, REGION, 2 * REGION].map(|start| region_of(&self.file, start))).unwrap();
+    }
+
     pub(crate) fn config(&mut self, offset: u32, len: u32) -> Vec<u8> {
         let buffer = vec![0; len as usize];
         self.session.get_config(offset, len, VhostUserConfigFlags::empty(), &buffer).unwrap().1
