@@ -155,6 +155,31 @@ impl Written {
     }
 }
 
+/// The share of the spare's slots that no block can move to any more, in percent; that of the warnings (E2).
+#[derive(Debug)]
+pub struct SpareUse(AtomicU64);
+
+impl SpareUse {
+    /// There are no slots.
+    const NONE: u64 = u64::MAX;
+
+    /// Tell it anew; `None` where there are no slots.
+    pub fn set(&self, percent: Option<u64>) {
+        self.0.store(percent.unwrap_or(Self::NONE), Ordering::Relaxed);
+    }
+
+    /// As last told.
+    pub fn percent(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|percent| *percent != Self::NONE)
+    }
+}
+
+impl Default for SpareUse {
+    fn default() -> Self {
+        SpareUse(AtomicU64::new(Self::NONE))
+    }
+}
+
 /// Counters the shards share with the healer and with whoever reports.
 #[derive(Debug)]
 pub struct Progress {
@@ -167,6 +192,8 @@ pub struct Progress {
     pub spare_flush_failures: AtomicU64,
     /// Device writes to the primary that succeeded: the breaker wants to know of any.
     pub primary_writes_ok: AtomicU64,
+    /// How much of the spare is used, for guests that ask.
+    pub spare_use: SpareUse,
     /// Answered reads.
     pub reads: AtomicU64,
     /// Answered writes and zeroings.
@@ -190,6 +217,7 @@ impl Progress {
             slot_writes: zero(),
             spare_flush_failures: zero(),
             primary_writes_ok: zero(),
+            spare_use: SpareUse::default(),
             reads: zero(),
             writes: zero(),
             flushes: zero(),

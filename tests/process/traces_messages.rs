@@ -42,8 +42,9 @@ pub(crate) const NEED_REPLY: u32 = 9;
 const REPLY: u32 = 5;
 
 /// Features of the device, all of them: those of virtio-blk are SIZE_MAX, SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY,
-/// CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES; then LOG_ALL, INDIRECT_DESC, EVENT_IDX, PROTOCOL_FEATURES, VERSION_1.
-pub(crate) const OFFERED: u64 = 0x1_7400_7e46;
+/// CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES, LIFETIME; then LOG_ALL, INDIRECT_DESC, EVENT_IDX, PROTOCOL_FEATURES,
+/// VERSION_1.
+pub(crate) const OFFERED: u64 = 0x1_7400_fe46;
 /// MQ, LOG_SHMFD, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
 pub(crate) const PROTOCOL_OFFERED: u64 = 0xb20b;
 pub(crate) const F_FLUSH: u64 = 1 << 9;

@@ -269,6 +269,7 @@ impl Healer {
             io,
         });
         core.start(superseded);
+        core.tell_spare_use();
         Healer { core, executor }
     }
 
@@ -338,11 +339,18 @@ impl Healer {
 
     fn turn(&mut self, out: &mut HealerOut) {
         self.executor.run();
+        // Before the answers that tell of it.
+        self.core.tell_spare_use();
         self.core.io.take_ops(&mut out.ops);
         out.to_shards.append(&mut self.core.to_shards.borrow_mut());
         out.replies.append(&mut self.core.replies.borrow_mut());
         out.events.append(&mut self.core.events.borrow_mut());
     }
+}
+
+/// Slots that no block can move to: in use, or retired.
+fn used_slots(table: &Table) -> u64 {
+    u64::from(table.max_remaps()) - table.available() as u64
 }
 
 impl Core {
@@ -356,6 +364,11 @@ impl Core {
         }
         let core = self.clone();
         self.spawn(async move { core.keep_sidecars_fresh().await });
+    }
+
+    fn tell_spare_use(&self) {
+        let used = used_slots(&self.table.borrow());
+        self.progress.spare_use.set((used * 100).checked_div(u64::from(self.geometry.slots)));
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {
