@@ -61,6 +61,16 @@ pub(crate) fn debian_disk() -> Option<PathBuf> {
     Some(Path::new(folder.trim_end()).join("disk.img"))
 }
 
+/// Whether guests can be started by UEFI firmware; where they cannot, the reason is printed.
+pub(crate) fn has_uefi() -> bool {
+    let look = Command::new("bash").args(["-c", ". ci/debs.sh && ovmf_path"]).current_dir(root()).output();
+    let found = look.expect("bash").status.success();
+    if !found {
+        writeln!(std::io::stdout(), "SKIP uefi: OVMF is missing; run: ci/setup test").expect("standard output");
+    }
+    found
+}
+
 /// A guest with one disk, and the line to its script.
 pub(crate) struct Guest {
     child: Child,
