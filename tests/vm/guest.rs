@@ -15,7 +15,7 @@ const MEMORY_MIB: &str = "448";
 /// Exit status of `vm-images/run` where a guest cannot be started at all.
 const NEVER_STARTED: i32 = 126;
 
-fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
