@@ -25,6 +25,8 @@ mod frontend;
 mod gone;
 #[path = "process/guest.rs"]
 mod guest;
+#[path = "process/inflight.rs"]
+mod inflight;
 #[path = "process/input_hosts.rs"]
 mod input_hosts;
 #[path = "process/input_paths.rs"]

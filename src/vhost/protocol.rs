@@ -22,7 +22,7 @@ use super::QUEUE_SIZE_MAX;
 use super::command::wait;
 use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
 use super::dirty::{DirtyLog, MaybeLog, VHOST_F_LOG_ALL};
-use super::inflight::InflightRegion;
+use super::inflight::{INFLIGHT_MIGRATION, InflightRegion, drain_of};
 use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
 use super::ring::{Ring, RingAddresses, RingError};
 use super::worker::{Command, QueueKick, StartQueue, StopHow};
@@ -34,7 +34,7 @@ use crate::sync::mpsc::{Receiver, channel};
 pub(super) const FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
-    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(INFLIGHT_MIGRATION)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
     .union(VhostUserProtocolFeatures::LOG_SHMFD);
@@ -60,6 +60,8 @@ pub(crate) struct Session {
     memory: Arc<MemoryMap>,
     inflight: Option<Arc<InflightRegion>>,
     features: u64,
+    /// How GET_VRING_BASE stops a queue, as was negotiated.
+    drain: StopHow,
     /// What SET_LOG_BASE gave; used while LOG_ALL is among the features.
     log: MaybeLog,
 }
@@ -86,7 +88,8 @@ fn address_of(region: &VhostUserMemoryRegion) -> RegionAddress {
 impl Session {
     pub(crate) fn new(device: Arc<BlkDevice>, workers: Vec<Outbox<Command>>, queues: u16) -> Session {
         let queues = std::iter::repeat_with(QueueSetup::default).take(usize::from(queues)).collect();
-        Session { device, workers, queues, memory: Arc::new(MemoryMap::new()), inflight: None, features: 0, log: None }
+        let (memory, drain) = (Arc::new(MemoryMap::new()), StopHow::Drain);
+        Session { device, workers, queues, memory, inflight: None, features: 0, drain, log: None }
     }
 
     /// The end of the connection: every queue is stopped, the device has returned everything, and guest memory
@@ -333,7 +336,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (number, started) =
             self.queue(index).map(|(number, queue)| (number, queue.started)).map_err(|_| Error::InvalidParam)?;
         if started {
-            let stopped = self.order_stop(number, StopHow::Drain);
+            let stopped = self.order_stop(number, self.drain);
             self.finish_stop(number, &stopped)?;
         }
         let queue = &mut self.queues[usize::from(number)];
@@ -378,8 +381,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(FEATURES)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
-        // The crate keeps them. Reconnecting front-ends send this without having asked first.
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        self.drain = drain_of(features);
         Ok(())
     }
 

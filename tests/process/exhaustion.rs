@@ -7,10 +7,10 @@ use crate::model::{Model, pattern};
 use crate::server::{Server, TRANSPORTS, Volume};
 
 /// The fewest a volume can have.
-const SLOTS: u64 = 16;
+pub(crate) const SLOTS: u64 = 16;
 
 /// Fill the spare: blocks 1000, 1008, ... fail, and each is written once.
-fn fill(server: &Server) -> (crate::guest::Guest, Model) {
+pub(crate) fn fill(server: &Server) -> (crate::guest::Guest, Model) {
     let mut guest = server.guest(1);
     let mut model = Model::written(&mut guest, 960, 512, 1);
     server.fault(&["--ops", "write", "--sectors", "1000-1199"]);
