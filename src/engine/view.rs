@@ -155,28 +155,28 @@ impl Written {
     }
 }
 
-/// The share of the spare's slots that no block can move to any more, in percent; that of the warnings (E2).
+/// How much of what blocks can move to is used: the percentage of slots by which the operator is warned (E2).
 #[derive(Debug)]
-pub struct SpareUse(AtomicU64);
+pub struct Reserve(AtomicU64);
 
-impl SpareUse {
+impl Reserve {
     /// There are no slots.
     const NONE: u64 = u64::MAX;
 
     /// Tell it anew; `None` where there are no slots.
-    pub fn set(&self, percent: Option<u64>) {
+    pub fn set_used(&self, percent: Option<u64>) {
         self.0.store(percent.unwrap_or(Self::NONE), Ordering::Relaxed);
     }
 
     /// As last told.
-    pub fn percent(&self) -> Option<u64> {
+    pub fn used_percent(&self) -> Option<u64> {
         Some(self.0.load(Ordering::Relaxed)).filter(|percent| *percent != Self::NONE)
     }
 }
 
-impl Default for SpareUse {
+impl Default for Reserve {
     fn default() -> Self {
-        SpareUse(AtomicU64::new(Self::NONE))
+        Reserve(AtomicU64::new(Self::NONE))
     }
 }
 
@@ -192,8 +192,8 @@ pub struct Progress {
     pub spare_flush_failures: AtomicU64,
     /// Device writes to the primary that succeeded: the breaker wants to know of any.
     pub primary_writes_ok: AtomicU64,
-    /// How much of the spare is used, for guests that ask.
-    pub spare_use: SpareUse,
+    /// For guests that ask.
+    pub reserve: Reserve,
     /// Answered reads.
     pub reads: AtomicU64,
     /// Answered writes and zeroings.
@@ -217,7 +217,7 @@ impl Progress {
             slot_writes: zero(),
             spare_flush_failures: zero(),
             primary_writes_ok: zero(),
-            spare_use: SpareUse::default(),
+            reserve: Reserve::default(),
             reads: zero(),
             writes: zero(),
             flushes: zero(),

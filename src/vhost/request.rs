@@ -8,7 +8,7 @@ use super::chain::{CHAIN_BYTES_MAX, Chain};
 use super::config::{DISCARD_SECTORS_MAX, DISCARD_SEG_MAX, WRITE_ZEROES_SECTORS_MAX, WRITE_ZEROES_SEG_MAX};
 use crate::device::buffer::Iovecs;
 use crate::engine::request::RequestOp;
-use crate::engine::view::SpareUse;
+use crate::engine::view::Reserve;
 use crate::runtime::worker::DiskInfo;
 use crate::units::{SECTOR_SIZE, Sector, SectorRange};
 
@@ -83,7 +83,7 @@ impl Refused {
 }
 
 /// Understand a chain that has a status byte. `pool` has empty lists to use again.
-pub fn parse(chain: &Chain<'_>, disk: &DiskInfo, spare_use: &SpareUse, pool: &mut Vec<Iovecs>) -> Parsed {
+pub fn parse(chain: &Chain<'_>, disk: &DiskInfo, reserve: &Reserve, pool: &mut Vec<Iovecs>) -> Parsed {
     let mut header = [0_u8; 16];
     if chain.is_faulty() || !chain.read_at(0, &mut header) {
         return Parsed::Refused(Refused::io_err("its buffers are not all in guest memory, or hold no header"));
@@ -100,7 +100,7 @@ pub fn parse(chain: &Chain<'_>, disk: &DiskInfo, spare_use: &SpareUse, pool: &mu
         T_FLUSH => Ok(Parsed::Submit { op: RequestOp::Flush, written: 1 }),
         // The identity is padded with zeros and not terminated.
         T_GET_ID => Ok(inform(chain, &disk.serial)),
-        T_GET_LIFETIME => Ok(inform(chain, &lifetime(spare_use))),
+        T_GET_LIFETIME => Ok(inform(chain, &lifetime(reserve))),
         T_DISCARD => discard(chain),
         T_WRITE_ZEROES => write_zeroes(chain),
         _ => Err(Refused::unsupported("its type is unknown")),
@@ -147,9 +147,9 @@ fn inform(chain: &Chain<'_>, bytes: &[u8]) -> Parsed {
 }
 
 /// `struct virtio_blk_lifetime` (virtio 1.3 §5.2.6): `pre_eol_info`, and the wear of two kinds of flash cells, of
-/// which nothing is known (0). The blocks in reserve are the spare's slots.
-fn lifetime(spare_use: &SpareUse) -> [u8; 6] {
-    let pre_eol_info = match spare_use.percent() {
+/// which nothing is known (0).
+fn lifetime(reserve: &Reserve) -> [u8; 6] {
+    let pre_eol_info = match reserve.used_percent() {
         None => PRE_EOL_UNDEFINED,
         Some(0..80) => PRE_EOL_NORMAL,
         Some(80..90) => PRE_EOL_WARNING,
@@ -229,12 +229,12 @@ mod tests {
 
     /// What a request of that type with these data buffers comes to, in short.
     fn check_on(disk: &DiskInfo, guest: &Guest, kind: u32, sector: u64, data: &[Buffer]) -> String {
-        check_with(disk, &SpareUse::default(), guest, kind, sector, data)
+        check_with(disk, &Reserve::default(), guest, kind, sector, data)
     }
 
     fn check_with(
         disk: &DiskInfo,
-        spare_use: &SpareUse,
+        reserve: &Reserve,
         guest: &Guest,
         kind: u32,
         sector: u64,
@@ -248,7 +248,7 @@ mod tests {
         let head = chain_of(guest, &buffers);
         let (mut scatter, map, ring) = (Scatter::default(), guest.map(), guest.ring());
         let chain = scatter.walk(&ring, &map, head).unwrap();
-        match parse(&chain, disk, spare_use, &mut Vec::new()) {
+        match parse(&chain, disk, reserve, &mut Vec::new()) {
             Parsed::Done { written } => format!("status 0, {written}"),
             Parsed::Refused(refused) => format!("status {}, 1", refused.status),
             Parsed::Submit { op, written } => format!("{op:?}, {written}"),
@@ -290,23 +290,23 @@ mod tests {
     }
 
     #[test]
-    fn the_lifetime_follows_the_use_of_the_spare_and_fills_what_fits() {
+    fn the_lifetime_follows_the_use_of_the_reserve_and_fills_what_fits() {
         let guest = Guest::new(16);
-        let spare_use = SpareUse::default();
+        let reserve = Reserve::default();
         let check = |read_only, len, expected: &str| {
             guest.write(BODY, &[0xee; 8]);
             let data = [writable(BODY, len)];
-            assert_eq!(check_with(&disk(read_only), &spare_use, &guest, T_GET_LIFETIME, 0, &data), expected);
+            assert_eq!(check_with(&disk(read_only), &reserve, &guest, T_GET_LIFETIME, 0, &data), expected);
             guest.read::<8>(BODY)
         };
         assert_eq!(check(false, 6, "status 0, 7"), [0, 0, 0, 0, 0, 0, 0xee, 0xee]);
         for (percent, pre_eol_info) in [(0, 1), (79, 1), (80, 2), (89, 2), (90, 3), (100, 3)] {
-            spare_use.set(Some(percent));
+            reserve.set_used(Some(percent));
             assert_eq!(check(percent % 2 == 0, 6, "status 0, 7"), [pre_eol_info, 0, 0, 0, 0, 0, 0xee, 0xee]);
         }
         assert_eq!(check(false, 1, "status 0, 2")[..2], [3, 0xee]);
         assert_eq!(check(false, 64, "status 0, 7"), [3, 0, 0, 0, 0, 0, 0xee, 0xee]);
-        spare_use.set(None);
+        reserve.set_used(None);
         assert_eq!(check(false, 2, "status 0, 3")[..2], [0, 0]);
         check(false, 0, "status 0, 1");
     }
@@ -380,7 +380,7 @@ mod tests {
         let head = chain_of(&guest, &[readable(DATA, 15), writable(STATUS, 1)]);
         let (mut scatter, map, ring) = (Scatter::default(), guest.map(), guest.ring());
         let chain = scatter.walk(&ring, &map, head).unwrap();
-        let parsed = parse(&chain, &disk(false), &SpareUse::default(), &mut Vec::new());
+        let parsed = parse(&chain, &disk(false), &Reserve::default(), &mut Vec::new());
         assert!(matches!(parsed, Parsed::Refused(Refused { status: S_IOERR, .. })), "{parsed:?}");
     }
 }

@@ -253,7 +253,7 @@ impl DataPlane {
             return queue.give_back(head, 0);
         };
         let regions = chain.regions().union(queue.ring.regions());
-        match parse(&chain, &self.drive.disk, &self.drive.shard.progress().spare_use, &mut self.pool) {
+        match parse(&chain, &self.drive.disk, &self.drive.shard.progress().reserve, &mut self.pool) {
             Parsed::Done { written } => {
                 status.write(S_OK);
                 if let Some(log) = &self.log {

@@ -269,7 +269,7 @@ impl Healer {
             io,
         });
         core.start(superseded);
-        core.tell_spare_use();
+        core.tell_reserve();
         Healer { core, executor }
     }
 
@@ -340,7 +340,7 @@ impl Healer {
     fn turn(&mut self, out: &mut HealerOut) {
         self.executor.run();
         // Before the answers that tell of it.
-        self.core.tell_spare_use();
+        self.core.tell_reserve();
         self.core.io.take_ops(&mut out.ops);
         out.to_shards.append(&mut self.core.to_shards.borrow_mut());
         out.replies.append(&mut self.core.replies.borrow_mut());
@@ -366,9 +366,9 @@ impl Core {
         self.spawn(async move { core.keep_sidecars_fresh().await });
     }
 
-    fn tell_spare_use(&self) {
+    fn tell_reserve(&self) {
         let used = used_slots(&self.table.borrow());
-        self.progress.spare_use.set((used * 100).checked_div(u64::from(self.geometry.slots)));
+        self.progress.reserve.set_used((used * 100).checked_div(u64::from(self.geometry.slots)));
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {

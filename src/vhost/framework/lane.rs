@@ -246,7 +246,7 @@ impl Lane {
             queue.give_back(vring, head, 0);
             return Ok(());
         };
-        match parse(&chain, &self.drive.disk, &self.drive.shard.progress().spare_use, &mut self.pool) {
+        match parse(&chain, &self.drive.disk, &self.drive.shard.progress().reserve, &mut self.pool) {
             Parsed::Done { written } => {
                 status.write(S_OK);
                 queue.give_back(vring, head, written);
