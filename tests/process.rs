@@ -29,6 +29,8 @@ mod gone;
 mod guest;
 #[path = "process/handover.rs"]
 mod handover;
+#[path = "process/inflight.rs"]
+mod inflight;
 #[path = "process/input_hosts.rs"]
 mod input_hosts;
 #[path = "process/input_paths.rs"]

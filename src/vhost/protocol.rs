@@ -23,7 +23,7 @@ use super::command::wait;
 use super::crew::{Crew, Workers};
 use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
 use super::dirty::{DirtyLog, MaybeLog, VHOST_F_LOG_ALL};
-use super::inflight::InflightRegion;
+use super::inflight::{INFLIGHT_MIGRATION, InflightRegion, drain_of};
 use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
 use super::ring::{Ring, RingAddresses, RingError};
 use super::state;
@@ -36,7 +36,7 @@ use crate::sync::mpsc::{Receiver, channel};
 pub(super) const FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
-    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(INFLIGHT_MIGRATION)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
     .union(VhostUserProtocolFeatures::LOG_SHMFD)
@@ -65,6 +65,8 @@ pub(crate) struct Session {
     memory: Arc<MemoryMap>,
     inflight: Option<Arc<InflightRegion>>,
     features: u64,
+    /// How GET_VRING_BASE stops a queue, as was negotiated.
+    drain: StopHow,
     /// What SET_LOG_BASE gave; used while LOG_ALL is among the features.
     log: MaybeLog,
     /// Where the state of a guest that comes is read from.
@@ -105,6 +107,7 @@ impl Session {
             memory,
             inflight: None,
             features: 0,
+            drain: StopHow::Drain,
             log: None,
             state: None,
             generation: None,
@@ -397,7 +400,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (number, started) =
             self.queue(index).map(|(number, queue)| (number, queue.started)).map_err(|_| Error::InvalidParam)?;
         if started {
-            let stopped = self.order_stop(number, StopHow::Drain);
+            let stopped = self.order_stop(number, self.drain);
             self.finish_stop(number, &stopped)?;
             if self.is_logging() {
                 self.dismiss();
@@ -445,8 +448,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(FEATURES)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
-        // The crate keeps them. Reconnecting front-ends send this without having asked first.
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        self.drain = drain_of(features);
         Ok(())
     }
 

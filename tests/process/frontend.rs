@@ -26,7 +26,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 const PROTOCOL_LIMIT: Duration = Duration::from_secs(30);
 
 /// Guest memory has three adjacent regions of so many bytes.
-const REGION: u64 = 4 << 20;
+pub(crate) const REGION: u64 = 4 << 20;
 pub(crate) const MEMORY_END: u64 = 3 * REGION;
 /// The front-end's own addresses are not those of the guest.
 const USER: u64 = 0x5500_0000_0000;
@@ -237,7 +237,7 @@ impl FrontEnd {
     }
 }
 
-fn region_of(file: &File, start: u64) -> VhostUserMemoryRegionInfo {
+pub(crate) fn region_of(file: &File, start: u64) -> VhostUserMemoryRegionInfo {
     VhostUserMemoryRegionInfo {
         guest_phys_addr: start,
         memory_size: REGION,
@@ -287,7 +287,7 @@ impl Ring {
         self.store(self.base + USED + 2, base);
     }
 
-    fn config(&self, logged: bool) -> VringConfigData {
+    pub(crate) fn config(&self, logged: bool) -> VringConfigData {
         VringConfigData {
             queue_max_size: self.size,
             queue_size: self.size,

@@ -4,6 +4,7 @@
 
 mod area;
 mod boot;
+mod cloud_hypervisor;
 mod full;
 mod guest;
 mod migrate;

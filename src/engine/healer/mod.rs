@@ -275,6 +275,7 @@ impl Healer {
             io,
         });
         core.start(superseded);
+        core.tell_reserve();
         Healer { core, executor }
     }
 
@@ -344,11 +345,18 @@ impl Healer {
 
     fn turn(&mut self, out: &mut HealerOut) {
         self.executor.run();
+        // Before the answers that tell of it.
+        self.core.tell_reserve();
         self.core.io.take_ops(&mut out.ops);
         out.to_shards.append(&mut self.core.to_shards.borrow_mut());
         out.replies.append(&mut self.core.replies.borrow_mut());
         out.events.append(&mut self.core.events.borrow_mut());
     }
+}
+
+/// Slots that no block can move to: in use, or retired.
+fn used_slots(table: &Table) -> u64 {
+    u64::from(table.max_remaps()) - table.available() as u64
 }
 
 impl Core {
@@ -362,6 +370,11 @@ impl Core {
         }
         let core = self.clone();
         self.spawn(async move { core.keep_sidecars_fresh().await });
+    }
+
+    fn tell_reserve(&self) {
+        let used = used_slots(&self.table.borrow());
+        self.progress.reserve.set_used((used * 100).checked_div(u64::from(self.geometry.slots)));
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {

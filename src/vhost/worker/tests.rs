@@ -141,23 +141,33 @@ fn with_a_region_they_stay_there_and_are_resubmitted_once() {
     }
 }
 
-/// The guest goes on in another process, with its memory and without the region.
+/// The guest goes on in another process, with its memory, and with the region or without.
 #[test]
-fn with_a_dirty_log_a_stop_leaves_nothing_in_the_region() {
-    let region = tracked();
-    let mut bench = Bench::new(64);
-    bench.start_with(Some(region.clone()));
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(4096).unwrap();
-    bench.plane.set_log(&Some(Arc::new(DirtyLog::map(&file, 0, 4096).unwrap())));
-    fence(&mut bench);
-    offer(&bench, 0, FENCED_SECTOR);
-    offer(&bench, 1, FREE_SECTOR);
-    bench.step();
-    let stopped = bench.begin_stop(StopHow::Drain);
-    waits(&stopped);
-    lift(&mut bench);
-    assert_eq!((stopped.try_recv(), used(&bench)), (Ok(2), vec![1, 0]));
+fn with_a_dirty_log_only_a_region_that_goes_along_keeps_requests() {
+    for how in [StopHow::Suspend, StopHow::Drain] {
+        let mut bench = Bench::new(64);
+        let region = tracked();
+        bench.start_with(Some(region.clone()));
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        bench.plane.set_log(&Some(Arc::new(DirtyLog::map(&file, 0, 4096).unwrap())));
+        fence(&mut bench);
+        offer(&bench, 0, FENCED_SECTOR);
+        offer(&bench, 1, FREE_SECTOR);
+        bench.step();
+        let stopped = bench.begin_stop(how);
+        if how == StopHow::Suspend {
+            assert_eq!((stopped.try_recv(), used(&bench)), (Ok(2), vec![1]));
+            lift(&mut bench);
+            bench.start_with(Some(region));
+            bench.step();
+            assert_eq!(used(&bench), [0]);
+        } else {
+            waits(&stopped);
+            lift(&mut bench);
+            assert_eq!((stopped.try_recv(), used(&bench)), (Ok(2), vec![1, 0]));
+        }
+    }
 }
 
 #[test]
