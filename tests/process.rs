@@ -11,6 +11,8 @@ mod crash_points;
 mod degraded;
 #[path = "process/disks.rs"]
 mod disks;
+#[path = "process/drain.rs"]
+mod drain;
 #[path = "process/exhaustion.rs"]
 mod exhaustion;
 #[path = "process/faults.rs"]
@@ -25,6 +27,10 @@ mod frontend;
 mod gone;
 #[path = "process/guest.rs"]
 mod guest;
+#[path = "process/handover.rs"]
+mod handover;
+#[path = "process/inflight.rs"]
+mod inflight;
 #[path = "process/input_hosts.rs"]
 mod input_hosts;
 #[path = "process/input_paths.rs"]

@@ -2,6 +2,7 @@
 
 mod degraded;
 mod label;
+mod look;
 mod pages;
 mod passthrough;
 mod repair;
@@ -22,6 +23,7 @@ use crate::volume::map::{BlockState, Map};
 use crate::volume::superblock::{COMPAT_KNOWN, CloseStamp, Superblock, VERSION};
 use crate::volume::table::Table;
 pub use label::{LabelSearch, OldLabel};
+pub use look::Look;
 use repair::{Newest, Repair};
 use superblocks::Label;
 pub(super) use superblocks::tail_starts;
@@ -265,6 +267,8 @@ impl Opening {
             labelled: superblock.labelled,
             max_remaps: superblock.max_remaps,
             degraded: opened.stamped,
+            found_generation: opened.found_generation,
+            closed_write_through: opened.closed_write_through,
         };
         Ok((Healer::new(self.0.executor, self.0.io, opened, params), facts))
     }
@@ -287,6 +291,11 @@ pub struct VolumeFacts {
     pub max_remaps: u32,
     /// Served without its spare: when the list of remapped blocks was written, seconds since the epoch.
     pub degraded: Option<u64>,
+    /// The generation it had before it was opened; an opening for writing begins another.
+    pub found_generation: u64,
+    /// Whether the guest that was served last had switched its cache to write-through; nobody knows after an
+    /// unclean close.
+    pub closed_write_through: Option<bool>,
 }
 
 /// Every sample there can be; see [`sample`].
@@ -323,19 +332,19 @@ fn event(
 }
 
 /// Refuse devices of other sizes than the volume was made with.
-fn check_devices(superblock: &Superblock, params: &OpenParams) -> Result<(), OpenError> {
-    let (found, expected) = (params.spare.size, superblock.spare_size);
+fn check_devices(superblock: &Superblock, primary: &DeviceFacts, spare: &DeviceFacts) -> Result<(), OpenError> {
+    let (found, expected) = (spare.size, superblock.spare_size);
     if found < expected {
         return Err(OpenError::Shrunk { device: DeviceIndex::SPARE, found, expected });
     }
-    let (found, expected) = (params.primary.size, superblock.primary_size);
+    let (found, expected) = (primary.size, superblock.primary_size);
     if found < expected {
         return Err(OpenError::Shrunk { device: DeviceIndex::PRIMARY, found, expected });
     }
     if found > expected {
         return Err(OpenError::Grown { found, expected });
     }
-    for (device, facts) in [(DeviceIndex::PRIMARY, &params.primary), (DeviceIndex::SPARE, &params.spare)] {
+    for (device, facts) in [(DeviceIndex::PRIMARY, primary), (DeviceIndex::SPARE, spare)] {
         if facts.logical_block > superblock.logical_block {
             let (found, expected) = (facts.logical_block, superblock.logical_block);
             return Err(OpenError::LogicalBlock { device, found, expected });
@@ -420,7 +429,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let found = superblocks::find(io, params.spare.size).await?;
     let mut superblock = superblocks::choose(&found)?;
     let mut unknown = superblocks::check_features(&superblock, DeviceIndex::SPARE)?;
-    check_devices(&superblock, params)?;
+    check_devices(&superblock, &params.primary, &params.spare)?;
     let label = superblocks::read_label(io, &superblock).await?;
     if let Some(label) = &label {
         superblock = label.compare(&found, superblock, &params.primary)?;
@@ -439,6 +448,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let (map, superseded) = build_map(&table, superblock.capacity)?;
     check_content(io, &superblock, label.is_some(), params, table.live()).await?;
     let read_only = params.read_only || unknown != 0;
+    let (found_generation, closed_write_through) = (superblock.generation, superblock.closed_write_through());
     let sidecars = pages::load_sidecars(io, &layout, &superblock, label_layout, read_only).await;
     let mut repairs = superblocks::repairs(&found, &superblock);
     repairs.extend(page_repairs);
@@ -481,6 +491,8 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         saved_sequence: saved.sequence,
         saved: saved.values,
         read_only,
+        found_generation,
+        closed_write_through,
         tally,
         events,
         ..Opened::new(geometry, layout, superblock, table, map)

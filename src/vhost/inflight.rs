@@ -16,9 +16,11 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use self::packed::PackedInflight;
 use self::split::SplitInflight;
+use super::queue::StopHow;
 use super::ring::{Descriptor, Head, Ring};
 use super::{QUEUE_SIZE_MAX, QUEUES_MAX};
 
@@ -31,6 +33,17 @@ const VERSION: u16 = 1;
 const FEATURES_AT: usize = 0;
 const VERSION_AT: usize = 8;
 const DESC_NUM_AT: usize = 10;
+
+/// What a front-end takes that carries the region along when its guest is migrated: a stop may then leave requests in
+/// it, whoever serves the guest next (`docs/interop/vhost-user.rst` of QEMU 11.0, GET_VRING_BASE).
+pub(crate) const INFLIGHT_MIGRATION: VhostUserProtocolFeatures =
+    VhostUserProtocolFeatures::INFLIGHT_SHMFD.union(VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT);
+
+/// How a ring is stopped for a front-end that took these protocol features.
+pub(crate) fn drain_of(features: u64) -> StopHow {
+    let carried = VhostUserProtocolFeatures::from_bits_retain(features).contains(INFLIGHT_MIGRATION);
+    if carried { StopHow::Suspend } else { StopHow::Drain }
+}
 
 /// Our own among the features of the first queue, of which the protocol knows none: the driver switched the cache to
 /// write-through. Front-ends do not say so again to the next process.

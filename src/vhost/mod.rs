@@ -11,6 +11,7 @@
 pub mod chain;
 pub mod command;
 pub mod config;
+pub(crate) mod crew;
 pub mod device;
 pub mod dirty;
 pub(crate) mod drive;
@@ -23,6 +24,7 @@ pub(crate) mod queue;
 pub mod request;
 pub mod ring;
 pub mod server;
+mod state;
 pub mod status;
 pub mod thread;
 pub(crate) mod tokens;

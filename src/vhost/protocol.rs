@@ -20,12 +20,14 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::QUEUE_SIZE_MAX;
 use super::command::wait;
+use super::crew::{Crew, Workers};
 use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
 use super::dirty::{DirtyLog, MaybeLog, VHOST_F_LOG_ALL};
 use super::eventfd::{check_kick, duplicate, event_fd};
-use super::inflight::InflightRegion;
+use super::inflight::{INFLIGHT_MIGRATION, InflightRegion, drain_of};
 use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
 use super::ring::{Ring, RingAddresses, RingError, RingFormat};
+use super::state;
 use super::worker::{Command, QueueKick, StartQueue, StopHow};
 use crate::runtime::mailbox::Outbox;
 use crate::sync::mpsc::{Receiver, channel};
@@ -35,10 +37,11 @@ use crate::sync::mpsc::{Receiver, channel};
 pub(super) const FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
-    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(INFLIGHT_MIGRATION)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
-    .union(VhostUserProtocolFeatures::LOG_SHMFD);
+    .union(VhostUserProtocolFeatures::LOG_SHMFD)
+    .union(VhostUserProtocolFeatures::DEVICE_STATE);
 
 /// What the front-end has said of a queue.
 #[derive(Default)]
@@ -56,13 +59,21 @@ struct QueueSetup {
 /// One connection.
 pub(crate) struct Session {
     device: Arc<BlkDevice>,
-    workers: Vec<Outbox<Command>>,
+    crew: Arc<Crew>,
+    /// Of the crew; empty while the volume is away.
+    workers: Workers,
     queues: Vec<QueueSetup>,
     memory: Arc<MemoryMap>,
     inflight: Option<Arc<InflightRegion>>,
     features: u64,
+    /// How GET_VRING_BASE stops a queue, as was negotiated.
+    drain: StopHow,
     /// What SET_LOG_BASE gave; used while LOG_ALL is among the features.
     log: MaybeLog,
+    /// Where the state of a guest that comes is read from.
+    state: Option<File>,
+    /// Of the volume, by that state.
+    generation: Option<u64>,
 }
 
 /// A refusal that the crate has answered, where an answer was asked for; the connection goes on.
@@ -85,9 +96,23 @@ fn address_of(region: &VhostUserMemoryRegion) -> RegionAddress {
 }
 
 impl Session {
-    pub(crate) fn new(device: Arc<BlkDevice>, workers: Vec<Outbox<Command>>, queues: u16) -> Session {
+    pub(crate) fn new(device: Arc<BlkDevice>, crew: Arc<Crew>, queues: u16) -> Session {
         let queues = std::iter::repeat_with(QueueSetup::default).take(usize::from(queues)).collect();
-        Session { device, workers, queues, memory: Arc::new(MemoryMap::new()), inflight: None, features: 0, log: None }
+        let workers = crew.workers();
+        let memory = Arc::new(MemoryMap::new());
+        Session {
+            device,
+            crew,
+            workers,
+            queues,
+            memory,
+            inflight: None,
+            features: 0,
+            drain: StopHow::Drain,
+            log: None,
+            state: None,
+            generation: None,
+        }
     }
 
     /// The end of the connection: every queue is stopped, the device has returned everything, and guest memory
@@ -116,7 +141,7 @@ impl Session {
 
     /// Have all workers log, or not, as was negotiated; from the return on they do.
     fn use_log(&self) {
-        let log = self.log.as_ref().filter(|_| self.features & 1 << VHOST_F_LOG_ALL != 0);
+        let log = self.log.as_ref().filter(|_| self.is_logging());
         let (done, ends) = channel();
         for worker in &self.workers {
             worker.send(Command::DirtyLog { log: log.cloned(), done: done.clone() });
@@ -125,6 +150,37 @@ impl Session {
         for _ in &self.workers {
             wait(&ends, || "the dirty log".to_string());
         }
+    }
+
+    /// Have the volume opened, if it is away: a queue is to be served.
+    fn muster(&mut self) -> Result<()> {
+        if !self.workers.is_empty() {
+            return Ok(());
+        }
+        // Not every message that starts a queue has an answer: only the end of the connection is always heard.
+        self.workers = self.crew.muster(self.generation).map_err(|error| {
+            log::error!("{error}");
+            Error::BackendInternalError
+        })?;
+        self.note_cache_mode();
+        self.use_log();
+        self.use_memory(MemoryMap::clone(&self.memory), RegionBits::default())
+    }
+
+    /// Let go of the volume, if no queue is started: the guest goes on elsewhere.
+    fn dismiss(&mut self) -> bool {
+        let idle = !self.queues.iter().any(|queue| queue.started);
+        if !(idle && self.crew.dismiss()) {
+            return false;
+        }
+        self.workers.clear();
+        self.generation = None;
+        true
+    }
+
+    /// Whether the front-end logs writes to guest memory, as it does while a guest is migrated.
+    fn is_logging(&self) -> bool {
+        self.features & 1 << VHOST_F_LOG_ALL != 0
     }
 
     fn worker(&self, index: u16) -> &Outbox<Command> {
@@ -143,13 +199,15 @@ impl Session {
         let format = self.ring_format();
         let memory = self.memory.clone();
         let inflight = self.inflight.clone();
-        let (number, queue) = self.queue(index)?;
+        let (_, queue) = self.queue(index)?;
         let Some(addresses) = queue.addresses.filter(|_| queue.kick.is_some() && queue.size > 0 && !queue.started)
         else {
             return Ok(());
         };
         // The worker translates for itself; here it is checked so that the front-end hears of errors.
         Ring::new(&memory, addresses, queue.size, queue.base, format).map_err(refuse)?;
+        self.muster()?;
+        let (number, queue) = self.queue(index)?;
         let start = StartQueue {
             index: number,
             addresses,
@@ -205,6 +263,15 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// Close the volume and say which it is, for the guest to take along.
+    fn save_state(&mut self, fd: &File) -> Result<()> {
+        if !self.dismiss() {
+            return Err(refuse("the volume cannot change hands"));
+        }
+        let held = self.crew.held().expect("it was handed over");
+        state::write(fd, &held.state().map_err(refuse)?).map_err(refuse)
     }
 
     /// Have the cache mode outlive this process.
@@ -330,8 +397,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (number, started) =
             self.queue(index).map(|(number, queue)| (number, queue.started)).map_err(|_| Error::InvalidParam)?;
         if started {
-            let stopped = self.order_stop(number, StopHow::Drain);
+            let stopped = self.order_stop(number, self.drain);
             self.finish_stop(number, &stopped)?;
+            if self.is_logging() {
+                self.dismiss();
+            }
         }
         let queue = &mut self.queues[usize::from(number)];
         queue.kick = None;
@@ -375,8 +445,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(FEATURES)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
-        // The crate keeps them. Reconnecting front-ends send this without having asked first.
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        self.drain = drain_of(features);
         Ok(())
     }
 
@@ -466,15 +536,30 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _fd: File,
+        fd: File,
     ) -> Result<Option<File>> {
-        Err(refuse("there is no state to transfer"))
+        if self.queues.iter().any(|queue| queue.started) {
+            return Err(refuse("a queue is started: its state cannot be transferred"));
+        }
+        match direction {
+            VhostTransferStateDirection::SAVE => self.save_state(&fd)?,
+            VhostTransferStateDirection::LOAD => self.state = Some(fd),
+        }
+        Ok(None)
     }
 
+    /// After a load: whether the guest may go on here. A state that was saved is all in the pipe by now.
     fn check_device_state(&mut self) -> Result<()> {
-        Err(refuse("there is no state to transfer"))
+        let Some(fd) = self.state.take() else { return Ok(()) };
+        let held = self.crew.held().ok_or_else(|| refuse("the volume cannot change hands"))?;
+        let state = state::read(&fd).map_err(refuse)?;
+        self.generation = Some(held.check(&state).map_err(|error| {
+            log::error!("{error}");
+            refuse("the guest has used another disk")
+        })?);
+        Ok(())
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

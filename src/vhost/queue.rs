@@ -53,9 +53,11 @@ pub struct StartQueue {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopHow {
     /// The front-end asks where to go on (GET_VRING_BASE): the ring is rewound over them. Those with answered
-    /// requests behind them stay in the in-flight region. Where there is none they are served, or fail if they
-    /// would have to wait for a device.
+    /// requests behind them stay in the in-flight region. Where there is none, or the guest is migrated without it,
+    /// they are served, or fail if they would have to wait for a device.
     Drain,
+    /// As [`StopHow::Drain`], and the in-flight region goes wherever the guest goes.
+    Suspend,
     /// The front-end is gone: they stay in the in-flight region.
     Leave,
     /// The device is reset: they are forgotten.

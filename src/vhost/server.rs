@@ -10,10 +10,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::ioctl_fionread;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use super::crew::Crew;
 use super::device::BlkDevice;
 use super::protocol::{Session, is_refusal};
-use super::status::{ServerStatus, WorkerStatus};
-use super::worker::{Command, WorkerThread, spawn};
+use super::status::ServerStatus;
+use crate::runtime::handover::HeldVolume;
 use crate::runtime::worker::WorkerPort;
 
 /// How long the rest of a message may take: a front-end that stops in the middle of one must not keep a
@@ -32,8 +33,7 @@ const HEADER_INTERVAL: Duration = Duration::from_millis(10);
 pub struct Server {
     listener: Option<UnixListener>,
     device: Arc<BlkDevice>,
-    workers: Vec<WorkerThread<Command>>,
-    status: Arc<ServerStatus>,
+    crew: Arc<Crew>,
 }
 
 impl Server {
@@ -46,14 +46,22 @@ impl Server {
     /// If there is no port.
     pub fn new(listener: Option<UnixListener>, device: Arc<BlkDevice>, ports: Vec<WorkerPort>) -> io::Result<Server> {
         assert!(!ports.is_empty(), "a server has at least one worker");
-        let mut workers = Vec::new();
-        let mut statuses = Vec::new();
-        for (index, port) in ports.into_iter().enumerate() {
-            let status = Arc::new(WorkerStatus::new());
-            workers.push(spawn(index, port, device.settings(), status.clone())?);
-            statuses.push(status);
-        }
-        Ok(Server { listener, device, workers, status: Arc::new(ServerStatus::new(statuses)) })
+        let crew = Arc::new(Crew::new(device.clone(), ports.len(), ports, None)?);
+        Ok(Server { listener, device, crew })
+    }
+
+    /// The same for a volume that can change hands: `count` workers serve it while it is here.
+    ///
+    /// # Errors
+    /// As [`Server::new`].
+    pub fn holding(
+        listener: Option<UnixListener>,
+        device: Arc<BlkDevice>,
+        count: usize,
+        volume: Arc<HeldVolume>,
+    ) -> io::Result<Server> {
+        let crew = Arc::new(Crew::new(device.clone(), count, volume.ports(), Some(volume))?);
+        Ok(Server { listener, device, crew })
     }
 
     /// Queues on offer.
@@ -63,7 +71,7 @@ impl Server {
 
     /// What the server is doing, for others to read.
     pub fn status(&self) -> Arc<ServerStatus> {
-        self.status.clone()
+        self.crew.status()
     }
 
     /// Accept front-ends until `shutdown` (an eventfd or the like) becomes readable.
@@ -97,15 +105,16 @@ impl Server {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(MESSAGE_TIMEOUT))?;
         stream.set_write_timeout(Some(MESSAGE_TIMEOUT))?;
-        let orders = self.workers.iter().map(|worker| worker.commands.clone()).collect();
-        let session = Arc::new(Mutex::new(Session::new(self.device.clone(), orders, self.num_queues())));
+        let session = Session::new(self.device.clone(), self.crew.clone(), self.num_queues());
+        let session = Arc::new(Mutex::new(session));
+        let status = self.status();
         let socket = stream.try_clone()?;
         let mut handler = BackendReqHandler::from_stream(stream, session.clone());
-        self.status.set_connected(true);
+        status.set_connected(true);
         log::info!("a front-end connected");
         let result = converse(&mut handler, &socket, shutdown);
         session.lock().unwrap_or_else(PoisonError::into_inner).close();
-        self.status.set_connected(false);
+        status.set_connected(false);
         result
     }
 }

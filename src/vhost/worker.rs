@@ -254,7 +254,7 @@ impl DataPlane {
             return queue.give_back(head, 0);
         };
         let regions = chain.regions().union(queue.ring.regions());
-        match parse(&chain, &self.drive.disk, &mut self.pool) {
+        match parse(&chain, &self.drive.disk, &self.drive.shard.progress().reserve, &mut self.pool) {
             Parsed::Done { written } => {
                 status.write(S_OK);
                 if let Some(log) = &self.log {
@@ -372,9 +372,11 @@ impl DataPlane {
     fn dispose_of_withdrawn(&mut self, queue: &mut Queue, now: Time) -> bool {
         let stop = queue.stop.as_mut().expect("only stopping queues come here");
         let (how, mut withdrawn) = (stop.how, std::mem::take(&mut stop.withdrawn));
-        if how == StopHow::Drain {
+        if matches!(how, StopHow::Drain | StopHow::Suspend) {
             self.rewind(queue, &mut withdrawn);
-            if !queue.is_tracked() && !withdrawn.is_empty() {
+            // A guest that is migrated takes its memory along, and the in-flight region only if that was agreed upon.
+            let is_left_behind = queue.is_tracked() && (how == StopHow::Suspend || self.log.is_none());
+            if !is_left_behind && !withdrawn.is_empty() {
                 self.drive.shard.finish(queue.index, &mut self.drive.out);
                 for request in withdrawn {
                     self.drive.shard.submit(now, request, &mut self.drive.out);

@@ -6,14 +6,18 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserHeaderFlag,
+    VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -26,7 +30,7 @@ use crate::packed_ring::{PackedDriver, PackedParts};
 const PROTOCOL_LIMIT: Duration = Duration::from_secs(30);
 
 /// Guest memory has three adjacent regions of so many bytes.
-const REGION: u64 = 4 << 20;
+pub(crate) const REGION: u64 = 4 << 20;
 pub(crate) const MEMORY_END: u64 = 3 * REGION;
 /// The front-end's own addresses are not those of the guest.
 const USER: u64 = 0x5500_0000_0000;
@@ -181,6 +185,33 @@ impl FrontEnd {
         u16::try_from(base & 0xffff).expect("masked")
     }
 
+    /// The device's state, for a guest that leaves; nothing if it is refused.
+    pub(crate) fn save_state(&mut self) -> Option<Vec<u8>> {
+        let (mut reader, writer) = std::io::pipe().expect("a pipe");
+        let writer = OwnedFd::from(writer);
+        let direction = VhostTransferStateDirection::SAVE;
+        let own = self.session.set_device_state_fd(direction, VhostTransferStatePhase::STOPPED, writer).ok()?;
+        assert!(own.is_none(), "the channel is ours");
+        let mut state = Vec::new();
+        reader.read_to_end(&mut state).expect("the pipe's end");
+        self.session.check_device_state().ok().map(|()| state)
+    }
+
+    /// Whether a guest may come with this state.
+    pub(crate) fn load_state(&mut self, state: &[u8]) -> bool {
+        let (reader, mut writer) = std::io::pipe().expect("a pipe");
+        let reader = OwnedFd::from(reader);
+        let direction = VhostTransferStateDirection::LOAD;
+        if self.session.set_device_state_fd(direction, VhostTransferStatePhase::STOPPED, reader).is_err() {
+            return false;
+        }
+        let state = state.to_vec();
+        // Whoever has read enough closes the pipe.
+        let written = std::thread::spawn(move || writer.write_all(&state).is_ok());
+        let taken = self.session.check_device_state().is_ok();
+        written.join().expect("a writer") && taken
+    }
+
     /// Reset the device and negotiate again; all rings are stopped.
     pub(crate) fn reset(&mut self) {
         self.session.reset_device().unwrap();
@@ -216,6 +247,12 @@ impl FrontEnd {
         self.session.add_mem_region(&region_of(&self.file, 2 * REGION)).unwrap();
     }
 
+    /// As [`FrontEnd::swap_memory`], by a whole new table.
+    pub(crate) fn replace_memory(&mut self) {
+        self.session.set_mem_table(&[region_of(&self.file, 0), region_of(&self.file, REGION)]).unwrap();
+        self.session.set_mem_table(&[0, REGION, 2 * REGION].map(|start| region_of(&self.file, start))).unwrap();
+    }
+
     pub(crate) fn config(&mut self, offset: u32, len: u32) -> Vec<u8> {
         let buffer = vec![0; len as usize];
         self.session.get_config(offset, len, VhostUserConfigFlags::empty(), &buffer).unwrap().1
@@ -227,7 +264,7 @@ impl FrontEnd {
     }
 }
 
-fn region_of(file: &File, start: u64) -> VhostUserMemoryRegionInfo {
+pub(crate) fn region_of(file: &File, start: u64) -> VhostUserMemoryRegionInfo {
     VhostUserMemoryRegionInfo {
         guest_phys_addr: start,
         memory_size: REGION,
@@ -285,7 +322,7 @@ impl Ring {
         self.store(self.base + USED + 2, base);
     }
 
-    fn config(&self, logged: bool) -> VringConfigData {
+    pub(crate) fn config(&self, logged: bool) -> VringConfigData {
         VringConfigData {
             queue_max_size: self.size,
             queue_size: self.size,

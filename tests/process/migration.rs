@@ -22,7 +22,7 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const GET_ID: u32 = 8;
 
-fn log_file() -> File {
+pub(crate) fn log_file() -> File {
     let memfd = memfd_create("dirty-log", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&memfd, LOG_START + LOG_BYTES).unwrap();
     File::from(memfd)
@@ -37,7 +37,7 @@ fn take_dirty(log: &File) -> Vec<u64> {
 }
 
 /// One request, whose status lies in the third page of the ring's area and whose data at `data`.
-fn request(front_end: &mut FrontEnd, kind: u32, sector: u64, data: u64, len: u32) -> u8 {
+pub(crate) fn request(front_end: &mut FrontEnd, kind: u32, sector: u64, data: u64, len: u32) -> u8 {
     let ring = &mut front_end.rings[0];
     let (header, status) = (ring.area(), ring.area() + 2 * PAGE);
     ring.write(header, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());

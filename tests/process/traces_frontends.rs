@@ -109,7 +109,8 @@ impl Qemu {
         let mut steps = vec![
             ask(GET_FEATURES, Body::Empty, Answer::Word(OFFERED)),
             ask(GET_PROTOCOL_FEATURES, Body::Empty, Answer::Word(PROTOCOL_OFFERED)),
-            tell(SET_PROTOCOL_FEATURES, Body::Word(PROTOCOL_OFFERED)),
+            // Up to 10 it knows no more than twenty of them, and later ones take GET_VRING_BASE_INFLIGHT if told to.
+            tell(SET_PROTOCOL_FEATURES, Body::Word(PROTOCOL_OFFERED & 0xf_ffff)),
             ask(GET_QUEUE_NUM, Body::Empty, Answer::Word(64)),
             ask(GET_MAX_MEM_SLOTS, Body::Empty, Answer::Word(509)),
             tell(SET_OWNER, Body::Empty),

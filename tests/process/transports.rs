@@ -259,7 +259,9 @@ fn remains(server: &Server, guest: &mut Guest<'_>, outcomes: Vec<Outcome>) -> Re
     };
     // The framework tracks no requests, and logs no writes.
     let features = guest.front_end().features & !F_LOG_ALL & !F_PACKED;
-    let own = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::LOG_SHMFD;
+    let own = VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT
+        | VhostUserProtocolFeatures::LOG_SHMFD;
     let protocol_features = (guest.front_end().protocol_features - own).bits();
     let (list, counters) = (server.list(), server.status().counters);
     // Workers and healer report beside each other.

@@ -154,7 +154,7 @@ impl Device {
         let mut session = Frontend::from_stream(stream, self.rings.len() as u64);
         session.set_owner()?;
         let features = session.get_features()?;
-        let needed = F_INDIRECT | F_EVENT_IDX | F_PACKED;
+        let needed = (F_INDIRECT | F_EVENT_IDX | F_PACKED) & !self.without;
         assert!(features & needed == needed, "{features:x}");
         session.set_features(features & !self.without)?;
         let mut protocol_features = session.get_protocol_features()?;

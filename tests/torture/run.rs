@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use tempfile::TempDir;
 use uuid::Uuid;
 use vhost_remap::control::api::ListPage;
@@ -176,7 +177,7 @@ impl Torture {
     fn round(&mut self, started: Started) -> Started {
         let Started { starting, dir: _dir, on_slow } = started;
         let disks = self.disks.clone().filter(|_| on_slow);
-        let killer = Killer::arm(starting.server.pid(), disks);
+        let killer = Killer::arm(starting.server.pid(), Signal::KILL, disks);
         if self.chance(5) {
             let after = self.within_ms(if on_slow { 400 } else { 150 });
             killer.order(When { after, hold_before: None });
@@ -378,7 +379,7 @@ impl Torture {
     /// The last server lives, and closes cleanly; what it leaves is compared once more, through another driver.
     fn finish(&mut self, started: Started) {
         let Started { starting, dir: _dir, .. } = started;
-        let killer = Killer::arm(starting.server.pid(), None);
+        let killer = Killer::arm(starting.server.pid(), Signal::KILL, None);
         let server = starting.wait().unwrap_or_else(|output| panic!("{output:?}"));
         let client = Client::new(&server.ctl).expect("an event loop");
         self.guest.connect(&server.socket, &killer).expect("nobody kills it");

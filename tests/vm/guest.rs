@@ -15,7 +15,7 @@ const MEMORY_MIB: &str = "448";
 /// Exit status of `vm-images/run` where a guest cannot be started at all.
 const NEVER_STARTED: i32 = 126;
 
-fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -59,6 +59,16 @@ pub(crate) fn debian_disk() -> Option<PathBuf> {
     }
     let folder = String::from_utf8(build.stdout).expect("a path of ours");
     Some(Path::new(folder.trim_end()).join("disk.img"))
+}
+
+/// Whether guests can be started by UEFI firmware; where they cannot, the reason is printed.
+pub(crate) fn has_uefi() -> bool {
+    let look = Command::new("bash").args(["-c", ". ci/debs.sh && ovmf_path"]).current_dir(root()).output();
+    let found = look.expect("bash").status.success();
+    if !found {
+        writeln!(std::io::stdout(), "SKIP uefi: OVMF is missing; run: ci/setup test").expect("standard output");
+    }
+    found
 }
 
 /// A guest with one disk, and the line to its script.

@@ -4,8 +4,10 @@
 
 mod area;
 mod boot;
+mod cloud_hypervisor;
 mod full;
 mod guest;
+mod migrate;
 mod server;
 mod unreadable;
 

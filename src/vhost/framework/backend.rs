@@ -17,6 +17,7 @@ use crate::sync::{Mutex, MutexGuard};
 use crate::vhost::QUEUE_SIZE_MAX;
 use crate::vhost::command::wait;
 use crate::vhost::device::BlkDevice;
+use crate::vhost::inflight::INFLIGHT_MIGRATION;
 use crate::vhost::protocol;
 use crate::vhost::worker::StopHow;
 
@@ -95,9 +96,9 @@ impl VhostUserBackend for BlkBackend {
         self.device.negotiated(features);
     }
 
-    /// What our own transport offers, but for INFLIGHT_SHMFD, of which the daemon wants to know nothing.
+    /// What our own transport offers, but for the in-flight region, of which the daemon wants to know nothing.
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        protocol::FEATURES - VhostUserProtocolFeatures::INFLIGHT_SHMFD - VhostUserProtocolFeatures::LOG_SHMFD
+        protocol::FEATURES - INFLIGHT_MIGRATION - VhostUserProtocolFeatures::LOG_SHMFD
     }
 
     fn reset_device(&self) {

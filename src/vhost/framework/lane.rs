@@ -136,7 +136,7 @@ impl Lane {
         queue.stops.push(reply);
         // Nothing remembers requests that were given up, so GET_VRING_BASE waits for them.
         match how {
-            StopHow::Drain => self.drive.shard.finish(number, &mut self.drive.out),
+            StopHow::Drain | StopHow::Suspend => self.drive.shard.finish(number, &mut self.drive.out),
             StopHow::Leave | StopHow::Discard => self.drive.shard.withdraw(number, &mut self.drive.out),
         }
     }
@@ -246,7 +246,7 @@ impl Lane {
             queue.give_back(vring, head, 0);
             return Ok(());
         };
-        match parse(&chain, &self.drive.disk, &mut self.pool) {
+        match parse(&chain, &self.drive.disk, &self.drive.shard.progress().reserve, &mut self.pool) {
             Parsed::Done { written } => {
                 status.write(S_OK);
                 queue.give_back(vring, head, written);

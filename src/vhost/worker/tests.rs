@@ -3,6 +3,7 @@ use crate::engine::message::{FenceId, ToShard};
 use crate::engine::view::{Mode, PrimaryState, View};
 use crate::sync::mpsc::{Receiver, TryRecvError};
 use crate::units::{Block, BlockRange};
+use crate::vhost::dirty::DirtyLog;
 use crate::vhost::inflight::InflightRegion;
 use crate::vhost::memory::RegionAddress;
 use crate::vhost::testing::{Bench, CAPACITY, DATA, chain_from, readable, writable};
@@ -160,6 +161,36 @@ fn with_a_region_they_stay_there_and_are_resubmitted_once() {
             bench.step();
             assert_eq!(used(&bench), [3], "{kind}, {how:?}");
             assert_eq!(bench.stop(StopHow::Drain), Some(base(&bench, 4, 4)), "{kind}, {how:?}");
+        }
+    }
+}
+
+/// The guest goes on in another process, with its memory, and with the region or without.
+#[test]
+fn with_a_dirty_log_only_a_region_that_goes_along_keeps_requests() {
+    for how in [StopHow::Suspend, StopHow::Drain] {
+        for (mut bench, kind) in benches() {
+            let region = tracked(&bench);
+            bench.start_with(Some(region.clone()));
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(4096).unwrap();
+            bench.plane.set_log(&Some(Arc::new(DirtyLog::map(&file, 0, 4096).unwrap())));
+            fence(&mut bench);
+            offer(&bench, 0, FENCED_SECTOR);
+            offer(&bench, 1, FREE_SECTOR);
+            bench.step();
+            let stopped = bench.begin_stop(how);
+            if how == StopHow::Suspend {
+                assert_eq!((stopped.try_recv(), used(&bench)), (Ok(base(&bench, 2, 1)), vec![1]), "{kind}");
+                lift(&mut bench);
+                bench.start_with(Some(region));
+                bench.step();
+                assert_eq!(used(&bench), [0], "{kind}");
+            } else {
+                waits(&stopped);
+                lift(&mut bench);
+                assert_eq!((stopped.try_recv(), used(&bench)), (Ok(base(&bench, 2, 2)), vec![1, 0]), "{kind}");
+            }
         }
     }
 }
