@@ -441,6 +441,8 @@ mod tests {
             let mut front_end = FrontEnd::connect(path);
             front_end.set_up(guest, 0);
             assert!(!front_end.order(SET_FEATURES, &words(&[1 << 63]), &[]));
+            let packed = front_end.get(GET_FEATURES, &[]);
+            assert!(!front_end.order(SET_FEATURES, &packed, &[]), "a started ring stays split");
             assert!(!front_end.order(SET_VRING_NUM, &state(1, 100), &[]));
             assert!(!front_end.order(SET_VRING_NUM, &state(64, 128), &[]));
             assert!(!front_end.order(SET_VRING_BASE, &state(0, 9), &[]), "a started queue keeps its place");

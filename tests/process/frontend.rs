@@ -3,8 +3,6 @@
 //! [`Guest`](crate::guest::Guest) is a well-behaved driver. This one writes any descriptor anywhere, also such
 //! as no driver should, and shows what came back byte for byte.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -24,6 +22,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::packed::Packed;
 use crate::packed_ring::{PackedDriver, PackedParts};
 
 /// Longest wait for an answer of the protocol.
@@ -97,12 +96,6 @@ pub(crate) struct Ring {
     kick: EventFd,
     call: EventFd,
     called: Epoll,
-}
-
-/// A packed ring, and the descriptors written for chains to come.
-struct Packed {
-    driver: PackedDriver,
-    written: RefCell<BTreeMap<u16, Raw>>,
 }
 
 impl FrontEnd {
@@ -298,8 +291,7 @@ impl Ring {
         called.ctl(ControlOperation::Add, call.as_raw_fd(), readable).expect("an eventfd can be watched");
         let base = index as u64 * RING_SPAN;
         let parts = PackedParts { descriptors: base, driver: base + AVAIL, device: base + USED };
-        let driver = || PackedDriver::new(memory.clone(), parts, size);
-        let packed = (features & F_PACKED != 0).then(|| Packed { driver: driver(), written: RefCell::default() });
+        let packed = (features & F_PACKED != 0).then(|| Packed::new(PackedDriver::new(memory.clone(), parts, size)));
         let event_idx = features & F_EVENT_IDX != 0;
         Ring { packed, memory, index, base, size, event_idx, avail: 0, used: 0, kick, call, called }
     }
@@ -381,7 +373,7 @@ impl Ring {
     /// Write one descriptor of the ring's own table.
     pub(crate) fn descriptor(&self, index: u16, descriptor: Raw) {
         if let Some(packed) = &self.packed {
-            packed.written.borrow_mut().insert(index, descriptor);
+            packed.write(index, descriptor);
             return;
         }
         self.table(self.base + 16 * u64::from(index), &[descriptor]);
@@ -483,32 +475,5 @@ impl Ring {
                 Err(error) => panic!("epoll: {error}"),
             }
         }
-    }
-}
-
-impl Packed {
-    /// Make a chain available; whether the device wants to be kicked for it.
-    fn offer(&self, head: u16, event_idx: bool) -> bool {
-        let (mut chain, mut at) = (Vec::new(), head);
-        loop {
-            let (addr, len, flags, next) = self.written.borrow()[&at];
-            chain.push((addr, len, flags & !NEXT));
-            if flags & NEXT == 0 {
-                break;
-            }
-            at = next;
-        }
-        let before = self.driver.avail_place();
-        self.driver.offer(head, &chain);
-        // What the device asks for is read after it can see the chain.
-        fence(Ordering::SeqCst);
-        self.driver.wants_kick(before, event_idx)
-    }
-
-    fn next_used(&self, event_idx: bool) -> Option<(u32, u32)> {
-        self.driver.want_interrupt(event_idx);
-        // The device may use a buffer before it sees that; then it is there now.
-        fence(Ordering::SeqCst);
-        self.driver.take_used().map(|(id, len)| (u32::from(id), len))
     }
 }

@@ -170,6 +170,15 @@ impl Qemu {
         steps
     }
 
+    /// The same by a front-end that keeps the in-flight region. A reset that the back-end does not hear of is none.
+    fn reset_with_region(self) -> Vec<Step> {
+        if self.release < 10 {
+            return Vec::new();
+        }
+        let reset = vec![tell(RESET_DEVICE, Body::Empty), Step::Driver];
+        [self.stop(), reset, self.start(false, true)].concat()
+    }
+
     /// The connection or the server goes while a request is held, which the next session takes from the region.
     fn reconnect(self, goes: &[Step]) -> Vec<Step> {
         let io = vec![Step::Held(0), Step::Io(0)];
@@ -218,6 +227,8 @@ fn qemu_packed(release: u32, name: &'static str) -> Trace {
         qemu.reconnect(&[Step::Crash]),
         io.clone(),
         qemu.reset(),
+        io.clone(),
+        qemu.reset_with_region(),
         io.clone(),
         qemu.reconnect(&[Step::Crash]),
         io,

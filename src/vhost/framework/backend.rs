@@ -245,6 +245,13 @@ mod tests {
         assert!(backend.handle_event(9, EventSet::IN, &[vring], 0).is_ok());
     }
 
+    /// Its rings are those of `virtio-queue`.
+    #[test]
+    fn packed_rings_are_not_offered() {
+        let (backend, _threads) = backend(1, GuestMemoryAtomic::new(GuestMemoryMmap::new()));
+        assert_eq!(backend.features() & 1 << 34, 0);
+    }
+
     #[test]
     fn a_closed_connection_lets_go_of_guest_memory() {
         let guest = Guest::new(16);

@@ -116,8 +116,22 @@ fn serve_four(bench: &Bench, queue: &mut Queue) {
     queue.publish();
 }
 
+/// Another does so all at once: the next used place is then the same again, but for its wrap counter.
+fn serve_four_at_once(_bench: &Bench, queue: &mut Queue) {
+    let taken: Vec<Head> = (0..4).map(|_| queue.take().unwrap().0).collect();
+    for head in taken.into_iter().rev() {
+        queue.give_back(head, 0);
+    }
+    queue.publish();
+}
+
 /// Every buffer comes back once, wherever a process is killed, and what was under way is resubmitted in order.
 fn check_kills(packed: bool) {
+    check_kills_of(packed, serve_four);
+    check_kills_of(packed, serve_four_at_once);
+}
+
+fn check_kills_of(packed: bool, serve: fn(&Bench, &mut Queue)) {
     // In the first lap, over its end, and with both wrap counters turned.
     for laps in 0..3 {
         let mut accesses = 0;
@@ -142,7 +156,7 @@ fn check_kills(packed: bool) {
             }
             let offered: Vec<u16> = (first..first + 4).collect();
             offered.iter().for_each(|number| bench.offer(*number));
-            let ended = kill::after(accesses, || serve_four(&bench, &mut bench.start()));
+            let ended = kill::after(accesses, || serve(&bench, &mut bench.start()));
             let mut used = bench.take_used();
             let what = format!("packed {packed}, {laps} laps, {accesses} accesses, {used:?} used before");
             let mut queue = bench.start();

@@ -1,3 +1,5 @@
+use std::os::unix::fs::FileExt;
+
 use super::*;
 use crate::vhost::testing::packed::PackedDriver;
 use crate::vhost::testing::{DATA, Guest};
@@ -215,6 +217,42 @@ fn a_ring_goes_on_at_its_base() {
     for base in [0x8000_8005, 0x8005_8000, 0x8000_0001, 0x8002_8001] {
         assert_eq!(again(&bench, base), Err(RingError::Base { base, size: 5 }), "{base:x}");
     }
+}
+
+#[test]
+fn what_is_written_to_a_ring_is_in_the_dirty_log() {
+    const PAGES: u16 = 2;
+    let mut bench = Bench::new(PAGES * 256, false);
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(64).unwrap();
+    let log = DirtyLog::map(&file, 0, 64).unwrap();
+    let take_dirty = || {
+        let mut bits = [0; 64];
+        file.read_exact_at(&mut bits, 0).unwrap();
+        file.write_all_at(&[0; 64], 0).unwrap();
+        (0..512).filter(|page| bits[page / 8] >> (page % 8) & 1 == 1).collect::<Vec<_>>()
+    };
+    let addresses = RingAddresses { log: Some(0x10_0000), ..bench.guest.addresses() };
+    bench.ring.remap(&bench.guest.map(), addresses).unwrap();
+    bench.ring.arm();
+    bench.ring.mark_used(&log, bench.ring.published());
+    assert_eq!(take_dirty(), [0x100], "the word that asks for kicks");
+    let mut publish = |first: usize, second: usize| {
+        let before = bench.ring.published();
+        for (id, len) in [(0, first), (1, second)] {
+            bench.offer(id, len);
+            let head = bench.take();
+            bench.ring.push_used(head, 0);
+        }
+        bench.ring.publish();
+        while bench.driver.take().is_some() {}
+        bench.ring.mark_used(&log, before);
+        take_dirty()
+    };
+    assert_eq!(publish(100, 100), [0, 0x100]);
+    assert_eq!(publish(40, 40), [0, 1, 0x100]);
+    assert_eq!(publish(100, 100), [1, 0x100]);
+    assert_eq!(publish(30, 10), [0, 1, 0x100], "over the end of the ring");
 }
 
 #[test]
