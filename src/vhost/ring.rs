@@ -104,18 +104,21 @@ pub(crate) struct Descriptor {
 
 impl Descriptor {
     /// From the sixteen bytes in guest memory.
+    #[inline]
     pub(crate) fn from_bytes(bytes: [u8; 16]) -> Descriptor {
         let (addr, len, [flags, next]) = fields(bytes);
         Descriptor { addr, len, flags, next }
     }
 
     /// From the sixteen bytes of a packed ring, or of a table that one refers to.
+    #[inline]
     pub(crate) fn from_packed_bytes(bytes: [u8; 16]) -> Descriptor {
         let (addr, len, [id, flags]) = fields(bytes);
         Descriptor { addr, len, flags, next: id }
     }
 }
 
+#[inline]
 fn fields(bytes: [u8; 16]) -> (u64, u32, [u16; 2]) {
     let word = u128::from_le_bytes(bytes);
     let addr = u64::try_from(word & u128::from(u64::MAX)).expect("masked");

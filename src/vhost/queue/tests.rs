@@ -104,11 +104,11 @@ fn serve_four(bench: &Bench, queue: &mut Queue) {
     queue.give_back(b, 0);
     queue.publish();
     queue.give_back(c, 0);
-    // Taken while a batch is open, and given up again.
+    // Taken while a batch is open, and given up again while another is.
     let (d, place) = take(queue);
+    queue.give_back(a, 0);
     queue.forget(d);
     queue.ring.set_next_avail(place);
-    queue.give_back(a, 0);
     queue.publish();
     let (d, _) = take(queue);
     assert_eq!(bench.number(queue, d) % 4, 3);
