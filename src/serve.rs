@@ -116,10 +116,9 @@ impl Serving {
     fn start(
         transport: Transport,
         front_end: FrontEndSocket,
-        device: BlkDevice,
+        device: Arc<BlkDevice>,
         ports: Vec<WorkerPort>,
     ) -> io::Result<Serving> {
-        let device = Arc::new(device);
         Ok(match (transport, front_end) {
             (Transport::Framework, FrontEndSocket::Listener(listener)) => {
                 Serving::Framework(framework::Server::new(listener, device, ports)?)
@@ -195,8 +194,9 @@ fn serve_volume(
     let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
     let (front_end, _front_end_file) = front_end.listen()?;
     let handle = volume.handle();
-    let device = BlkDevice::new(volume.disk(), options.num_queues);
-    let mut server = Serving::start(options.transport, front_end, device, volume.take_ports())?;
+    let device = Arc::new(BlkDevice::new(volume.disk(), options.num_queues));
+    let mut server = Serving::start(options.transport, front_end, device.clone(), volume.take_ports())?;
+    handle.set_announce(move || device.announce());
     let (status, clock) = (server.status(), handle.clock());
     handle.set_front_end(move || FrontEndState {
         connected: status.connected(),

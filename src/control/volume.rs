@@ -37,6 +37,8 @@ pub enum Order {
     Release(SectorRange),
     /// Write counters and the label's copy of the table.
     Save,
+    /// Grow to so many bytes, or to what the primary has room for.
+    Resize(Option<u64>),
 }
 
 impl Volume for VolumeHandle {
@@ -62,6 +64,7 @@ impl Volume for VolumeHandle {
             Order::Remap(range) => self.remap(range.start.0, range.count),
             Order::Release(range) => self.release(range.start.0, range.count),
             Order::Save => self.save(),
+            Order::Resize(size) => self.resize(size),
         }
     }
 }

@@ -25,6 +25,7 @@ use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
 use crate::engine::open::{LabelSearch, OldLabel, OpenError, OpenParams, Opening};
 use crate::engine::shard::Shard;
 use crate::runtime::options::IoEngine;
+use crate::sync::Mutex;
 use crate::units::{SECTOR_SIZE, SectorRange, Time};
 use crate::volume::layout::{label_size, spare_size};
 use crate::volume::superblock::{CAPACITY_MAX, CloseStamp};
@@ -465,7 +466,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
         log.push(degraded_event(stamped, epoch));
     }
     let disk = Arc::new(DiskInfo {
-        capacity: opened.geometry.capacity,
+        capacity: opened.progress.capacity.clone(),
         logical_block_size: opened.geometry.logical_block,
         read_only: opened.facts.read_only,
         serial: opened.facts.serial,
@@ -477,7 +478,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
             let devices = devices.clone();
             WorkerPort {
                 reactor: Box::new(move || devices.reactor()),
-                shard: Shard::new(index, opened.geometry, opened.view.clone(), opened.progress.clone()),
+                shard: Shard::new(index, opened.view.clone(), opened.progress.clone()),
                 inbox,
                 healer: healer.shards.clone(),
                 clock,
@@ -497,6 +498,8 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
         workers,
         transport: options.transport.name(),
         front_end: OnceLock::new(),
+        announce: OnceLock::new(),
+        resizing: Mutex::new(()),
     }));
     Ok(ServedVolume { healer, handle, ports, disk, passthrough: options.passthrough })
 }

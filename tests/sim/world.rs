@@ -221,9 +221,7 @@ impl World {
 
     /// The volume has been opened.
     pub(crate) fn start(&mut self, healer: Healer, poisoned: bool) {
-        let shards = (0..self.config.shards)
-            .map(|index| Shard::new(index, healer.geometry(), healer.view(), healer.progress()))
-            .collect();
+        let shards = (0..self.config.shards).map(|index| Shard::new(index, healer.view(), healer.progress())).collect();
         self.to_healer = (0..self.config.shards).map(|_| VecDeque::new()).collect();
         self.to_shard = (0..self.config.shards).map(|_| VecDeque::new()).collect();
         self.engine = Some(Engine { healer, shards });

@@ -2,19 +2,21 @@
 //! requests that shards hand to it.
 //!
 //! Each kind of work has its file: `fence` keeps shards away from blocks under repair, `flush` is the
-//! only one to flush, `commit` the only one to write table pages, `place` the other metadata,
+//! only one to flush, `commit` the only one to write table pages, `place` and `label` the other metadata,
 //! `breaker` tells a bad medium from a gone device, `read` and `write` are the two ladders,
-//! `operator` does what people ask for.
+//! `operator` does what people ask for, `resize` among it.
 
 mod breaker;
 mod commit;
 mod failure;
 mod fence;
 mod flush;
+mod label;
 mod operator;
 mod pending;
 mod place;
 mod read;
+mod resize;
 mod write;
 
 use std::cell::{Cell, RefCell};
@@ -44,6 +46,7 @@ use failure::Failure;
 pub use flush::PoisonReport;
 pub use operator::{HealerStatus, Order, OrderId, Reply};
 use read::Budget;
+pub use resize::NotResized;
 
 /// Repairs under way at a time, at most. Others wait in order; each holds at most [`CHUNK_SECTORS`] of
 /// data, so this bounds the healer's memory too.
@@ -151,9 +154,9 @@ impl Opened {
 /// State shared by the healer's tasks, all on one thread.
 pub(super) struct Core {
     pub(super) io: Rc<Io>,
-    geometry: Geometry,
+    geometry: Cell<Geometry>,
     layout: Layout,
-    label: Option<LabelLayout>,
+    label: Cell<Option<LabelLayout>>,
     set: Uuid,
     policy: Policy,
     /// Seconds since the epoch at time 0 of the clock.
@@ -232,11 +235,13 @@ impl Healer {
             spare_up: opened.stamped.is_none(),
             read_only: opened.read_only,
         };
-        let view = Arc::new(View { map: map.clone(), mode, dense: Arc::default() });
+        let flushes = flush::Flushes::new(opened.poison, geometry.capacity);
+        let written = flushes.written();
+        let view = Arc::new(View { geometry, map: map.clone(), mode, dense: Arc::default(), written });
         let core = Rc::new(Core {
-            geometry,
+            geometry: Cell::new(geometry),
             layout,
-            label,
+            label: Cell::new(label),
             set: superblock.set,
             policy: params.policy,
             epoch: params.epoch,
@@ -250,7 +255,7 @@ impl Healer {
             view_stale: Cell::new(false),
             fences: fence::Fences::default(),
             adoptions: fence::Adoptions::default(),
-            flushes: flush::Flushes::new(opened.poison),
+            flushes,
             commits: commit::Commits::default(),
             breaker: breaker::Breaker::default(),
             places: place::Places::new(opened.saved, opened.saved_sequence),
@@ -272,9 +277,9 @@ impl Healer {
         Healer { core, executor }
     }
 
-    /// The fixed facts, for the shards.
+    /// The volume's measures.
     pub fn geometry(&self) -> Geometry {
-        self.core.geometry
+        self.core.geometry()
     }
 
     /// The first view, for the shards.
@@ -356,6 +361,12 @@ impl Core {
         }
         let core = self.clone();
         self.spawn(async move { core.keep_sidecars_fresh().await });
+        let core = self.clone();
+        self.spawn(async move { core.finish_resize().await });
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.geometry.get()
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {

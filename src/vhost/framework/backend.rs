@@ -95,9 +95,11 @@ impl VhostUserBackend for BlkBackend {
         self.device.negotiated(features);
     }
 
-    /// What our own transport offers, but for INFLIGHT_SHMFD, of which the daemon wants to know nothing.
+    /// What our own transport offers, but for what the daemon wants to know nothing of, and the channel, on which the
+    /// crate has no words for a changed configuration.
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        protocol::FEATURES - VhostUserProtocolFeatures::INFLIGHT_SHMFD - VhostUserProtocolFeatures::LOG_SHMFD
+        let own = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::LOG_SHMFD;
+        protocol::FEATURES - own - VhostUserProtocolFeatures::BACKEND_REQ
     }
 
     fn reset_device(&self) {

@@ -95,7 +95,7 @@ pub(crate) fn open(disks: &MemoryDisks, policy: Policy, workers: usize) -> (Keep
         let disks = disks.clone();
         WorkerPort {
             reactor: Box::new(move || Ok(Box::new(disks.queue()))),
-            shard: Shard::new(index, healer.geometry(), healer.view(), healer.progress()),
+            shard: Shard::new(index, healer.view(), healer.progress()),
             inbox,
             healer: to_healer.clone(),
             clock,
