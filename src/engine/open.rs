@@ -425,6 +425,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     };
     Ok(Opened {
         label: label_layout,
+        primary_size: params.primary.size,
         superseded,
         poison,
         saved_sequence: saved.sequence,

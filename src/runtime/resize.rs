@@ -37,6 +37,7 @@ impl VolumeHandle {
         };
         let mut primary_size = recorded;
         if needed > recorded {
+            self.order(Order::PrepareResize(primary.size()))?;
             primary.extend(needed).map_err(|error| Refused(error.to_string()))?;
             primary_size = primary.size();
         }

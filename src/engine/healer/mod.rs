@@ -116,6 +116,8 @@ pub(super) struct Opened {
     pub(super) layout: Layout,
     pub(super) label: Option<LabelLayout>,
     pub(super) superblock: Superblock,
+    /// Bytes that the primary has.
+    pub(super) primary_size: u64,
     pub(super) table: Table,
     pub(super) map: Map,
     pub(super) superseded: Vec<crate::units::Slot>,
@@ -136,6 +138,7 @@ impl Opened {
             geometry,
             layout,
             label: None,
+            primary_size: superblock.primary_size,
             superblock,
             table,
             map,
@@ -228,7 +231,7 @@ pub struct HealerParams {
 
 impl Healer {
     pub(super) fn new(executor: Executor, io: Rc<Io>, opened: Opened, params: &HealerParams) -> Healer {
-        let Opened { geometry, layout, label, superblock, table, map, superseded, .. } = opened;
+        let Opened { geometry, layout, label, superblock, primary_size, table, map, superseded, .. } = opened;
         let mode = Mode {
             poisoned: opened.poison.poisoned,
             primary: PrimaryState::Up,
@@ -273,7 +276,7 @@ impl Healer {
             events: RefCell::new(opened.events),
             io,
         });
-        core.start(superseded);
+        core.start(superseded, primary_size);
         Healer { core, executor }
     }
 
@@ -352,7 +355,7 @@ impl Healer {
 
 impl Core {
     /// Background work of a freshly opened volume.
-    fn start(self: &Rc<Self>, superseded: Vec<crate::units::Slot>) {
+    fn start(self: &Rc<Self>, superseded: Vec<crate::units::Slot>, primary_size: u64) {
         if self.mode.get().read_only || self.policy.passthrough {
             return;
         }
@@ -362,7 +365,7 @@ impl Core {
         let core = self.clone();
         self.spawn(async move { core.keep_sidecars_fresh().await });
         let core = self.clone();
-        self.spawn(async move { core.finish_resize().await });
+        self.spawn(async move { core.finish_resize(primary_size).await });
     }
 
     fn geometry(&self) -> Geometry {

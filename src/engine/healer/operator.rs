@@ -37,6 +37,8 @@ pub enum Order {
     Release(SectorRange),
     /// Save counters and the label's table.
     Save,
+    /// See that a primary of so many bytes can be extended: to be given before that is done for [`Order::Resize`].
+    PrepareResize(u64),
     /// Grow the volume on a primary that has grown.
     Resize {
         /// Sectors that the guest is to see.
@@ -135,6 +137,9 @@ impl Core {
                 Order::Remap(range) => Reply::Done(core.remap_blocks(range).await),
                 Order::Release(range) => Reply::Done(core.release_blocks(range).await),
                 Order::Save => Reply::Done(core.save().await),
+                Order::PrepareResize(size) => {
+                    Reply::Done(core.prepare_resize(size).await.map(|()| "prepared".to_owned()))
+                }
                 Order::Resize { capacity, primary_size } => Reply::Resized(core.resize(capacity, primary_size).await),
                 Order::Settle => Reply::Settled(core.settle().await.map_err(|failure| failure.cause)),
                 Order::Seal(stamp) => {

@@ -1,7 +1,9 @@
-//! Growing a volume while it is served, on a primary that has been extended.
+//! Growing a volume while it is served.
 //!
-//! What is on disk follows in an order in which every state that a crash can leave behind opens:
+//! What is on disk changes in an order in which every state that a crash can leave behind opens:
 //!
+//! 0. Where an earlier attempt may have left a label that never counted, at the end of the primary, zeros are written.
+//!    Only then is the primary extended, by others: nobody would find that label any more.
 //! 1. A copy of the label is written behind the old one, where nobody looks for it yet.
 //! 2. The spare says that the label lies there, and that the old one is to be zeroed. The capacity stays as it was:
 //!    what is to be zeroed lies beyond the end of the disk, for whoever opens the volume now.
@@ -21,7 +23,7 @@ use std::sync::atomic::Ordering;
 
 use super::failure::Failure;
 use super::{Core, Severity};
-use crate::device::DeviceIndex;
+use crate::device::{DeviceIndex, Errno};
 use crate::units::{BlockRange, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector, SectorRange};
 use crate::volume::layout::{LabelLayout, grown_primary};
 use crate::volume::superblock::{CAPACITY_MAX, Superblock};
@@ -43,6 +45,18 @@ fn cause(failure: Failure) -> String {
 }
 
 impl Core {
+    /// Step 0, for a primary of `size` bytes that is about to be extended.
+    pub(super) async fn prepare_resize(self: &Rc<Self>, size: u64) -> Result<(), String> {
+        self.places.label.acquire().await;
+        let settled = match self.may_write() {
+            Ok(()) if self.policy.passthrough => Ok(()),
+            Ok(()) => self.settle_resize(size).await,
+            Err(why) => Err(why),
+        };
+        self.places.label.release();
+        settled
+    }
+
     /// Show the guest `capacity` sectors of a primary that has `primary_size` bytes.
     pub(super) async fn resize(self: &Rc<Self>, capacity: u64, primary_size: u64) -> Result<String, NotResized> {
         if self.places.resizing.replace(true) {
@@ -130,7 +144,8 @@ impl Core {
     async fn move_label(self: &Rc<Self>, primary_size: u64, is_as_before: &mut bool) -> Result<(), String> {
         // Waiting took time.
         self.may_write()?;
-        self.settle_resize().await?;
+        let recorded = self.superblock.borrow().primary_size;
+        self.settle_resize(recorded).await?;
         let Some(old) = self.label.get() else {
             // The size must be as durable as what is said of it.
             return self.flush(DeviceIndex::PRIMARY).await.map_err(cause);
@@ -151,7 +166,7 @@ impl Core {
         self.change_superblock(|next| next.move_label(old, new, primary_size)).await.map_err(cause)?;
         self.label.set(Some(new));
         self.places.next_label.set(None);
-        self.zero_old_labels().await
+        self.zero_old_labels(primary_size).await
     }
 
     /// Write a whole label at another place, durably.
@@ -163,23 +178,41 @@ impl Core {
         self.flush(primary).await
     }
 
-    async fn zero_old_labels(self: &Rc<Self>) -> Result<(), String> {
+    /// Write zeros over labels that do not count: what has moved, and what may have been meant to move to the end of a
+    /// primary of `size` bytes, where that is more than is recorded.
+    async fn zero_old_labels(self: &Rc<Self>, size: u64) -> Result<(), String> {
         let primary = DeviceIndex::PRIMARY;
-        let old_labels: Vec<_> = self.superblock.borrow().old_labels().collect();
-        for old in &old_labels {
-            let zeroed = self.io.write_zeroes(primary, old.start, old.length).await;
+        let mut old_labels: Vec<_> = self.superblock.borrow().old_labels().map(|old| (old.start, old.length)).collect();
+        if let Some(label) = self.label.get() {
+            let at_end = LabelLayout::new(size, self.layout.max_remaps).filter(|at_end| at_end.start >= label.end());
+            old_labels.extend(at_end.map(|at_end| (at_end.start, at_end.end() - at_end.start)));
+        }
+        for (start, length) in &old_labels {
+            let zeroed = match self.io.write_zeroes(primary, *start, *length).await {
+                Err(Errno(libc::EOPNOTSUPP)) => self.write_zeros(*start, *length).await,
+                zeroed => zeroed,
+            };
             zeroed.map_err(|errno| {
-                let sector = old.start / SECTOR_SIZE;
-                format!("{primary}: zeroing the old label from sector {sector} on: {errno}; see the kernel's log")
+                let sector = start / SECTOR_SIZE;
+                format!("{primary}: zeroing an old label from sector {sector} on: {errno}; see the kernel's log")
             })?;
             self.note_primary_write();
         }
         if old_labels.is_empty() { Ok(()) } else { self.flush(primary).await.map_err(cause) }
     }
 
-    /// Finish what an earlier resize began, as far as the label is concerned.
-    async fn settle_resize(self: &Rc<Self>) -> Result<(), String> {
-        self.zero_old_labels().await?;
+    async fn write_zeros(&self, start: u64, length: u64) -> Result<(), Errno> {
+        const PIECE: usize = 1 << 20;
+        for from in (start..start + length).step_by(PIECE) {
+            let piece = usize::try_from(start + length - from).map_or(PIECE, |left| left.min(PIECE));
+            self.io.write(DeviceIndex::PRIMARY, from, &vec![0; piece]).await?;
+        }
+        Ok(())
+    }
+
+    /// Finish what earlier attempts began, as far as labels are concerned. The primary has `size` bytes.
+    async fn settle_resize(self: &Rc<Self>, size: u64) -> Result<(), String> {
+        self.zero_old_labels(size).await?;
         let has_old_labels = self.superblock.borrow().old_labels().next().is_some();
         if has_old_labels || self.superblock_is_in_doubt() {
             let keep = |next: &mut Superblock| next.grow(next.capacity, next.primary_size);
@@ -189,12 +222,12 @@ impl Core {
         Ok(())
     }
 
-    /// Do it for a volume that was just opened. Where that fails the next one tries again: nobody uses the place.
-    pub(super) async fn finish_resize(self: &Rc<Self>) {
+    /// Do it for a volume that was just opened, on a primary of `size` bytes. Where that fails the next one tries
+    /// again: nobody uses the place.
+    pub(super) async fn finish_resize(self: &Rc<Self>, size: u64) {
         self.places.label.acquire().await;
-        if self.superblock.borrow().old_labels().next().is_some()
-            && self.may_write().is_ok()
-            && let Err(why) = self.settle_resize().await
+        if self.may_write().is_ok()
+            && let Err(why) = self.settle_resize(size).await
         {
             let action = "tried again when the volume is opened or resized";
             self.event(Severity::Warn, "old-label", Some(DeviceIndex::PRIMARY), SectorRange::default(), why, action);
