@@ -64,6 +64,8 @@ pub(crate) struct Vm<'a> {
     _memory: Arc<GuestMemoryMmap>,
     pub(crate) rings: Vec<Ring>,
     err: EventFd,
+    /// The end that the device gets, and ours.
+    channel: (UnixStream, UnixStream),
     inflight: Option<(Vec<u8>, File)>,
     /// What was last written on each ring.
     stamps: Vec<u64>,
@@ -80,8 +82,9 @@ impl Vm<'_> {
         rings.iter_mut().for_each(|ring| ring.restart_at(0));
         let stamps = vec![0; trace.rings];
         let err = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        let channel = UnixStream::pair().expect("sockets");
         let reference = reference.to_vec();
-        Vm { trace, file, _memory: memory, rings, err, inflight: None, stamps, next_stamp: 1, reference }
+        Vm { trace, file, _memory: memory, rings, err, channel, inflight: None, stamps, next_stamp: 1, reference }
     }
 
     fn ring(&self, index: u32) -> &Ring {
@@ -138,6 +141,7 @@ impl Vm<'_> {
             Fd::Kick(ring) => of_ring(ring).0,
             Fd::Call(ring) => of_ring(ring).1,
             Fd::Err => self.err.as_raw_fd(),
+            Fd::Channel => self.channel.0.as_raw_fd(),
             Fd::Memory => self.file.as_raw_fd(),
             Fd::Inflight => self.inflight.as_ref().map_or(self.err.as_raw_fd(), |(_, file)| file.as_raw_fd()),
         }

@@ -257,9 +257,10 @@ fn remains(server: &Server, guest: &mut Guest<'_>, outcomes: Vec<Outcome>) -> Re
             event.kind, event.device, event.sector, event.sectors, event.cause, event.action
         )
     };
-    // The framework tracks no requests, and logs no writes.
+    // The framework tracks no requests, logs no writes, and says nothing unasked.
     let features = guest.front_end().features & !F_LOG_ALL;
     let own = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::LOG_SHMFD;
+    let own = own | VhostUserProtocolFeatures::BACKEND_REQ;
     let protocol_features = (guest.front_end().protocol_features - own).bits();
     let (list, counters) = (server.list(), server.status().counters);
     // Workers and healer report beside each other.
