@@ -102,3 +102,66 @@ fn tell_config_change(socket: &OwnedFd) {
         Err(errno) => log::warn!("the front-end cannot be told of a new size: {errno}; it has to ask"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+
+    use super::*;
+
+    fn listening(channel: &Channel) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        channel.open(ours.into());
+        theirs
+    }
+
+    fn told(front_end: &mut UnixStream) -> usize {
+        let mut count = 0;
+        let mut message = [0; 12];
+        while let Ok(12) = front_end.read(&mut message) {
+            assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+            count += 1;
+        }
+        count
+    }
+
+    #[test]
+    fn each_front_end_is_told_once_its_queues_are_started() {
+        let channel = Channel::new();
+        channel.announce();
+        assert!(!channel.is_due());
+        let mut front_end = listening(&channel);
+        channel.announce();
+        channel.tell();
+        assert_eq!(told(&mut front_end), 0);
+        channel.set_started(true);
+        assert!(channel.is_due());
+        channel.tell();
+        channel.tell();
+        assert_eq!((told(&mut front_end), channel.is_due()), (1, false));
+        channel.announce();
+        assert_eq!(told(&mut front_end), 1);
+        channel.close();
+        let mut next = listening(&channel);
+        channel.set_started(true);
+        assert!(channel.is_due());
+        channel.tell();
+        assert_eq!((told(&mut front_end), told(&mut next)), (0, 1));
+    }
+
+    #[test]
+    fn a_front_end_that_does_not_read_is_not_waited_for() {
+        let channel = Channel::new();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        while ours.write(&[0; 4096]).map_err(|error| assert_eq!(error.kind(), ErrorKind::WouldBlock)).is_ok() {}
+        ours.set_nonblocking(false).unwrap();
+        channel.open(ours.into());
+        channel.set_started(true);
+        channel.announce();
+        assert!(!channel.is_due());
+        drop(theirs);
+        channel.announce();
+    }
+}

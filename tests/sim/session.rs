@@ -331,11 +331,7 @@ impl World {
                 Deed::Fault(trouble) => trouble.strike(self),
                 Deed::Order(order) => self.order(order.clone()),
                 Deed::Resize(blocks) => self.resize(*blocks),
-                Deed::Beyond { write, at, count, queue } => {
-                    let depth = self.config.depth;
-                    self.serve_until(|world| world.unanswered() < depth);
-                    self.ask_beyond(*write, *at, *count, *queue);
-                }
+                Deed::Beyond { write, at, count, queue } => self.ask_beyond(*write, *at, *count, *queue),
                 Deed::Reset { queue, finish } => self.reset_queue(*queue, *finish),
                 Deed::Settle => self.settle_down(),
                 Deed::Return => self.check_return(),

@@ -85,7 +85,8 @@ pub(crate) fn open(disks: &MemoryDisks, policy: Policy, workers: usize) -> (Keep
     let (healer, facts) = opening.finish(&params).expect("the volume is good");
     let (to_healer, from_shards) = mailbox().expect("descriptors are left");
     device.watch(from_shards.as_raw_fd(), 0);
-    let disk = DiskInfo { capacity: CAPACITY, logical_block_size: 512, read_only: false, serial: facts.serial };
+    let capacity = healer.progress().capacity.clone();
+    let disk = DiskInfo { capacity, logical_block_size: 512, read_only: false, serial: facts.serial };
     let (disk, log) = (Arc::new(disk), Arc::new(EventLog::new("memory".into(), 0.0)));
     let clock = Clock::start();
     let mut to_shards = Vec::new();

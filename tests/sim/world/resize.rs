@@ -95,7 +95,8 @@ impl World {
 
     /// The guest asks for sectors that there were not when the volume was made.
     pub(crate) fn ask_beyond(&mut self, write: bool, at: u64, count: u64, queue: u16) {
-        let unit = self.config.unit();
+        let (unit, depth) = (self.config.unit(), self.config.depth);
+        self.serve_until(|world| world.unanswered() < depth);
         let first = self.growth.made_with.next_multiple_of(unit);
         let more = self.config.capacity.saturating_sub(first) / unit;
         if more == 0 {
