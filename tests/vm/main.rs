@@ -6,6 +6,7 @@ mod area;
 mod boot;
 mod full;
 mod guest;
+mod resize;
 mod server;
 mod unreadable;
 
