@@ -2,22 +2,26 @@
 //! was in it, a label to go by, and zeros where there was nothing.
 
 use vhost_remap::device::OpKind;
-use vhost_remap::device::memory::Keep;
+use vhost_remap::device::memory::{Keep, Pending};
 use vhost_remap::engine::healer::{NotResized, Order, Reply};
 use vhost_remap::engine::open::OpenError;
 use vhost_remap::engine::request::Status;
 use vhost_remap::volume::layout::Place;
+use vhost_remap::volume::superblock::CloseStamp;
 
 use crate::commits::{BLOCK_A, MOVED, SMALL, begun, check_copies, old};
 use crate::crash::at_every_operation;
 use crate::engine::Engine;
-use crate::rig::{BLOCK, Bad, Cut, PRIMARY, Reads, Rig, SPARE, Shape, pattern};
+use crate::rig::{BLOCK, Bad, Cut, MTIME, PRIMARY, Reads, Rig, SPARE, Shape, pattern};
 use crate::seat::{At, Kind, seats};
 
 /// By more than a label.
 const GROWN: Shape = Shape { capacity: SMALL.capacity + 6144, ..SMALL };
 /// Where the old label was, and where nothing was.
 const NEW_BLOCKS: [u64; 3] = [SMALL.capacity / BLOCK, SMALL.capacity / BLOCK + 3, GROWN.capacity / BLOCK - 1];
+
+/// One of those by which a closed primary is known again, as long as the volume has its old size.
+const SAMPLED: u64 = 16;
 
 /// Sizes before and after: with a label, and without one and a short last block.
 fn shapes() -> [[Shape; 2]; 2] {
@@ -52,6 +56,7 @@ fn base(shape: Shape) -> Rig {
         count: shape.capacity - last * BLOCK,
     };
     assert_eq!(engine.write(&mut rig, last * BLOCK, &old(last)[..range.bytes() as usize]), Ok(Status::Ok));
+    assert_eq!(engine.write(&mut rig, SAMPLED * BLOCK, &old(SAMPLED)), Ok(Status::Ok));
     engine.done(&mut rig, Order::Remap(range));
     assert_eq!(engine.flush(&mut rig), Ok(Status::Ok));
     drop(engine);
@@ -86,7 +91,7 @@ fn grow(rig: &mut Rig, to: Shape, progress: &mut Progress) -> Result<(), Cut> {
 }
 
 fn check_old_data(engine: &mut Engine, rig: &mut Rig, before: &Shape) {
-    for block in [BLOCK_A, MOVED] {
+    for block in [BLOCK_A, MOVED, SAMPLED] {
         assert_eq!(engine.read(rig, block * BLOCK, BLOCK), Some(old(block)), "block {block}");
     }
     let last = last_block(before);
@@ -495,4 +500,56 @@ fn a_volume_grows_into_room_that_it_has() {
         assert_eq!(engine.read(&mut rig, shape.capacity, 1), None);
     }
     check_new_sectors(&mut engine, &mut rig, &[SMALL, GROWN], Progress::default());
+}
+
+/// Begin a resize, go so many steps, and close, while one of the superblocks' copies takes its time. Whether the resize
+/// was over by then, and how it ended.
+fn close_after(base: &Rig, shapes: &[Shape; 2], steps: usize, held: Option<u8>) -> (bool, bool) {
+    let after = shapes[1];
+    let mut rig = base.fork();
+    let mut engine = rig.open().unwrap();
+    extend(&mut rig, after);
+    let order = Order::Resize { capacity: after.capacity, primary_size: after.sizes()[0] };
+    let order = engine.begin_order(&mut rig, order);
+    let was_over = !(0..steps).all(|_| engine.step(&mut rig).unwrap());
+    rig.held = held.map(|copy| (SPARE, rig.shape.layout().superblock(Place::Tail, copy)));
+    let settle = engine.begin_order(&mut rig, Order::Settle);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    rig.held = None;
+    while !engine.is_answered(settle) {
+        assert!(engine.step(&mut rig).unwrap(), "a close is never answered");
+    }
+    let Some(Reply::Settled(Ok(sample_crc))) = engine.reply(settle) else { panic!("{:?}", engine.reply(settle)) };
+    let stamp = CloseStamp { size: after.sizes()[0], mtime_ns: MTIME, sample_crc: *sample_crc };
+    rig.performed.clear();
+    engine.done(&mut rig, Order::Seal(stamp));
+    let written = |op: &Pending| op.device == PRIMARY && !matches!(op.kind, OpKind::Read | OpKind::Flush);
+    assert!(!rig.performed.iter().any(written), "after the last look at the primary: {:?}", rig.performed);
+    let Some(Reply::Resized(answer)) = engine.reply(order) else { panic!("no answer to the resize") };
+    let is_grown = answer.is_ok();
+    drop(engine);
+    rig.crash(|_, _| Keep::Drop);
+    let progress = Progress { extended: true, answered: is_grown, written: false };
+    check_resized(rig, shapes, progress, &mut [0; 3]);
+    (was_over, is_grown)
+}
+
+/// E4: the stamp of the primary is of its last moment, and of the capacity that the next opening goes by.
+#[test]
+fn a_close_in_the_midst_of_a_resize_looks_at_the_primary_last() {
+    for shapes in shapes() {
+        let base = base(shapes[0]);
+        let (mut grown, mut refused) = (0, 0);
+        for held in [None, Some(0), Some(1)] {
+            for steps in 0.. {
+                let (was_over, is_grown) = close_after(&base, &shapes, steps, held);
+                *(if is_grown { &mut grown } else { &mut refused }) += 1;
+                if was_over {
+                    break;
+                }
+            }
+        }
+        println!("labelled {}: {grown} grown, {refused} refused", shapes[0].labelled);
+        assert!(grown > 0 && refused > 0);
+    }
 }

@@ -14,9 +14,6 @@ impl Core {
     /// Refresh the label: its superblock and its copy of the table, where commits came since the last
     /// time. Off the path; a failure is only counted.
     pub(super) async fn stamp_label(self: &Rc<Self>) {
-        if self.label.get().is_none() {
-            return;
-        }
         self.places.label.acquire().await;
         if let Some(label) = self.label.get() {
             self.stamp_in_turn(label).await;

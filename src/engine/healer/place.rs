@@ -27,7 +27,7 @@ pub(super) struct Places {
     saved_sequence: Cell<u64>,
     /// Commits when the label was last stamped.
     pub(super) stamped_commits: Cell<Option<u64>>,
-    /// Held while the label is written: one after the other.
+    /// Held while the label is written, or the capacity: one after the other.
     pub(super) label: Permits,
     /// Where the label lies by a superblock that was written and may not be durable: a poison is noted there too.
     pub(super) next_label: Cell<Option<LabelLayout>>,

@@ -75,7 +75,8 @@ impl Core {
         self.may_write()?;
         self.check_growth(capacity, primary_size)?;
         if !self.policy.passthrough {
-            // Held for every write to the primary: a close waits for its turn too, and then comes the last look.
+            // Held for every write to the primary, and for the last ones to the spare: a close that comes meanwhile
+            // waits until they have ended before it looks at the primary for the last time.
             self.places.label.acquire().await;
             let moved = self.move_label(primary_size, is_as_before).await;
             self.places.label.release();
@@ -88,7 +89,9 @@ impl Core {
             true => Some(self.fence(BlockRange::one(Sector(before).block())).await.map_err(cause)?),
             false => None,
         };
+        self.places.label.acquire().await;
         let written = self.write_capacity(capacity, primary_size, is_as_before).await;
+        self.places.label.release();
         if written.is_ok() {
             self.use_capacity(capacity);
         }
