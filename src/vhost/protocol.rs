@@ -32,11 +32,11 @@ use super::worker::{Command, QueueKick, StartQueue, StopHow};
 use crate::runtime::mailbox::Outbox;
 use crate::sync::mpsc::{Receiver, channel};
 
-/// Protocol features on offer. Only what works: the crate drops STATUS, and has no sender for what BACKEND_REQ is
-/// good for.
+/// Protocol features on offer. Only what works: the crate drops STATUS.
 pub(super) const FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(INFLIGHT_MIGRATION)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
@@ -84,15 +84,6 @@ fn refuse(reason: impl std::fmt::Display) -> Error {
 /// Whether the connection goes on after `error`.
 pub(crate) fn is_refusal(error: &Error) -> bool {
     matches!(error, Error::ReqHandlerError(_))
-}
-
-fn address_of(region: &VhostUserMemoryRegion) -> RegionAddress {
-    RegionAddress {
-        guest: region.guest_phys_addr,
-        user: region.user_addr,
-        len: region.memory_size,
-        offset: region.mmap_offset,
-    }
 }
 
 impl Session {
@@ -222,7 +213,12 @@ impl Session {
         };
         queue.started = true;
         self.worker(number).send(Command::Start(Box::new(start)));
+        self.note_started();
         Ok(())
+    }
+
+    fn note_started(&self) {
+        self.device.channel().set_started(self.queues.iter().any(|queue| queue.started));
     }
 
     /// Order a stop; the receiver gets the place where it goes on, or is closed if the worker did not serve the queue.
@@ -239,6 +235,7 @@ impl Session {
         queue.kick = None;
         // A queue that its worker could not start has taken nothing.
         queue.base = base.unwrap_or(queue.base);
+        self.note_started();
         Ok(())
     }
 
@@ -338,7 +335,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let regions: Vec<_> = regions.iter().map(address_of).zip(files).collect();
+        let regions: Vec<_> = regions.iter().map(RegionAddress::of).zip(files).collect();
         let (map, removed) = self.memory.replaced_by(&regions).map_err(refuse)?;
         self.use_memory(map, removed)?;
         Ok(None)
@@ -520,13 +517,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         fd: File,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        let map = self.memory.with_region(address_of(region), &fd).map_err(refuse)?;
+        let map = self.memory.with_region(RegionAddress::of(region), &fd).map_err(refuse)?;
         self.use_memory(map, RegionBits::default())?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        let address = address_of(region);
+        let address = RegionAddress::of(region);
         let (map, removed) = self
             .memory
             .without_region(address)

@@ -23,6 +23,7 @@ mod lost;
 mod matrix;
 mod order;
 mod poison;
+mod resize;
 mod returns;
 mod rig;
 mod seat;
