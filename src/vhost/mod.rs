@@ -25,6 +25,7 @@ pub(crate) mod queue;
 pub mod request;
 pub mod ring;
 pub mod server;
+pub(crate) mod session;
 mod state;
 pub mod status;
 pub mod thread;

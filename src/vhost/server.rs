@@ -13,7 +13,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use super::channel;
 use super::crew::Crew;
 use super::device::BlkDevice;
-use super::protocol::{Session, is_refusal};
+use super::session::{Session, is_refusal};
 use super::status::ServerStatus;
 use super::wait::{is_passing, wait_for, wait_until};
 use crate::runtime::handover::HeldVolume;
