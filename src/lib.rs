@@ -66,7 +66,7 @@
 //! - [`vhost::ring`], [`vhost::chain`] and [`vhost::request`] turn guest memory into
 //!   [`Request`](engine::request::Request)s, [`vhost::inflight`] is what survives us,
 //!   [`vhost::dirty`] what a migration has to copy again, [`vhost::worker`] the
-//!   loop of a worker thread, [`vhost::protocol`] the thread that talks to the front-end.
+//!   loop of a worker thread, [`vhost::protocol`] and `vhost::session` the thread that talks to the front-end.
 //!   [`vhost::framework`] serves the same device with rust-vmm's daemon and rings in place of ours, to be compared.
 //! - [`control::api`] is the documents, `control::routes` the addresses, [`control::client`] what `cli` uses.
 //!

@@ -122,7 +122,7 @@ impl Session {
     }
 
     /// Have the volume opened, if it is away: a queue is to be served.
-    pub(super) fn muster(&mut self) -> Result<()> {
+    fn muster(&mut self) -> Result<()> {
         if !self.workers.is_empty() {
             return Ok(());
         }
@@ -195,7 +195,7 @@ impl Session {
         Ok(())
     }
 
-    pub(super) fn note_started(&self) {
+    fn note_started(&self) {
         self.device.channel().set_started(self.queues.iter().any(|queue| queue.started));
     }
 

@@ -24,6 +24,7 @@ mod matrix;
 mod order;
 mod poison;
 mod resize;
+mod resize_fails;
 mod returns;
 mod rig;
 mod seat;

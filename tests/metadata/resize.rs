@@ -2,21 +2,20 @@
 //! was in it, a label to go by, and zeros where there was nothing.
 
 use vhost_remap::device::OpKind;
-use vhost_remap::device::memory::{Keep, Pending};
+use vhost_remap::device::memory::Keep;
 use vhost_remap::engine::healer::{NotResized, Order, Reply};
 use vhost_remap::engine::open::OpenError;
 use vhost_remap::engine::request::Status;
 use vhost_remap::volume::layout::Place;
-use vhost_remap::volume::superblock::CloseStamp;
 
 use crate::commits::{BLOCK_A, MOVED, SMALL, begun, check_copies, old};
 use crate::crash::at_every_operation;
 use crate::engine::Engine;
-use crate::rig::{BLOCK, Bad, Cut, MTIME, PRIMARY, Reads, Rig, SPARE, Shape, pattern};
+use crate::rig::{BLOCK, Cut, PRIMARY, Rig, SPARE, Shape, pattern};
 use crate::seat::{At, Kind, seats};
 
 /// By more than a label.
-const GROWN: Shape = Shape { capacity: SMALL.capacity + 6144, ..SMALL };
+pub(crate) const GROWN: Shape = Shape { capacity: SMALL.capacity + 6144, ..SMALL };
 /// Where the old label was, and where nothing was.
 const NEW_BLOCKS: [u64; 3] = [SMALL.capacity / BLOCK, SMALL.capacity / BLOCK + 3, GROWN.capacity / BLOCK - 1];
 
@@ -24,12 +23,12 @@ const NEW_BLOCKS: [u64; 3] = [SMALL.capacity / BLOCK, SMALL.capacity / BLOCK + 3
 const SAMPLED: u64 = 16;
 
 /// Sizes before and after: with a label, and without one and a short last block.
-fn shapes() -> [[Shape; 2]; 2] {
+pub(crate) fn shapes() -> [[Shape; 2]; 2] {
     let adopted = Shape { labelled: false, capacity: SMALL.capacity - 3, ..SMALL };
     [[SMALL, GROWN], [adopted, Shape { labelled: false, ..GROWN }]]
 }
 
-fn resize(engine: &mut Engine, rig: &mut Rig, shape: &Shape) -> Result<Result<String, NotResized>, Cut> {
+pub(crate) fn resize(engine: &mut Engine, rig: &mut Rig, shape: &Shape) -> Result<Result<String, NotResized>, Cut> {
     let order = Order::Resize { capacity: shape.capacity, primary_size: shape.sizes()[0] };
     match engine.order(rig, order)? {
         Reply::Resized(result) => Ok(result),
@@ -39,14 +38,14 @@ fn resize(engine: &mut Engine, rig: &mut Rig, shape: &Shape) -> Result<Result<St
 
 /// How far a resize has come.
 #[derive(Clone, Copy, Default)]
-struct Progress {
-    extended: bool,
-    answered: bool,
-    written: bool,
+pub(crate) struct Progress {
+    pub(crate) extended: bool,
+    pub(crate) answered: bool,
+    pub(crate) written: bool,
 }
 
 /// A volume with a block that lives in a slot, and its last one too.
-fn base(shape: Shape) -> Rig {
+pub(crate) fn base(shape: Shape) -> Rig {
     let mut rig = begun(shape);
     rig.bad.clear();
     let mut engine = rig.open().unwrap();
@@ -68,7 +67,7 @@ fn last_block(shape: &Shape) -> u64 {
     (shape.capacity - 1) / BLOCK
 }
 
-fn extend(rig: &mut Rig, to: Shape) {
+pub(crate) fn extend(rig: &mut Rig, to: Shape) {
     rig.disks.extend(PRIMARY, to.sizes()[0]);
     rig.shape = to;
 }
@@ -90,7 +89,7 @@ fn grow(rig: &mut Rig, to: Shape, progress: &mut Progress) -> Result<(), Cut> {
     Ok(())
 }
 
-fn check_old_data(engine: &mut Engine, rig: &mut Rig, before: &Shape) {
+pub(crate) fn check_old_data(engine: &mut Engine, rig: &mut Rig, before: &Shape) {
     for block in [BLOCK_A, MOVED, SAMPLED] {
         assert_eq!(engine.read(rig, block * BLOCK, BLOCK), Some(old(block)), "block {block}");
     }
@@ -110,7 +109,7 @@ fn check_new_sectors(engine: &mut Engine, rig: &mut Rig, [before, after]: &[Shap
     }
 }
 
-fn check_resized(mut rig: Rig, shapes: &[Shape; 2], progress: Progress, counts: &mut [usize; 3]) {
+pub(crate) fn check_resized(mut rig: Rig, shapes: &[Shape; 2], progress: Progress, counts: &mut [usize; 3]) {
     let [before, after] = *shapes;
     rig.shape = if progress.extended { after } else { before };
     if before.labelled {
@@ -282,141 +281,6 @@ fn a_volume_grows_in_the_order_that_loses_nothing() {
     assert_eq!(story(&rig), "nLFLFTFLFLF ssf 0F ssf ssf LFLFTFLFL".replace(' ', ""));
 }
 
-/// Any one operation of the spare fails, once or with all that follow.
-#[test]
-fn a_resize_that_the_spare_does_not_take_leaves_a_disk_that_opens() {
-    for shapes in shapes() {
-        let [before, after] = shapes;
-        let base = base(before);
-        let mut outcomes = [0; 3];
-        for first in 0.. {
-            let mut performed = 0;
-            for (count, torn) in [(1, None), (u64::MAX, None), (u64::MAX, Some(1))] {
-                let mut rig = base.fork();
-                let mut engine = rig.open().unwrap();
-                extend(&mut rig, after);
-                let so_far = rig.performed.iter().filter(|op| op.device == SPARE).count() as u64;
-                (rig.fails, rig.torn) = (Some((so_far + first, count)), torn);
-                let answer = resize(&mut engine, &mut rig, &after).unwrap();
-                performed = rig.performed.iter().filter(|op| op.device == SPARE).count() as u64 - so_far;
-                let progress = Progress { extended: true, answered: answer.is_ok(), written: false };
-                rig.fails = None;
-                engine.pass(&mut rig, 2).unwrap();
-                match &answer {
-                    Ok(_) => outcomes[0] += 1,
-                    Err(failed) => {
-                        outcomes[1 + usize::from(failed.is_as_before)] += 1;
-                        assert_eq!(engine.status(&mut rig).capacity, before.capacity);
-                        assert_eq!(engine.read(&mut rig, before.capacity, 1), None);
-                        check_old_data(&mut engine, &mut rig, &before);
-                        if failed.is_as_before {
-                            let mut shorter = rig.fork();
-                            shorter.kill();
-                            shorter.shape = before;
-                            let mut engine = shorter.open().expect("as it was before");
-                            check_old_data(&mut engine, &mut shorter, &before);
-                        }
-                    }
-                }
-                drop(engine);
-                // What is not flushed of it may still land.
-                for fate in [Keep::Keep, Keep::Drop] {
-                    let mut after = rig.fork();
-                    after.crash(|_, _| fate);
-                    check_resized(after, &shapes, progress, &mut [0; 3]);
-                }
-            }
-            if first > performed {
-                break;
-            }
-        }
-        println!("labelled {}: {outcomes:?} grown, not grown, not grown and as before", before.labelled);
-        assert!(outcomes[0] > 0 && outcomes[1] > 0);
-    }
-}
-
-/// A page of the primary that takes no writes.
-fn bad_primary(from: u64, to: u64) -> Bad {
-    Bad { device: PRIMARY, from, to, reads: Reads::Good, writes: true }
-}
-
-#[test]
-fn a_resize_that_the_primary_does_not_take_leaves_the_disk_as_it_was() {
-    let (old_label, new_label) = (SMALL.label().unwrap(), GROWN.label().unwrap());
-    let bad = [
-        (bad_primary(new_label.poison(), new_label.poison() + 512), true),
-        (bad_primary(new_label.table(0), new_label.table(0) + 512), true),
-        (bad_primary(new_label.start, new_label.superblock(1) + 512), true),
-        (bad_primary(old_label.start, old_label.end()), false),
-    ];
-    let shapes = [SMALL, GROWN];
-    let base = base(SMALL);
-    for (bad, is_as_before) in bad {
-        let mut rig = base.fork();
-        let mut engine = rig.open().unwrap();
-        extend(&mut rig, GROWN);
-        rig.bad = vec![bad];
-        let failed = resize(&mut engine, &mut rig, &GROWN).unwrap().unwrap_err();
-        assert_eq!(failed.is_as_before, is_as_before, "{failed:?}");
-        assert!(failed.why.contains("primary"), "{failed:?}");
-        assert_eq!(engine.status(&mut rig).capacity, SMALL.capacity);
-        check_old_data(&mut engine, &mut rig, &SMALL);
-        assert_eq!(engine.write(&mut rig, 0, &pattern(0, 8, 3)), Ok(Status::Ok));
-        assert_eq!(engine.flush(&mut rig), Ok(Status::Ok));
-        // Closed or not, with the bad place still there: it opens, and grows once the place is good again.
-        let mut closed = rig.fork();
-        closed.bad.clone_from(&rig.bad);
-        assert_eq!(engine.close(&mut rig), Ok(Ok(())));
-        drop(engine);
-        for mut rig in [rig, closed] {
-            rig.kill();
-            let mut engine = rig.open().unwrap();
-            assert_eq!(engine.status(&mut rig).capacity, SMALL.capacity);
-            // Neither an old label nor what was to be a new one becomes zeros there.
-            assert_eq!(engine.causes("old-label").len(), 1);
-            drop(engine);
-            rig.kill();
-            rig.bad.clear();
-            let progress = Progress { extended: true, ..Progress::default() };
-            check_resized(rig, &shapes, progress, &mut [0; 3]);
-        }
-    }
-}
-
-/// F2: which label counts at the next start is not known while the spare has not taken its superblock for good.
-#[test]
-fn a_note_goes_to_every_label_that_may_count() {
-    let mut rig = base(SMALL);
-    let mut engine = rig.open().unwrap();
-    extend(&mut rig, GROWN);
-    let spare_ops = |rig: &Rig| rig.performed.iter().filter(|op| op.device == SPARE).count() as u64;
-    // The superblock that says where the label is lands, and nobody is told.
-    (rig.fails, rig.torn) = (Some((spare_ops(&rig), u64::MAX)), Some(1));
-    let order = Order::Resize { capacity: GROWN.capacity, primary_size: GROWN.sizes()[0] };
-    let id = engine.begin_order(&mut rig, order);
-    while !engine.is_answered(id) {
-        assert!(engine.step(&mut rig).unwrap());
-    }
-    let Some(Reply::Resized(Err(failed))) = engine.reply(id) else { panic!("it has failed") };
-    assert!(!failed.is_as_before);
-    // It becomes durable with a slot of the guest's.
-    (rig.fails, rig.torn) = (None, None);
-    assert_eq!(engine.write(&mut rig, MOVED * BLOCK, &old(MOVED)), Ok(Status::Ok));
-    assert_eq!(engine.flush(&mut rig), Ok(Status::Ok));
-    // Then a flush fails, of which the spare takes no note.
-    rig.bad_flushes = [1, 0];
-    let poison = Place::ALL.map(|place| rig.shape.layout().poison(place));
-    rig.bad = poison.map(|from| Bad { device: SPARE, from, to: from + 4096, reads: Reads::Good, writes: true }).into();
-    assert_eq!(engine.write(&mut rig, 0, &pattern(0, 8, 3)), Ok(Status::Ok));
-    assert_eq!(engine.flush(&mut rig), Ok(Status::IoErr));
-    drop(engine);
-    rig.crash(|_, _| Keep::Drop);
-    rig.bad.clear();
-    let mut engine = rig.open().unwrap();
-    assert_eq!(engine.status(&mut rig).primary_size, GROWN.sizes()[0], "the label that counts is the new one");
-    assert!(engine.is_poisoned());
-}
-
 /// E4, and the label that moved says so.
 #[test]
 fn a_spare_from_before_the_volume_grew_is_refused() {
@@ -455,35 +319,6 @@ fn a_primary_that_was_extended_while_nobody_looked_opens_as_it_was_and_can_be_us
     }
 }
 
-#[test]
-fn a_volume_that_cannot_grow_says_why_and_stays_as_it_is() {
-    let mut rig = base(SMALL);
-    let mut engine = rig.open().unwrap();
-    extend(&mut rig, GROWN);
-    rig.performed.clear();
-    let (size, small) = (GROWN.sizes()[0], SMALL.sizes()[0]);
-    for (capacity, primary_size, why) in [
-        (SMALL.capacity, size, "only grow"),
-        (SMALL.capacity - 8, size, "only grow"),
-        (1 << 43, size, "more than"),
-        (GROWN.capacity + 8, size, "needs"),
-        (SMALL.capacity + 8, small, "needs"),
-        // The new label would lie over the old one.
-        (SMALL.capacity + 8, small + 4096, "needs"),
-    ] {
-        let order = Order::Resize { capacity, primary_size };
-        let Reply::Resized(Err(failed)) = engine.order(&mut rig, order).unwrap() else { panic!("{capacity}") };
-        assert!(failed.why.contains(why) && failed.is_as_before, "{failed:?}");
-    }
-    assert!(!rig.was_written());
-    // Nor is anything done to what is closed.
-    assert_eq!(engine.close(&mut rig), Ok(Ok(())));
-    rig.performed.clear();
-    let failed = resize(&mut engine, &mut rig, &GROWN).unwrap().unwrap_err();
-    assert!(failed.why.contains("closed"), "{failed:?}");
-    assert!(!rig.was_written());
-}
-
 /// As large as its primary has room for without that its label moves.
 #[test]
 fn a_volume_grows_into_room_that_it_has() {
@@ -500,56 +335,4 @@ fn a_volume_grows_into_room_that_it_has() {
         assert_eq!(engine.read(&mut rig, shape.capacity, 1), None);
     }
     check_new_sectors(&mut engine, &mut rig, &[SMALL, GROWN], Progress::default());
-}
-
-/// Begin a resize, go so many steps, and close, while one of the superblocks' copies takes its time. Whether the resize
-/// was over by then, and how it ended.
-fn close_after(base: &Rig, shapes: &[Shape; 2], steps: usize, held: Option<u8>) -> (bool, bool) {
-    let after = shapes[1];
-    let mut rig = base.fork();
-    let mut engine = rig.open().unwrap();
-    extend(&mut rig, after);
-    let order = Order::Resize { capacity: after.capacity, primary_size: after.sizes()[0] };
-    let order = engine.begin_order(&mut rig, order);
-    let was_over = !(0..steps).all(|_| engine.step(&mut rig).unwrap());
-    rig.held = held.map(|copy| (SPARE, rig.shape.layout().superblock(Place::Tail, copy)));
-    let settle = engine.begin_order(&mut rig, Order::Settle);
-    engine.settle_but_for_held(&mut rig).unwrap();
-    rig.held = None;
-    while !engine.is_answered(settle) {
-        assert!(engine.step(&mut rig).unwrap(), "a close is never answered");
-    }
-    let Some(Reply::Settled(Ok(sample_crc))) = engine.reply(settle) else { panic!("{:?}", engine.reply(settle)) };
-    let stamp = CloseStamp { size: after.sizes()[0], mtime_ns: MTIME, sample_crc: *sample_crc, write_through: false };
-    rig.performed.clear();
-    engine.done(&mut rig, Order::Seal(stamp));
-    let written = |op: &Pending| op.device == PRIMARY && !matches!(op.kind, OpKind::Read | OpKind::Flush);
-    assert!(!rig.performed.iter().any(written), "after the last look at the primary: {:?}", rig.performed);
-    let Some(Reply::Resized(answer)) = engine.reply(order) else { panic!("no answer to the resize") };
-    let is_grown = answer.is_ok();
-    drop(engine);
-    rig.crash(|_, _| Keep::Drop);
-    let progress = Progress { extended: true, answered: is_grown, written: false };
-    check_resized(rig, shapes, progress, &mut [0; 3]);
-    (was_over, is_grown)
-}
-
-/// E4: the stamp of the primary is of its last moment, and of the capacity that the next opening goes by.
-#[test]
-fn a_close_in_the_midst_of_a_resize_looks_at_the_primary_last() {
-    for shapes in shapes() {
-        let base = base(shapes[0]);
-        let (mut grown, mut refused) = (0, 0);
-        for held in [None, Some(0), Some(1)] {
-            for steps in 0.. {
-                let (was_over, is_grown) = close_after(&base, &shapes, steps, held);
-                *(if is_grown { &mut grown } else { &mut refused }) += 1;
-                if was_over {
-                    break;
-                }
-            }
-        }
-        println!("labelled {}: {grown} grown, {refused} refused", shapes[0].labelled);
-        assert!(grown > 0 && refused > 0);
-    }
 }
