@@ -105,7 +105,7 @@ pub enum OpenError {
     },
     /// The primary is larger than it was, and its label is not where it was.
     #[error(
-        "the primary has {found} bytes and the volume was made with {expected}, and no label lies where it did; shrink it back"
+        "the primary has {found} bytes and the volume was made with {expected}, and no label lies where it did; shrink it back, or name the right one"
     )]
     Grown {
         /// Bytes now.
@@ -148,6 +148,18 @@ pub enum OpenError {
         "the primary was changed by another program since the last clean close ({0}) and {1} blocks are remapped; serve it with --accept-external if that was wanted"
     )]
     External(&'static str, usize),
+    /// Somebody else changed the size of the primary.
+    #[error(
+        "the primary has {found} bytes and had {expected} at the last clean close, and {live} blocks are remapped; serve it with --accept-external if that was wanted"
+    )]
+    OtherSize {
+        /// Bytes now.
+        found: u64,
+        /// Bytes then.
+        expected: u64,
+        /// Blocks that are remapped.
+        live: usize,
+    },
     /// A device's logical block has grown.
     #[error(
         "the {device} has logical blocks of {found} bytes and the volume was made for {expected}; use a device with blocks no larger"

@@ -71,7 +71,7 @@ pub(super) async fn check_content(
     let unchanged = |_: &CloseStamp| superblock.clean && live > 0 && !params.accept_external;
     let Some(stamp) = superblock.stamp.filter(unchanged) else { return Ok(()) };
     if stamp.size != facts.size {
-        return Err(OpenError::External("its size differs", live));
+        return Err(OpenError::OtherSize { found: facts.size, expected: stamp.size, live });
     }
     if stamp.mtime_ns != 0 && same_device && stamp.mtime_ns != facts.mtime_ns {
         return Err(OpenError::External("its modification time differs", live));
