@@ -208,6 +208,8 @@ fn serve_volume(
     let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
     let (front_end, _front_end_file) = front_end.listen()?;
     let mut server = Serving::start(options.transport, front_end, device.clone(), workers(options), volume)?;
+    let announcer = device.clone();
+    volume.set_announce(move || announcer.announce());
     let (status, clock) = (server.status(), volume.clock());
     volume.set_front_end(move || FrontEndState {
         connected: status.connected(),

@@ -11,7 +11,7 @@ use vhost_remap::{device, engine, runtime, vhost, volume};
 
 /// What the library's own tests have in its place there.
 mod sync {
-    pub(crate) use std::sync::mpsc;
+    pub(crate) use std::sync::{atomic, mpsc};
 }
 
 #[expect(dead_code, reason = "the unit tests of the library use the rest")]

@@ -66,6 +66,8 @@ mod real_errors;
 mod real_spare;
 #[path = "process/refusals.rs"]
 mod refusals;
+#[path = "process/resize.rs"]
+mod resize;
 #[path = "process/restart.rs"]
 mod restart;
 #[path = "process/scenarios.rs"]

@@ -41,6 +41,8 @@ pub enum Order {
     Release(SectorRange),
     /// Write counters and the label's copy of the table.
     Save,
+    /// Grow to so many bytes, or to what the primary has room for.
+    Resize(Option<u64>),
 }
 
 impl Volume for HeldVolume {
@@ -67,6 +69,7 @@ impl Volume for HeldVolume {
             Order::Remap(range) => volume.remap(range.start.0, range.count),
             Order::Release(range) => volume.release(range.start.0, range.count),
             Order::Save => volume.save(),
+            Order::Resize(size) => volume.resize(size),
         }
     }
 }

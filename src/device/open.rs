@@ -148,6 +148,8 @@ pub enum OpenError {
     NoSpace { path: PathBuf, size: u64 },
     #[error("{}: {size} bytes is more than a file of its file system can have; choose a smaller size or another place", path.display())]
     TooLarge { path: PathBuf, size: u64 },
+    #[error("{}: has {found} bytes, and {needed} are needed; extend it first", path.display())]
+    DeviceSmall { path: PathBuf, found: u64, needed: u64 },
     #[error("{}: is on a read-only file system; choose another place", path.display())]
     ReadOnlyFileSystem { path: PathBuf },
     #[error("{}: {action}: {source}; check the path and the device", path.display())]
@@ -501,6 +503,41 @@ impl OpenDevice {
         let whole = size - size % u64::from(self.geometry.logical_block);
         self.size.fetch_max(whole, Ordering::Relaxed);
         Ok(size)
+    }
+
+    /// Extend a file to `size` bytes, where it has less; what is new are holes. The next flush makes that durable.
+    ///
+    /// # Errors
+    /// Where its file system does not take that; the file is as it was. A block device is extended by others.
+    pub fn extend(&self, size: u64) -> Result<(), OpenError> {
+        let path = || self.path.clone();
+        let found = self.update_size().map_err(|Errno(errno)| {
+            io_failure(&self.path, "cannot tell its size", io::Error::from_raw_os_error(errno))
+        })?;
+        if found >= size {
+            return Ok(());
+        }
+        if self.geometry.kind == Kind::BlockDevice {
+            return Err(OpenError::DeviceSmall { path: path(), found, needed: size });
+        }
+        self.file.set_len(size).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => OpenError::NoSpace { path: path(), size },
+            Some(libc::EFBIG | libc::EINVAL) => OpenError::TooLarge { path: path(), size },
+            _ => io_failure(&self.path, "cannot be extended", error),
+        })?;
+        self.size.fetch_max(size, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Undo [`OpenDevice::extend`] of a file that had `size` bytes and of whose new part nothing is used.
+    ///
+    /// # Errors
+    /// Where its file system does not take that: it stays longer.
+    pub fn shorten_again(&self, size: u64) -> io::Result<()> {
+        // First what may be addressed: a device that is shorter than that has gone.
+        let whole = size - size % u64::from(self.geometry.logical_block);
+        let before = self.size.swap(whole, Ordering::Relaxed);
+        self.file.set_len(size).inspect_err(|_| self.size.store(before, Ordering::Relaxed))
     }
 
     /// Last change of a file's content as of now, in nanoseconds since 1970; 0 for a block device.

@@ -1,7 +1,7 @@
 //! The operator's side of a running volume.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -13,14 +13,15 @@ use super::report::{BlockReport, Counters, DeviceReport, ListEntry, ListFilter, 
 use super::volume::{Standing, degraded_list};
 use crate::device::DeviceIndex;
 use crate::engine::healer::{HealerStatus, Order, PoisonReport, Reply, Tally};
-use crate::engine::view::PrimaryState;
+use crate::engine::view::{Geometry, PrimaryState};
+use crate::sync::Mutex;
 use crate::sync::mpsc::sync_channel;
 use crate::units::{Sector, SectorRange};
 
 /// The healer answers questions from memory; this much patience is for a machine in trouble.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Orders that work on devices may take as long as the ladders behind them.
-const ORDER_TIMEOUT: Duration = Duration::from_secs(3600);
+pub(super) const ORDER_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Requests older than this make `status` name them as hung.
 const HUNG_MS: u64 = 5000;
 
@@ -44,6 +45,8 @@ pub(super) struct Served {
     pub(super) cache: &'static str,
     pub(super) workers: u32,
     pub(super) transport: &'static str,
+    /// Held by a resize: there is one at a time.
+    pub(super) resizing: Mutex<()>,
 }
 
 /// A cheap clone that any thread may ask. No report waits for a disk.
@@ -86,7 +89,7 @@ impl VolumeHandle {
             state,
             messages,
             devices: self.device_reports(&healer),
-            capacity_sectors: served.opened.geometry.capacity,
+            capacity_sectors: self.geometry().capacity,
             blocks: BlockReport {
                 remapped: healer.remapped as u64,
                 remaps_max: u64::from(served.opened.geometry.slots),
@@ -168,7 +171,13 @@ impl VolumeHandle {
         found.into_iter().map(|(state, message)| (state.to_owned(), message)).unzip()
     }
 
-    fn path(&self, device: DeviceIndex) -> String {
+    /// The measures of the disk as the guest may know it.
+    fn geometry(&self) -> Geometry {
+        let OpenedVolume { geometry, progress, .. } = &self.0.opened;
+        Geometry { capacity: progress.capacity.load(SeqCst), ..*geometry }
+    }
+
+    pub(super) fn path(&self, device: DeviceIndex) -> String {
         let found = self.0.devices.get(device);
         found.map_or_else(|| device.to_string(), |device| device.path.display().to_string())
     }
@@ -230,7 +239,7 @@ impl VolumeHandle {
                 if !wanted {
                     continue;
                 }
-                let exists = self.0.opened.geometry.sectors_of(block);
+                let exists = self.geometry().sectors_of(block);
                 let sectors =
                     |mask: u8| (0..8).filter(|bit| mask >> bit & 1 == 1).map(|bit| block.start().0 + bit).collect();
                 let names =

@@ -23,6 +23,7 @@ use crate::device::fault::FaultTable;
 use crate::device::open::{self, DeviceSet};
 use crate::engine::event::{Event, Severity};
 use crate::engine::open::Look;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard};
 use crate::units::{SECTOR_SIZE, SectorRange};
 use crate::volume::superblock::RO_COMPAT_KNOWN;
@@ -38,8 +39,6 @@ struct State {
     volume: Uuid,
     /// Of the superblock, after the volume was closed.
     generation: u64,
-    /// Of the disk, in sectors of 512 bytes.
-    capacity: u64,
 }
 
 /// Why a volume does not change hands: one line.
@@ -49,14 +48,17 @@ pub enum HandoverError {
     #[error(transparent)]
     Volume(#[from] MakeError),
     /// The front-end was told of another disk.
-    #[error("{disk}: has {found} sectors now, and the front-end was shown {shown}; start the server again")]
+    #[error(
+        "{disk}: is not the disk that the front-end was shown (volume {shown}, and now volume {found}); start the \
+         server again"
+    )]
     Changed {
         /// The primary's path.
         disk: String,
-        /// Sectors now.
-        found: u64,
-        /// Sectors at the start.
-        shown: u64,
+        /// The volume at the start.
+        shown: Uuid,
+        /// The volume now.
+        found: Uuid,
     },
     /// What came with the guest is no state of ours.
     #[error("{disk}: the state that came with the guest cannot be read ({reason}); migrate it from a vhost-remap")]
@@ -167,6 +169,15 @@ impl HeldVolume {
         let _ = self.standing.front_end.set(Box::new(ask));
     }
 
+    /// Say whom to tell that the disk has another size than was shown. Once.
+    pub fn set_announce(&self, announce: impl Fn() + Send + Sync + 'static) {
+        let shown = self.disk.capacity.clone();
+        let _ = self.standing.announce.set(Box::new(move |capacity| {
+            shown.store(capacity, Ordering::SeqCst);
+            announce();
+        }));
+    }
+
     /// The clock of its events.
     pub fn clock(&self) -> Clock {
         self.standing.clock
@@ -192,6 +203,8 @@ impl HeldVolume {
             volume.close(write_through)?;
             return Err(error);
         }
+        // It may have grown where it was. A front-end is told to look when its queues are started.
+        self.disk.capacity.store(volume.disk().capacity.load(Ordering::SeqCst), Ordering::SeqCst);
         self.note("taken-over", "the guest is served here", "opened");
         *lock(&self.handle) = Some(volume.handle());
         *place = Some(volume);
@@ -199,9 +212,11 @@ impl HeldVolume {
     }
 
     fn is_as_shown(&self, volume: &ServedVolume, expected: Option<u64>) -> Result<(), HandoverError> {
-        let (found, shown) = (volume.disk().capacity, self.disk.capacity);
-        if volume.disk() != self.disk {
-            return Err(HandoverError::Changed { disk: self.name(), found, shown });
+        let (found, shown) = (volume.disk(), &self.disk);
+        let sectors = |disk: &DiskInfo| disk.capacity.load(Ordering::SeqCst);
+        let kind = |disk: &DiskInfo| (disk.logical_block_size, disk.read_only, disk.serial);
+        if volume.handle().set() != self.set || kind(&found) != kind(shown) || sectors(&found) < sectors(shown) {
+            return Err(HandoverError::Changed { disk: self.name(), shown: self.set, found: volume.handle().set() });
         }
         match expected {
             Some(generation) if generation != volume.found_generation() => Err(HandoverError::Other {
@@ -241,8 +256,8 @@ impl HeldVolume {
     /// # Errors
     /// When it cannot be looked at.
     pub fn state(&self) -> Result<Vec<u8>, HandoverError> {
-        let Seen { set, generation, disk, .. } = look(&self.options)?;
-        let state = State { version: STATE_VERSION, volume: set, generation, capacity: disk.capacity };
+        let Seen { set, generation, .. } = look(&self.options)?;
+        let state = State { version: STATE_VERSION, volume: set, generation };
         Ok(serde_json::to_vec(&state).expect("plain data with string keys"))
     }
 
@@ -265,7 +280,7 @@ impl HeldVolume {
                 (seen.set, seen.generation)
             }
         };
-        if (came.volume, came.generation, came.capacity) != (set, generation, self.disk.capacity) {
+        if (came.volume, came.generation) != (set, generation) {
             return Err(HandoverError::Other {
                 disk: self.name(),
                 came: came.volume,
@@ -326,7 +341,7 @@ impl HeldVolume {
             state: vec!["away".into()],
             messages: vec![self.away()],
             devices: devices.collect(),
-            capacity_sectors: self.disk.capacity,
+            capacity_sectors: self.disk.capacity.load(Ordering::SeqCst),
             blocks: BlockReport { remaps_max: u64::from(self.remaps_max), ..BlockReport::default() },
             counters: Counters::default(),
             lifetime: Counters::default(),
@@ -376,7 +391,7 @@ fn look(options: &ServeOptions) -> Result<Seen, MakeError> {
     let primary_facts = facts(&primary);
     let Some(spare) = options.spare.as_ref().filter(|_| !options.passthrough) else {
         let disk = DiskInfo {
-            capacity: primary.size() / SECTOR_SIZE,
+            capacity: Arc::new(AtomicU64::new(primary.size() / SECTOR_SIZE)),
             logical_block_size: primary_facts.logical_block,
             read_only: options.read_only,
             serial: passthrough_serial(&primary_facts),
@@ -401,7 +416,7 @@ fn look(options: &ServeOptions) -> Result<Seen, MakeError> {
         set: superblock.set,
         generation: superblock.generation,
         disk: DiskInfo {
-            capacity: superblock.capacity,
+            capacity: Arc::new(AtomicU64::new(superblock.capacity)),
             logical_block_size: superblock.logical_block,
             read_only: options.read_only || superblock.features[1] & !RO_COMPAT_KNOWN != 0,
             serial: superblock.serial,

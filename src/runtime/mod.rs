@@ -8,6 +8,7 @@ pub mod healer;
 pub mod mailbox;
 pub mod options;
 pub mod report;
+mod resize;
 pub mod signals;
 mod signature;
 pub mod volume;

@@ -25,6 +25,7 @@ use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
 use crate::engine::open::{DeviceFacts, LabelSearch, OldLabel, OpenError, OpenParams, Opening};
 use crate::engine::shard::Shard;
 use crate::runtime::options::IoEngine;
+use crate::sync::Mutex;
 use crate::units::{SECTOR_SIZE, SectorRange, Time};
 use crate::volume::layout::{label_size, spare_size};
 use crate::volume::superblock::{CAPACITY_MAX, CloseStamp};
@@ -415,6 +416,8 @@ pub struct Standing {
     pub(super) faults: Option<Arc<FaultTable>>,
     /// Whom to ask about the front-end.
     pub(super) front_end: OnceLock<Box<dyn Fn() -> FrontEndState + Send + Sync>>,
+    /// Whom to tell how many sectors a disk has that has grown.
+    pub(super) announce: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
 }
 
 impl Standing {
@@ -427,6 +430,7 @@ impl Standing {
             log: Arc::new(EventLog::new(options.primary.display().to_string(), epoch as f64)),
             faults: options.fault_injection.then(|| Arc::new(FaultTable::new())),
             front_end: OnceLock::new(),
+            announce: OnceLock::new(),
         }
     }
 }
@@ -494,7 +498,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         log.push(degraded_event(stamped, epoch));
     }
     let disk = Arc::new(DiskInfo {
-        capacity: opened.geometry.capacity,
+        capacity: opened.progress.capacity.clone(),
         logical_block_size: opened.geometry.logical_block,
         read_only: opened.facts.read_only,
         serial: opened.facts.serial,
@@ -506,7 +510,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
             let devices = devices.clone();
             WorkerPort {
                 reactor: Box::new(move || devices.reactor()),
-                shard: Shard::new(index, opened.geometry, opened.view.clone(), opened.progress.clone()),
+                shard: Shard::new(index, opened.view.clone(), opened.progress.clone()),
                 inbox,
                 healer: healer.shards.clone(),
                 clock,
@@ -523,6 +527,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         cache: if options.cache == Cache::None { "none" } else { "writeback" },
         workers,
         transport: options.transport.name(),
+        resizing: Mutex::new(()),
     }));
     Ok(ServedVolume { healer, handle, ports, disk, passthrough: options.passthrough })
 }

@@ -15,6 +15,7 @@ use virtio_bindings::bindings::{
 };
 
 use super::QUEUES_MAX;
+use super::channel::Channel;
 use super::config::{Config, NotWritable};
 use crate::runtime::worker::DiskInfo;
 use crate::sync::atomic::{AtomicBool, Ordering};
@@ -49,6 +50,8 @@ impl Settings {
 
 /// One virtio-blk device.
 pub struct BlkDevice {
+    /// Where to tell the front-end of changes.
+    channel: Channel,
     disk: Arc<DiskInfo>,
     queues: u16,
     settings: Arc<Settings>,
@@ -60,7 +63,7 @@ impl BlkDevice {
         let queues = queues.clamp(1, QUEUES_MAX);
         let (flush, writeback) = (AtomicBool::new(false), AtomicBool::new(true));
         let settings = Arc::new(Settings { config: Config::new(&disk, queues), flush, writeback });
-        BlkDevice { disk, queues, settings }
+        BlkDevice { channel: Channel::new(), disk, queues, settings }
     }
 
     /// Queues on offer.
@@ -76,6 +79,15 @@ impl BlkDevice {
     /// What workers look at.
     pub fn settings(&self) -> Arc<Settings> {
         self.settings.clone()
+    }
+
+    /// Tell the front-end that the disk has another size.
+    pub fn announce(&self) {
+        self.channel.announce();
+    }
+
+    pub(super) fn channel(&self) -> &Channel {
+        &self.channel
     }
 
     /// Virtio feature bits on offer.

@@ -9,6 +9,7 @@
 //! Nothing here knows what a slot or a map is; nothing below knows what a descriptor is.
 
 pub mod chain;
+mod channel;
 pub mod command;
 pub mod config;
 pub(crate) mod crew;
@@ -24,10 +25,12 @@ pub(crate) mod queue;
 pub mod request;
 pub mod ring;
 pub mod server;
+pub(crate) mod session;
 mod state;
 pub mod status;
 pub mod thread;
 pub(crate) mod tokens;
+mod wait;
 pub mod worker;
 
 #[cfg(all(test, feature = "shuttle"))]

@@ -1,11 +1,9 @@
-//! The protocol thread's half of a connection: what the front-end said, turned into orders to workers.
+//! The messages of the vhost-user protocol, and what each does to a [`Session`].
 //!
 //! Nothing here waits for the disk except the messages that promise it: GET_VRING_BASE, removals of memory,
 //! RESET_DEVICE, and the end of the connection.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vhost::VhostUserMemoryRegionBase;
@@ -16,27 +14,23 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_RING_PACKED;
-use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::QUEUE_SIZE_MAX;
-use super::command::wait;
-use super::crew::{Crew, Workers};
-use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
-use super::dirty::{DirtyLog, MaybeLog, VHOST_F_LOG_ALL};
+use super::device::VHOST_USER_F_PROTOCOL_FEATURES;
+use super::dirty::{DirtyLog, VHOST_F_LOG_ALL};
 use super::eventfd::{check_kick, duplicate, event_fd};
 use super::inflight::{INFLIGHT_MIGRATION, InflightRegion, drain_of};
-use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
-use super::ring::{Ring, RingAddresses, RingError, RingFormat};
+use super::memory::{REGIONS_MAX, RegionAddress, RegionBits};
+use super::ring::{Ring, RingAddresses, RingError};
+use super::session::{Session, refuse};
 use super::state;
-use super::worker::{Command, QueueKick, StartQueue, StopHow};
-use crate::runtime::mailbox::Outbox;
-use crate::sync::mpsc::{Receiver, channel};
+use super::worker::{Command, QueueKick, StopHow};
 
-/// Protocol features on offer. Only what works: the crate drops STATUS, and has no sender for what BACKEND_REQ is
-/// good for.
+/// Protocol features on offer. Only what works: the crate drops STATUS.
 pub(super) const FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(INFLIGHT_MIGRATION)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
@@ -44,244 +38,6 @@ pub(super) const FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures
     .union(VhostUserProtocolFeatures::DEVICE_STATE);
 
 /// What the front-end has said of a queue.
-#[derive(Default)]
-struct QueueSetup {
-    size: u16,
-    addresses: Option<RingAddresses>,
-    base: u32,
-    kick: Option<QueueKick>,
-    call: Option<OwnedFd>,
-    err: Option<OwnedFd>,
-    enabled: bool,
-    started: bool,
-}
-
-/// One connection.
-pub(crate) struct Session {
-    device: Arc<BlkDevice>,
-    crew: Arc<Crew>,
-    /// Of the crew; empty while the volume is away.
-    workers: Workers,
-    queues: Vec<QueueSetup>,
-    memory: Arc<MemoryMap>,
-    inflight: Option<Arc<InflightRegion>>,
-    features: u64,
-    /// How GET_VRING_BASE stops a queue, as was negotiated.
-    drain: StopHow,
-    /// What SET_LOG_BASE gave; used while LOG_ALL is among the features.
-    log: MaybeLog,
-    /// Where the state of a guest that comes is read from.
-    state: Option<File>,
-    /// Of the volume, by that state.
-    generation: Option<u64>,
-}
-
-/// A refusal that the crate has answered, where an answer was asked for; the connection goes on.
-fn refuse(reason: impl std::fmt::Display) -> Error {
-    Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, reason.to_string()))
-}
-
-/// Whether the connection goes on after `error`.
-pub(crate) fn is_refusal(error: &Error) -> bool {
-    matches!(error, Error::ReqHandlerError(_))
-}
-
-fn address_of(region: &VhostUserMemoryRegion) -> RegionAddress {
-    RegionAddress {
-        guest: region.guest_phys_addr,
-        user: region.user_addr,
-        len: region.memory_size,
-        offset: region.mmap_offset,
-    }
-}
-
-impl Session {
-    pub(crate) fn new(device: Arc<BlkDevice>, crew: Arc<Crew>, queues: u16) -> Session {
-        let queues = std::iter::repeat_with(QueueSetup::default).take(usize::from(queues)).collect();
-        let workers = crew.workers();
-        let memory = Arc::new(MemoryMap::new());
-        Session {
-            device,
-            crew,
-            workers,
-            queues,
-            memory,
-            inflight: None,
-            features: 0,
-            drain: StopHow::Drain,
-            log: None,
-            state: None,
-            generation: None,
-        }
-    }
-
-    /// The end of the connection: every queue is stopped, the device has returned everything, and guest memory
-    /// is no longer used. Requests that no device worked on stay in the in-flight region.
-    pub(crate) fn close(&mut self) {
-        if let Err(error) =
-            self.stop_all(StopHow::Leave).and_then(|()| self.use_memory(MemoryMap::new(), RegionBits(u64::MAX)))
-        {
-            log::error!("the connection cannot be wound up: {error}");
-        }
-        self.inflight = None;
-        self.log = None;
-        self.use_log();
-    }
-
-    /// Features on offer: the device's, and those of the transport.
-    fn offered_features(&self) -> u64 {
-        self.device.offered_features() | 1 << VHOST_F_LOG_ALL | 1 << VIRTIO_F_RING_PACKED
-    }
-
-    /// What was negotiated of rings.
-    fn ring_format(&self) -> RingFormat {
-        let has = |number: u32| self.features & 1 << number != 0;
-        RingFormat { packed: has(VIRTIO_F_RING_PACKED), event_idx: has(VIRTIO_RING_F_EVENT_IDX) }
-    }
-
-    /// Have all workers log, or not, as was negotiated; from the return on they do.
-    fn use_log(&self) {
-        let log = self.log.as_ref().filter(|_| self.is_logging());
-        let (done, ends) = channel();
-        for worker in &self.workers {
-            worker.send(Command::DirtyLog { log: log.cloned(), done: done.clone() });
-        }
-        drop(done);
-        for _ in &self.workers {
-            wait(&ends, || "the dirty log".to_string());
-        }
-    }
-
-    /// Have the volume opened, if it is away: a queue is to be served.
-    fn muster(&mut self) -> Result<()> {
-        if !self.workers.is_empty() {
-            return Ok(());
-        }
-        // Not every message that starts a queue has an answer: only the end of the connection is always heard.
-        self.workers = self.crew.muster(self.generation).map_err(|error| {
-            log::error!("{error}");
-            Error::BackendInternalError
-        })?;
-        self.note_cache_mode();
-        self.use_log();
-        self.use_memory(MemoryMap::clone(&self.memory), RegionBits::default())
-    }
-
-    /// Let go of the volume, if no queue is started: the guest goes on elsewhere.
-    fn dismiss(&mut self) -> bool {
-        let idle = !self.queues.iter().any(|queue| queue.started);
-        if !(idle && self.crew.dismiss()) {
-            return false;
-        }
-        self.workers.clear();
-        self.generation = None;
-        true
-    }
-
-    /// Whether the front-end logs writes to guest memory, as it does while a guest is migrated.
-    fn is_logging(&self) -> bool {
-        self.features & 1 << VHOST_F_LOG_ALL != 0
-    }
-
-    fn worker(&self, index: u16) -> &Outbox<Command> {
-        // Fixed: a queue's requests never change threads.
-        &self.workers[usize::from(index) % self.workers.len()]
-    }
-
-    fn queue(&mut self, index: u32) -> Result<(u16, &mut QueueSetup)> {
-        let number = u16::try_from(index).map_err(|_| refuse(format!("there is no queue {index}")))?;
-        let queue = self.queues.get_mut(usize::from(number));
-        queue.map(|queue| (number, queue)).ok_or_else(|| refuse(format!("there is no queue {index}")))
-    }
-
-    /// Start a queue once everything is known: with its kick, or late ones when they are enabled.
-    fn start_if_ready(&mut self, index: u32) -> Result<()> {
-        let format = self.ring_format();
-        let memory = self.memory.clone();
-        let inflight = self.inflight.clone();
-        let (_, queue) = self.queue(index)?;
-        let Some(addresses) = queue.addresses.filter(|_| queue.kick.is_some() && queue.size > 0 && !queue.started)
-        else {
-            return Ok(());
-        };
-        // The worker translates for itself; here it is checked so that the front-end hears of errors.
-        Ring::new(&memory, addresses, queue.size, queue.base, format).map_err(refuse)?;
-        self.muster()?;
-        let (number, queue) = self.queue(index)?;
-        let start = StartQueue {
-            index: number,
-            addresses,
-            size: queue.size,
-            base: queue.base,
-            format,
-            inflight,
-            kick: queue.kick.take().expect("just seen"),
-            call: duplicate(queue.call.as_ref()),
-            err: duplicate(queue.err.as_ref()),
-            enabled: queue.enabled,
-        };
-        queue.started = true;
-        self.worker(number).send(Command::Start(Box::new(start)));
-        Ok(())
-    }
-
-    /// Order a stop; the receiver gets the place where it goes on, or is closed if the worker did not serve the queue.
-    fn order_stop(&mut self, index: u16, how: StopHow) -> Receiver<u32> {
-        let (reply, stopped) = channel();
-        self.worker(index).send(Command::Stop { queue: index, how, reply });
-        stopped
-    }
-
-    fn finish_stop(&mut self, index: u16, stopped: &Receiver<u32>) -> Result<()> {
-        let base = wait(stopped, || format!("queue {index}"));
-        let queue = &mut self.queues[usize::from(index)];
-        queue.started = false;
-        queue.kick = None;
-        // A queue that its worker could not start has taken nothing.
-        queue.base = base.unwrap_or(queue.base);
-        Ok(())
-    }
-
-    fn stop_all(&mut self, how: StopHow) -> Result<()> {
-        let started = self.queues.iter().enumerate().filter(|(_, queue)| queue.started);
-        let started: Vec<u16> = started.map(|(i, _)| u16::try_from(i).expect("at most 64 queues")).collect();
-        let stops: Vec<_> = started.into_iter().map(|index| (index, self.order_stop(index, how))).collect();
-        stops.iter().try_for_each(|(index, stopped)| self.finish_stop(*index, stopped))
-    }
-
-    /// Change the memory of all workers and wait until no request uses `removed` (O5).
-    fn use_memory(&mut self, map: MemoryMap, removed: RegionBits) -> Result<()> {
-        self.memory = Arc::new(map);
-        let (done, ends) = channel();
-        for worker in &self.workers {
-            worker.send(Command::Memory { map: self.memory.clone(), removed, done: done.clone() });
-        }
-        drop(done);
-        if removed != RegionBits::default() {
-            for _ in &self.workers {
-                wait(&ends, || "memory that is being removed".to_string());
-            }
-        }
-        Ok(())
-    }
-
-    /// Close the volume and say which it is, for the guest to take along.
-    fn save_state(&mut self, fd: &File) -> Result<()> {
-        if !self.dismiss() {
-            return Err(refuse("the volume cannot change hands"));
-        }
-        let held = self.crew.held().expect("it was handed over");
-        state::write(fd, &held.state().map_err(refuse)?).map_err(refuse)
-    }
-
-    /// Have the cache mode outlive this process.
-    fn note_cache_mode(&self) {
-        if let Some(region) = &self.inflight {
-            region.set_write_through(!self.device.is_writeback());
-        }
-    }
-}
-
 impl VhostUserBackendReqHandlerMut for Session {
     fn set_owner(&mut self) -> Result<()> {
         Ok(())
@@ -338,7 +94,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let regions: Vec<_> = regions.iter().map(address_of).zip(files).collect();
+        let regions: Vec<_> = regions.iter().map(RegionAddress::of).zip(files).collect();
         let (map, removed) = self.memory.replaced_by(&regions).map_err(refuse)?;
         self.use_memory(map, removed)?;
         Ok(None)
@@ -520,13 +276,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         fd: File,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        let map = self.memory.with_region(address_of(region), &fd).map_err(refuse)?;
+        let map = self.memory.with_region(RegionAddress::of(region), &fd).map_err(refuse)?;
         self.use_memory(map, RegionBits::default())?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        let address = address_of(region);
+        let address = RegionAddress::of(region);
         let (map, removed) = self
             .memory
             .without_region(address)

@@ -216,7 +216,10 @@ fn segments(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::sync::atomic::AtomicU64;
     use crate::vhost::chain::Scatter;
     use crate::vhost::testing::{Buffer, DATA, Guest, chain_of, readable, writable};
 
@@ -224,7 +227,12 @@ mod tests {
     const BODY: u64 = DATA + 0x1000;
 
     fn disk(read_only: bool) -> DiskInfo {
-        DiskInfo { capacity: 1 << 20, logical_block_size: 512, read_only, serial: *b"serial-number-of-20b" }
+        DiskInfo {
+            capacity: Arc::new(AtomicU64::new(1 << 20)),
+            logical_block_size: 512,
+            read_only,
+            serial: *b"serial-number-of-20b",
+        }
     }
 
     /// What a request of that type with these data buffers comes to, in short.

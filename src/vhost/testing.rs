@@ -10,10 +10,11 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemory
 use crate::device::memory::MemoryDisks;
 use crate::engine::message::{Outcome, ToHealer, ToShard, Why};
 use crate::engine::shard::Shard;
-use crate::engine::view::{Geometry, Mode, PrimaryState, Progress, View};
+use crate::engine::view::{Geometry, Mode, PrimaryState, Progress, View, Written};
 use crate::runtime::eventlog::EventLog;
 use crate::runtime::mailbox::{Inbox, Outbox, mailbox};
 use crate::runtime::worker::{Clock, DiskInfo, WorkerPort};
+use crate::sync::atomic::AtomicU64;
 use crate::sync::mpsc::{Receiver, channel};
 use crate::vhost::device::BlkDevice;
 use crate::vhost::memory::MemoryMap;
@@ -207,7 +208,8 @@ pub(crate) const CAPACITY: u64 = 4096;
 
 fn device() -> BlkDevice {
     let serial = *b"bench\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
-    BlkDevice::new(Arc::new(DiskInfo { capacity: CAPACITY, logical_block_size: 512, read_only: false, serial }), 64)
+    let capacity = Arc::new(AtomicU64::new(CAPACITY));
+    BlkDevice::new(Arc::new(DiskInfo { capacity, logical_block_size: 512, read_only: false, serial }), 64)
 }
 
 /// A worker's place on a disk in memory, and the healer's ends of its mailboxes.
@@ -216,10 +218,16 @@ fn port(index: usize, device: &BlkDevice, disks: &MemoryDisks) -> (WorkerPort, O
     let (healer, from_shard) = mailbox().unwrap();
     let geometry = Geometry { capacity: CAPACITY, logical_block: 512, slots_start: 0, slots: 0 };
     let mode = Mode { poisoned: false, primary: PrimaryState::Up, spare_up: true, read_only: false };
-    let view = Arc::new(View { map: Map::new(geometry.blocks()), mode, dense: Arc::default() });
+    let view = Arc::new(View {
+        geometry,
+        map: Map::new(geometry.blocks()),
+        mode,
+        dense: Arc::default(),
+        written: Arc::new(Written::new(CAPACITY)),
+    });
     let disks = disks.clone();
     let port = WorkerPort {
-        shard: Shard::new(index, geometry, view, Progress::new(CAPACITY)),
+        shard: Shard::new(index, view, Progress::new(CAPACITY)),
         reactor: Box::new(move || Ok(Box::new(disks.queue()))),
         inbox,
         healer,

@@ -78,7 +78,8 @@ impl Seat {
 /// What lies in a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
-    /// 1 head place, 2 slots, 3 tail place, 4 guest data, 5 label.
+    /// 1 head place, 2 slots, 3 tail place, 4 guest data, 5 label, 6 old label: to be zeros before the capacity
+    /// takes it in. Programs that know no 6 change no capacity.
     pub kind: u32,
     /// 0 the primary, 1 the first spare.
     pub device: u32,
@@ -258,7 +259,7 @@ impl Superblock {
             f.u64(248 + 16 * i, *generation);
             f.u32(256 + 16 * i, *crc);
         }
-        assert!(self.regions.len() <= REGIONS, "a volume of format 1 has five regions");
+        assert!(self.regions.len() <= REGIONS, "a volume of format 1 has five regions, and an old label at most");
         f.u32(376, u32::try_from(self.regions.len()).expect("at most 32"));
         for (i, region) in self.regions.iter().enumerate() {
             let at = 384 + 24 * i;
@@ -305,7 +306,7 @@ impl Superblock {
         field(f.u64(120) <= SECONDS_MAX && f.u64(1152) <= SECONDS_MAX, "time")?;
         let wwn: [u8; 64] = f.array(184);
         let wwn_len = wwn.iter().position(|b| *b == 0).unwrap_or(64);
-        Ok(Superblock {
+        let superblock = Superblock {
             features: [f.u64(16), f.u64(24), f.u64(32)],
             set: Uuid::from_bytes(f.array(40)),
             device: Uuid::from_bytes(f.array(56)),
@@ -340,7 +341,9 @@ impl Superblock {
                 })
                 .collect(),
             stamped: f.u64(1152),
-        })
+        };
+        field(superblock.old_labels().all(|old| superblock.may_be_zeros(old)), "old label")?;
+        Ok(superblock)
     }
 
     /// The superblock of the next generation, with this one at the head of its history.
@@ -365,7 +368,7 @@ impl Superblock {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     pub(in crate::volume) fn sample() -> Superblock {

@@ -30,7 +30,7 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn new(healer: Healer) -> Engine {
-        let shard = Shard::new(0, healer.geometry(), healer.view(), healer.progress());
+        let shard = Shard::new(0, healer.view(), healer.progress());
         Engine {
             healer,
             shard,

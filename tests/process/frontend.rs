@@ -167,6 +167,14 @@ impl FrontEnd {
         }
     }
 
+    /// Be told of changes; where to hear of them.
+    pub(crate) fn listen(&mut self) -> UnixStream {
+        let (theirs, ours) = UnixStream::pair().expect("sockets");
+        self.session.set_backend_request_fd(&theirs).unwrap();
+        ours.set_read_timeout(Some(PROTOCOL_LIMIT)).expect("a socket");
+        ours
+    }
+
     /// The guest's memory, to be looked at from outside.
     pub(crate) fn memory(&self) -> &Arc<File> {
         &self.file

@@ -209,6 +209,29 @@ fn write_through_goes_with_the_guest() {
     assert_eq!(there.config(WRITEBACK, 1), [0]);
 }
 
+/// It may grow where it is, and where it has gone to.
+#[test]
+fn a_disk_that_has_grown_is_shown_as_large_to_the_next_front_end() {
+    let volume = Volume::create(32, 64);
+    let source = volume.serve(&[]);
+    let (target, _dir) = await_guest(&volume, &[]);
+    let mut here = FrontEnd::connect(&source.socket, SETUP);
+    source.order(&["resize", "--size", "40M"]);
+    leave(&mut here);
+    let capacity = |front_end: &mut FrontEnd| u64::from_le_bytes(front_end.config(0, 8).try_into().unwrap());
+    let mut there = FrontEnd::connect(&target.socket, SETUP);
+    assert_eq!((capacity(&mut there), target.status().capacity_sectors), (40 << 11, 40 << 11));
+    write(&mut there, (40 << 11) - 8, 1);
+    target.order(&["resize", "--size", "48M"]);
+    assert_eq!(capacity(&mut there), 48 << 11);
+    write(&mut there, (48 << 11) - 8, 2);
+    leave(&mut there);
+    here.log_no_more();
+    here.start(0, 0);
+    assert_eq!(capacity(&mut here), 48 << 11);
+    check(&mut here, (48 << 11) - 8, 2);
+}
+
 /// Without metadata there is nothing to compare but the size.
 #[test]
 fn a_primary_without_metadata_goes_too() {

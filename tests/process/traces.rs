@@ -67,6 +67,8 @@ pub(crate) struct Vm<'a> {
     _memory: Arc<GuestMemoryMmap>,
     pub(crate) rings: Vec<Ring>,
     err: EventFd,
+    /// The end that the device gets, and ours.
+    channel: (UnixStream, UnixStream),
     inflight: Option<(Vec<u8>, File)>,
     /// Where each ring went on when it was last stopped, as QEMU says it of packed ones.
     bases: Vec<u32>,
@@ -84,9 +86,22 @@ impl Vm<'_> {
         rings.iter_mut().for_each(|ring| ring.restart_at(0));
         let stamps = vec![0; trace.rings];
         let err = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        let channel = UnixStream::pair().expect("sockets");
         let reference = reference.to_vec();
         let bases = vec![PACKED_START; trace.rings];
-        Vm { trace, file, _memory: memory, rings, err, inflight: None, bases, stamps, next_stamp: 1, reference }
+        Vm {
+            trace,
+            file,
+            _memory: memory,
+            rings,
+            err,
+            channel,
+            inflight: None,
+            bases,
+            stamps,
+            next_stamp: 1,
+            reference,
+        }
     }
 
     fn is_packed(&self) -> bool {
@@ -150,6 +165,7 @@ impl Vm<'_> {
             Fd::Kick(ring) => of_ring(ring).0,
             Fd::Call(ring) => of_ring(ring).1,
             Fd::Err => self.err.as_raw_fd(),
+            Fd::Channel => self.channel.0.as_raw_fd(),
             Fd::Memory => self.file.as_raw_fd(),
             Fd::Inflight => self.inflight.as_ref().map_or(self.err.as_raw_fd(), |(_, file)| file.as_raw_fd()),
         }

@@ -5,7 +5,7 @@ use crate::traces::Step;
 use crate::traces_messages::{
     ADD_MEM_REG, Answer, Body, F_FLUSH, Fd, GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD, GET_MAX_MEM_SLOTS,
     GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_VRING_BASE, Index, Message, NEED_REPLY, OFFERED, PLAIN, PROTOCOL_OFFERED,
-    REM_MEM_REG, RESET_DEVICE, SET_CONFIG, SET_FEATURES, SET_INFLIGHT_FD, SET_MEM_TABLE, SET_OWNER,
+    REM_MEM_REG, RESET_DEVICE, SET_BACKEND_REQ_FD, SET_CONFIG, SET_FEATURES, SET_INFLIGHT_FD, SET_MEM_TABLE, SET_OWNER,
     SET_PROTOCOL_FEATURES, SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_ERR,
     SET_VRING_KICK, SET_VRING_NUM,
 };
@@ -113,9 +113,9 @@ impl Qemu {
             tell(SET_PROTOCOL_FEATURES, Body::Word(PROTOCOL_OFFERED & 0xf_ffff)),
             ask(GET_QUEUE_NUM, Body::Empty, Answer::Word(64)),
             ask(GET_MAX_MEM_SLOTS, Body::Empty, Answer::Word(509)),
-            tell(SET_OWNER, Body::Empty),
-            ask(GET_FEATURES, Body::Empty, Answer::Word(OFFERED)),
         ];
+        steps.extend(needing_replies(vec![tell_with(SET_BACKEND_REQ_FD, Body::Empty, vec![Fd::Channel])]));
+        steps.extend([tell(SET_OWNER, Body::Empty), ask(GET_FEATURES, Body::Empty, Answer::Word(OFFERED))]);
         steps.extend(calls);
         steps
     }

@@ -257,11 +257,13 @@ fn remains(server: &Server, guest: &mut Guest<'_>, outcomes: Vec<Outcome>) -> Re
             event.kind, event.device, event.sector, event.sectors, event.cause, event.action
         )
     };
-    // The framework tracks no requests, and logs no writes.
+    // The framework tracks no requests, logs no writes, carries no state, and says nothing unasked.
     let features = guest.front_end().features & !F_LOG_ALL & !F_PACKED;
     let own = VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT
-        | VhostUserProtocolFeatures::LOG_SHMFD;
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::DEVICE_STATE
+        | VhostUserProtocolFeatures::BACKEND_REQ;
     let protocol_features = (guest.front_end().protocol_features - own).bits();
     let (list, counters) = (server.list(), server.status().counters);
     // Workers and healer report beside each other.

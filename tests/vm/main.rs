@@ -8,6 +8,7 @@ mod cloud_hypervisor;
 mod full;
 mod guest;
 mod migrate;
+mod resize;
 mod server;
 mod unreadable;
 

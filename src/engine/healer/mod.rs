@@ -2,19 +2,21 @@
 //! requests that shards hand to it.
 //!
 //! Each kind of work has its file: `fence` keeps shards away from blocks under repair, `flush` is the
-//! only one to flush, `commit` the only one to write table pages, `place` the other metadata,
+//! only one to flush, `commit` the only one to write table pages, `place` and `label` the other metadata,
 //! `breaker` tells a bad medium from a gone device, `read` and `write` are the two ladders,
-//! `operator` does what people ask for.
+//! `operator` does what people ask for, `resize` among it.
 
 mod breaker;
 mod commit;
 mod failure;
 mod fence;
 mod flush;
+mod label;
 mod operator;
 mod pending;
 mod place;
 mod read;
+mod resize;
 mod write;
 
 use std::cell::{Cell, RefCell};
@@ -44,6 +46,7 @@ use failure::Failure;
 pub use flush::PoisonReport;
 pub use operator::{HealerStatus, Order, OrderId, Reply};
 use read::Budget;
+pub use resize::NotResized;
 
 /// Repairs under way at a time, at most. Others wait in order; each holds at most [`CHUNK_SECTORS`] of
 /// data, so this bounds the healer's memory too.
@@ -113,6 +116,8 @@ pub(super) struct Opened {
     pub(super) layout: Layout,
     pub(super) label: Option<LabelLayout>,
     pub(super) superblock: Superblock,
+    /// Bytes that the primary has.
+    pub(super) primary_size: u64,
     pub(super) table: Table,
     pub(super) map: Map,
     pub(super) superseded: Vec<crate::units::Slot>,
@@ -139,6 +144,7 @@ impl Opened {
             label: None,
             found_generation: superblock.generation,
             closed_write_through: superblock.closed_write_through(),
+            primary_size: superblock.primary_size,
             superblock,
             table,
             map,
@@ -157,9 +163,9 @@ impl Opened {
 /// State shared by the healer's tasks, all on one thread.
 pub(super) struct Core {
     pub(super) io: Rc<Io>,
-    geometry: Geometry,
+    geometry: Cell<Geometry>,
     layout: Layout,
-    label: Option<LabelLayout>,
+    label: Cell<Option<LabelLayout>>,
     set: Uuid,
     policy: Policy,
     /// Seconds since the epoch at time 0 of the clock.
@@ -231,18 +237,20 @@ pub struct HealerParams {
 
 impl Healer {
     pub(super) fn new(executor: Executor, io: Rc<Io>, opened: Opened, params: &HealerParams) -> Healer {
-        let Opened { geometry, layout, label, superblock, table, map, superseded, .. } = opened;
+        let Opened { geometry, layout, label, superblock, primary_size, table, map, superseded, .. } = opened;
         let mode = Mode {
             poisoned: opened.poison.poisoned,
             primary: PrimaryState::Up,
             spare_up: opened.stamped.is_none(),
             read_only: opened.read_only,
         };
-        let view = Arc::new(View { map: map.clone(), mode, dense: Arc::default() });
+        let flushes = flush::Flushes::new(opened.poison, geometry.capacity);
+        let written = flushes.written();
+        let view = Arc::new(View { geometry, map: map.clone(), mode, dense: Arc::default(), written });
         let core = Rc::new(Core {
-            geometry,
+            geometry: Cell::new(geometry),
             layout,
-            label,
+            label: Cell::new(label),
             set: superblock.set,
             policy: params.policy,
             epoch: params.epoch,
@@ -256,7 +264,7 @@ impl Healer {
             view_stale: Cell::new(false),
             fences: fence::Fences::default(),
             adoptions: fence::Adoptions::default(),
-            flushes: flush::Flushes::new(opened.poison),
+            flushes,
             commits: commit::Commits::default(),
             breaker: breaker::Breaker::default(),
             places: place::Places::new(opened.saved, opened.saved_sequence),
@@ -274,14 +282,14 @@ impl Healer {
             events: RefCell::new(opened.events),
             io,
         });
-        core.start(superseded);
+        core.start(superseded, primary_size);
         core.tell_reserve();
         Healer { core, executor }
     }
 
-    /// The fixed facts, for the shards.
+    /// The volume's measures.
     pub fn geometry(&self) -> Geometry {
-        self.core.geometry
+        self.core.geometry()
     }
 
     /// The first view, for the shards.
@@ -361,7 +369,7 @@ fn used_slots(table: &Table) -> u64 {
 
 impl Core {
     /// Background work of a freshly opened volume.
-    fn start(self: &Rc<Self>, superseded: Vec<crate::units::Slot>) {
+    fn start(self: &Rc<Self>, superseded: Vec<crate::units::Slot>, primary_size: u64) {
         if self.mode.get().read_only || self.policy.passthrough {
             return;
         }
@@ -370,11 +378,17 @@ impl Core {
         }
         let core = self.clone();
         self.spawn(async move { core.keep_sidecars_fresh().await });
+        let core = self.clone();
+        self.spawn(async move { core.finish_resize(primary_size).await });
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.geometry.get()
     }
 
     fn tell_reserve(&self) {
         let used = used_slots(&self.table.borrow());
-        self.progress.reserve.set_used((used * 100).checked_div(u64::from(self.geometry.slots)));
+        self.progress.reserve.set_used((used * 100).checked_div(u64::from(self.geometry().slots)));
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {

@@ -1,6 +1,7 @@
 //! What a volume is, from its superblocks alone: another process may be serving it meanwhile.
 
-use super::{DeviceFacts, OpenError, check_devices, superblocks};
+use super::check::check_devices;
+use super::{DeviceFacts, OpenError, superblocks};
 use crate::device::{Completion, DeviceIndex, Op};
 use crate::engine::script::Script;
 use crate::units::Time;

@@ -96,9 +96,11 @@ impl VhostUserBackend for BlkBackend {
         self.device.negotiated(features);
     }
 
-    /// What our own transport offers, but for the in-flight region, of which the daemon wants to know nothing.
+    /// What our own transport offers, but for what the daemon wants to know nothing of, and the channel, on which the
+    /// crate has no words for a changed configuration.
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        protocol::FEATURES - INFLIGHT_MIGRATION - VhostUserProtocolFeatures::LOG_SHMFD
+        let own = INFLIGHT_MIGRATION | VhostUserProtocolFeatures::LOG_SHMFD | VhostUserProtocolFeatures::DEVICE_STATE;
+        protocol::FEATURES - own - VhostUserProtocolFeatures::BACKEND_REQ
     }
 
     fn reset_device(&self) {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::engine::message::{FenceId, ToShard};
-use crate::engine::view::{Mode, PrimaryState, View};
+use crate::engine::view::{Geometry, Mode, PrimaryState, View, Written};
 use crate::sync::mpsc::{Receiver, TryRecvError};
 use crate::units::{Block, BlockRange};
 use crate::vhost::dirty::DirtyLog;
@@ -53,7 +53,9 @@ fn fence(bench: &mut Bench) {
 
 fn lift(bench: &mut Bench) {
     let mode = Mode { poisoned: false, primary: PrimaryState::Up, spare_up: true, read_only: false };
-    let view = Arc::new(View { map: Map::new(CAPACITY / 8), mode, dense: Arc::default() });
+    let geometry = Geometry { capacity: CAPACITY, logical_block: 512, slots_start: 0, slots: 0 };
+    let (map, written) = (Map::new(CAPACITY / 8), Arc::new(Written::new(CAPACITY)));
+    let view = Arc::new(View { geometry, map, mode, dense: Arc::default(), written });
     bench.to_shard.send(ToShard::Publish { view, lift: vec![FenceId(1)], ack: None });
     bench.step();
 }

@@ -45,7 +45,7 @@ const ROUTES: [&str; 16] = [
     "/v1/log-level",
     "/proc",
     "/",
-    "/v1",
+    "/v1/resize",
     "/v1/faults/",
     "*",
 ];
@@ -75,7 +75,7 @@ const BODIES: [&str; 12] = [
     r#"{"device":"primary","ops":["read"],"errno":"EIO"}"#,
     r#"{"device":"spare","ops":["write","flush"],"errno":"EIO","sectors":[[0,8],[100,1]],"count":1,"delay_ms":5}"#,
     "{}",
-    "[]",
+    r#"{"size":1048576}"#,
     "null",
     r#"{"start":1e300,"count":-1}"#,
     "{\"a\\nb\":1}",

@@ -224,7 +224,7 @@ fn set_up(bench: &Bench, queue: u32, enable: bool, more: u64) -> Vec<Message> {
     vec![
         message(SET_OWNER, Vec::new(), &[]),
         message(GET_FEATURES, Vec::new(), &[]),
-        message(SET_PROTOCOL_FEATURES, words(&[0xb20b]), &[]),
+        message(SET_PROTOCOL_FEATURES, words(&[0x18_b22b]), &[]),
         message(SET_FEATURES, words(&[bench.device.offered_features() | F_LOG_ALL | more]), &[]),
         message(ADD_MEM_REG, words(&[0, 0, MEMORY, USER, 0]), &[bench.memory.as_raw_fd()]),
         message(SET_VRING_NUM, halves(&[queue, u32::from(QUEUE_SIZE)]), &[]),
