@@ -220,6 +220,7 @@ fn a_ring_goes_on_at_its_base() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "an interpreter maps no files")]
 fn what_is_written_to_a_ring_is_in_the_dirty_log() {
     const PAGES: u16 = 2;
     let mut bench = Bench::new(PAGES * 256, false);
