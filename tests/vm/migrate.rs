@@ -90,16 +90,12 @@ fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// The guest writes, reads back and compares all the time, while blocks of its disk fail.
-#[test]
-fn a_guest_is_migrated_with_its_volume_and_back() {
-    let Some(_turn) = guests() else { return };
-    let here = Server::start("512M", 4);
-    let there = Server::incoming(&here);
+fn check_migration(here: &Server, there: &Server, rings: &str) {
     let mut dice = Dice(13);
-    let mut guest = start(&here, false);
-    assert_eq!(guest.line(), "running");
+    let mut guest = start(here, false);
+    assert_eq!(guest.line(), format!("running on {rings} rings"));
     let mut remapped = 0;
-    for (from, to) in [(&here, &there), (&there, &here)] {
+    for (from, to) in [(here, there), (there, here)] {
         for _ in 0..8 {
             let block = block_in_use(&mut dice);
             from.fault(&["--ops", "write", "--sectors", &format!("{block}-{}", block + 31)]);
@@ -122,4 +118,18 @@ fn a_guest_is_migrated_with_its_volume_and_back() {
     guest.say("stop");
     guest.finish();
     here.assert_unnoticed();
+}
+
+#[test]
+fn a_guest_is_migrated_with_its_volume_and_back() {
+    let Some(_turn) = guests() else { return };
+    let here = Server::start("512M", 4);
+    check_migration(&here, &Server::incoming(&here), "split");
+}
+
+#[test]
+fn a_guest_with_packed_rings_is_migrated_with_its_volume_and_back() {
+    let Some(_turn) = guests() else { return };
+    let here = Server::start("512M", 4).with_packed_rings();
+    check_migration(&here, &Server::incoming(&here).with_packed_rings(), "packed");
 }
