@@ -164,6 +164,10 @@ pub struct ServeArgs {
     /// What speaks vhost-user: this program, or rust-vmm's daemon, to compare the two.
     #[arg(long, hide = true, default_value = "own", value_parser = one_of::<Transport>(&["own", "framework"]))]
     pub transport: Transport,
+    /// Await a guest that is migrated here from another server of the volume: show the disk, and open it when that
+    /// server has let go.
+    #[arg(long, conflicts_with_all = ["create", "degraded"])]
+    pub incoming: bool,
     /// Serve a disk that only takes reads, and write nothing to either device.
     #[arg(long, conflicts_with = "create")]
     pub read_only: bool,

@@ -183,6 +183,7 @@ async fn list(Shared(state): Shared<State>, uri: Uri) -> Answer {
     let ListQuery { volume: _, filter, from, limit } = query(&uri)?;
     let limit = limit.unwrap_or(LIST_LIMIT_MAX).clamp(1, LIST_LIMIT_MAX);
     let entries = state.report(&uri, move |volume| volume.list(filter, from, limit)).await?;
+    let entries = entries.map_err(|refused| Refusal(StatusCode::CONFLICT, refused.to_string()))?;
     let next = match entries.last() {
         Some(last) if entries.len() == limit => last.sector.checked_add(u64::from(last.sectors)),
         _ => None,

@@ -164,7 +164,19 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<OpenDevice, OpenError>
     let kind = kind_of(path)?;
     let mut patience = Patience::new(path, options.lock_wait);
     let file = open_description(path, kind, options, &mut patience)?;
-    finish(file, path, options, &mut patience)
+    lock(&file, path, options, &mut patience)?;
+    finish(file, path, options)
+}
+
+/// Open for a look at what another process may be serving: only to read, and without the lock. What is read may
+/// be changing.
+///
+/// # Errors
+/// As [`open`].
+pub fn look(path: &Path) -> Result<OpenDevice, OpenError> {
+    let options = OpenOptions { read_only: true, direct: true, lock_wait: Duration::ZERO };
+    let file = open_description(path, kind_of(path)?, &options, &mut Patience::new(path, options.lock_wait))?;
+    finish(file, path, &options)
 }
 
 /// Make an open file (one that came over a socket) a device of ours. It becomes O_DIRECT or not as
@@ -186,7 +198,8 @@ pub fn open_file(file: File, path: &Path, options: &OpenOptions) -> Result<OpenD
         }
         Err(errno) => return Err(io_error("cannot set its flags")(errno)),
     }
-    finish(file, path, options, &mut Patience::new(path, options.lock_wait))
+    lock(&file, path, options, &mut Patience::new(path, options.lock_wait))?;
+    finish(file, path, options)
 }
 
 /// Create a regular file of `size` bytes, all of them holes; copy-on-write is switched off where the
@@ -336,25 +349,26 @@ fn group_name(table: &str, gid: u32) -> Option<String> {
     })
 }
 
-fn finish(
-    file: File,
-    path: &Path,
-    options: &OpenOptions,
-    patience: &mut Patience<'_>,
-) -> Result<OpenDevice, OpenError> {
-    let io_error = |action| move |errno: rustix::io::Errno| io_failure(path, action, errno.into());
-    let stat = rustix::fs::fstat(&file).map_err(io_error("cannot be examined"))?;
+fn examine(file: &File, path: &Path) -> Result<(rustix::fs::Stat, Kind), OpenError> {
+    let stat = rustix::fs::fstat(file).map_err(|errno| io_failure(path, "cannot be examined", errno.into()))?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => Kind::File,
         FileType::BlockDevice => Kind::BlockDevice,
         FileType::Directory => return Err(OpenError::Directory { path: path.to_owned() }),
         _ => return Err(OpenError::WrongType { path: path.to_owned() }),
     };
-    let access = if options.read_only { Access::Shared } else { Access::Exclusive };
-    lock::acquire(&file, access, kind == Kind::File, patience)?;
+    Ok((stat, kind))
+}
 
-    // Only now is the size ours to rely on: whoever held the lock may have changed it.
-    let stat = rustix::fs::fstat(&file).map_err(io_error("cannot be examined"))?;
+fn lock(file: &File, path: &Path, options: &OpenOptions, patience: &mut Patience<'_>) -> Result<(), OpenError> {
+    let access = if options.read_only { Access::Shared } else { Access::Exclusive };
+    let (_, kind) = examine(file, path)?;
+    lock::acquire(file, access, kind == Kind::File, patience)
+}
+
+/// To be called with the lock, where there is to be one: whoever held it may have changed the size.
+fn finish(file: File, path: &Path, options: &OpenOptions) -> Result<OpenDevice, OpenError> {
+    let (stat, kind) = examine(&file, path)?;
     let geometry = geometry_of(&file, path, kind, &stat, options)?;
     let identity = match kind {
         Kind::File => Identity { device: stat.st_dev, inode: stat.st_ino, serial: None, mtime_ns: mtime_ns(&stat) },

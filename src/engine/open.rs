@@ -3,6 +3,7 @@
 mod check;
 mod degraded;
 mod label;
+mod look;
 mod pages;
 mod passthrough;
 mod repair;
@@ -24,6 +25,7 @@ use crate::volume::superblock::{COMPAT_KNOWN, VERSION};
 use crate::volume::table::Table;
 use check::{check_content, check_devices, check_grown};
 pub use label::{LabelSearch, OldLabel};
+pub use look::Look;
 use repair::{Newest, Repair};
 use superblocks::Label;
 pub(super) use superblocks::tail_starts;
@@ -281,6 +283,8 @@ impl Opening {
             labelled: superblock.labelled,
             max_remaps: superblock.max_remaps,
             degraded: opened.stamped,
+            found_generation: opened.found_generation,
+            closed_write_through: opened.closed_write_through,
         };
         Ok((Healer::new(self.0.executor, self.0.io, opened, params), facts))
     }
@@ -303,6 +307,11 @@ pub struct VolumeFacts {
     pub max_remaps: u32,
     /// Served without its spare: when the list of remapped blocks was written, seconds since the epoch.
     pub degraded: Option<u64>,
+    /// The generation it had before it was opened; an opening for writing begins another.
+    pub found_generation: u64,
+    /// Whether the guest that was served last had switched its cache to write-through; nobody knows after an
+    /// unclean close.
+    pub closed_write_through: Option<bool>,
 }
 
 /// Every sample there can be; see [`sample`].
@@ -376,7 +385,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let found = superblocks::find(io, params.spare.size).await?;
     let mut superblock = superblocks::choose(&found)?;
     let mut unknown = superblocks::check_features(&superblock, DeviceIndex::SPARE)?;
-    check_devices(&superblock, params)?;
+    check_devices(&superblock, &params.primary, &params.spare)?;
     let label = superblocks::read_label(io, &superblock).await?;
     check_grown(io, &superblock, label.as_ref(), params).await?;
     if let Some(label) = &label {
@@ -396,6 +405,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let (map, superseded) = build_map(&table, superblock.capacity)?;
     check_content(io, &superblock, label.is_some(), params, table.live()).await?;
     let read_only = params.read_only || unknown != 0;
+    let (found_generation, closed_write_through) = (superblock.generation, superblock.closed_write_through());
     let sidecars = pages::load_sidecars(io, &layout, &superblock, label_layout, read_only).await;
     let mut repairs = superblocks::repairs(&found, &superblock);
     repairs.extend(page_repairs);
@@ -443,6 +453,8 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         saved_sequence: saved.sequence,
         saved: saved.values,
         read_only,
+        found_generation,
+        closed_write_through,
         tally,
         events,
         ..Opened::new(geometry, layout, superblock, table, map)

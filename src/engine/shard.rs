@@ -88,6 +88,11 @@ impl Shard {
         }
     }
 
+    /// What it shares with the healer.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
     /// Take a request. Zero-length reads and writes succeed at once.
     pub fn submit(&mut self, _now: Time, request: Request, out: &mut ShardOut) {
         let queue = usize::from(request.queue);

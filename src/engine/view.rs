@@ -169,6 +169,31 @@ impl Written {
     }
 }
 
+/// How much of what blocks can move to is used: the percentage of slots by which the operator is warned (E2).
+#[derive(Debug)]
+pub struct Reserve(AtomicU64);
+
+impl Reserve {
+    /// There are no slots.
+    const NONE: u64 = u64::MAX;
+
+    /// Tell it anew; `None` where there are no slots.
+    pub fn set_used(&self, percent: Option<u64>) {
+        self.0.store(percent.unwrap_or(Self::NONE), Ordering::Relaxed);
+    }
+
+    /// As last told.
+    pub fn used_percent(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|percent| *percent != Self::NONE)
+    }
+}
+
+impl Default for Reserve {
+    fn default() -> Self {
+        Reserve(AtomicU64::new(Self::NONE))
+    }
+}
+
 /// Counters the shards share with the healer and with whoever reports.
 #[derive(Debug)]
 pub struct Progress {
@@ -181,6 +206,8 @@ pub struct Progress {
     pub spare_flush_failures: AtomicU64,
     /// Device writes to the primary that succeeded: the breaker wants to know of any.
     pub primary_writes_ok: AtomicU64,
+    /// For guests that ask.
+    pub reserve: Reserve,
     /// Answered reads.
     pub reads: AtomicU64,
     /// Answered writes and zeroings.
@@ -204,6 +231,7 @@ impl Progress {
             slot_writes: zero(),
             spare_flush_failures: zero(),
             primary_writes_ok: zero(),
+            reserve: Reserve::default(),
             reads: zero(),
             writes: zero(),
             flushes: zero(),

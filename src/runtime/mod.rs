@@ -3,6 +3,7 @@
 pub mod devices;
 pub mod eventlog;
 pub mod handle;
+pub mod handover;
 pub mod healer;
 pub mod mailbox;
 pub mod options;

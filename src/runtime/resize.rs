@@ -43,8 +43,8 @@ impl VolumeHandle {
         }
         match self.ask(Order::Resize { capacity, primary_size }, ORDER_TIMEOUT) {
             Some(Reply::Resized(Ok(done))) => {
-                if let Some(announce) = self.0.announce.get() {
-                    announce();
+                if let Some(announce) = self.0.standing.announce.get() {
+                    announce(capacity);
                 }
                 Ok(done)
             }

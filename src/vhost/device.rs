@@ -23,6 +23,9 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 /// The vhost-user feature bit that announces protocol features (VHOST_USER_F_PROTOCOL_FEATURES).
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
 
+/// GET_LIFETIME is answered (virtio 1.3 §5.2.3). Linux has no name for it.
+const VIRTIO_BLK_F_LIFETIME: u32 = 15;
+
 const fn bit(number: u32) -> u64 {
     1 << number
 }
@@ -101,6 +104,7 @@ impl BlkDevice {
             VIRTIO_BLK_F_TOPOLOGY,
             VIRTIO_BLK_F_CONFIG_WCE,
             VIRTIO_BLK_F_MQ,
+            VIRTIO_BLK_F_LIFETIME,
         ];
         let writable = [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES];
         let by_mode: &[u32] = if self.disk.read_only { &[VIRTIO_BLK_F_RO] } else { &writable };

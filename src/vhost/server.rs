@@ -11,11 +11,12 @@ use rustix::io::ioctl_fionread;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::channel;
+use super::crew::Crew;
 use super::device::BlkDevice;
-use super::protocol::{Session, is_refusal};
-use super::status::{ServerStatus, WorkerStatus};
+use super::session::{Session, is_refusal};
+use super::status::ServerStatus;
 use super::wait::{is_passing, wait_for, wait_until};
-use super::worker::{Command, WorkerThread, spawn};
+use crate::runtime::handover::HeldVolume;
 use crate::runtime::worker::WorkerPort;
 
 /// How long the rest of a message may take: a front-end that stops in the middle of one must not keep a
@@ -37,8 +38,7 @@ const HEADER_INTERVAL: Duration = Duration::from_millis(10);
 pub struct Server {
     listener: Option<UnixListener>,
     device: Arc<BlkDevice>,
-    workers: Vec<WorkerThread<Command>>,
-    status: Arc<ServerStatus>,
+    crew: Arc<Crew>,
 }
 
 impl Server {
@@ -51,14 +51,22 @@ impl Server {
     /// If there is no port.
     pub fn new(listener: Option<UnixListener>, device: Arc<BlkDevice>, ports: Vec<WorkerPort>) -> io::Result<Server> {
         assert!(!ports.is_empty(), "a server has at least one worker");
-        let mut workers = Vec::new();
-        let mut statuses = Vec::new();
-        for (index, port) in ports.into_iter().enumerate() {
-            let status = Arc::new(WorkerStatus::new());
-            workers.push(spawn(index, port, device.settings(), status.clone())?);
-            statuses.push(status);
-        }
-        Ok(Server { listener, device, workers, status: Arc::new(ServerStatus::new(statuses)) })
+        let crew = Arc::new(Crew::new(device.clone(), ports.len(), ports, None)?);
+        Ok(Server { listener, device, crew })
+    }
+
+    /// The same for a volume that can change hands: `count` workers serve it while it is here.
+    ///
+    /// # Errors
+    /// As [`Server::new`].
+    pub fn holding(
+        listener: Option<UnixListener>,
+        device: Arc<BlkDevice>,
+        count: usize,
+        volume: Arc<HeldVolume>,
+    ) -> io::Result<Server> {
+        let crew = Arc::new(Crew::new(device.clone(), count, volume.ports(), Some(volume))?);
+        Ok(Server { listener, device, crew })
     }
 
     /// Queues on offer.
@@ -68,7 +76,7 @@ impl Server {
 
     /// What the server is doing, for others to read.
     pub fn status(&self) -> Arc<ServerStatus> {
-        self.status.clone()
+        self.crew.status()
     }
 
     /// Accept front-ends until `shutdown` (an eventfd or the like) becomes readable.
@@ -102,16 +110,17 @@ impl Server {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(MESSAGE_TIMEOUT))?;
         stream.set_write_timeout(Some(MESSAGE_TIMEOUT))?;
-        let orders = self.workers.iter().map(|worker| worker.commands.clone()).collect();
-        let session = Arc::new(Mutex::new(Session::new(self.device.clone(), orders, self.num_queues())));
+        let session = Session::new(self.device.clone(), self.crew.clone(), self.num_queues());
+        let session = Arc::new(Mutex::new(session));
+        let status = self.status();
         let socket = stream.try_clone()?;
         let mut handler = BackendReqHandler::from_stream(stream, session.clone());
-        self.status.set_connected(true);
+        status.set_connected(true);
         log::info!("a front-end connected");
         let result = self.converse(&mut handler, &socket, shutdown);
         session.lock().unwrap_or_else(PoisonError::into_inner).close();
         self.device.channel().close();
-        self.status.set_connected(false);
+        status.set_connected(false);
         result
     }
 
@@ -279,13 +288,14 @@ mod tests {
         /// What QEMU and cloud-hypervisor do: on a new connection, and on a later one without asking again.
         fn set_up(&mut self, guest: &Guest, base: u32) {
             self.send(SET_OWNER, &[], &[]);
-            let features = self.get(GET_FEATURES, &[]);
+            let offered = u64::from_le_bytes(self.get(GET_FEATURES, &[]).try_into().unwrap());
             self.send(SET_PROTOCOL_FEATURES, &words(&[0xb209]), &[]);
             assert_eq!(self.receive().0, words(&[0]));
             for index in 0..64 {
                 assert!(self.order(SET_VRING_CALL, &words(&[index]), &[self.call.as_raw_fd()]), "before features");
             }
-            self.set(SET_FEATURES, &features);
+            // Its ring is a split one.
+            self.set(SET_FEATURES, &words(&[offered & !(1 << 34)]));
             let end = guest.first_region_end();
             for start in [0, end] {
                 let region = words(&[0, start, end, start, start]);
@@ -419,6 +429,8 @@ mod tests {
             let mut front_end = FrontEnd::connect(path);
             front_end.set_up(guest, 0);
             assert!(!front_end.order(SET_FEATURES, &words(&[1 << 63]), &[]));
+            let packed = front_end.get(GET_FEATURES, &[]);
+            assert!(!front_end.order(SET_FEATURES, &packed, &[]), "a started ring stays split");
             assert!(!front_end.order(SET_VRING_NUM, &state(1, 100), &[]));
             assert!(!front_end.order(SET_VRING_NUM, &state(64, 128), &[]));
             assert!(!front_end.order(SET_VRING_BASE, &state(0, 9), &[]), "a started queue keeps its place");

@@ -12,7 +12,7 @@
 //! | 72 | 1 | role: 1 spare, 2 primary |
 //! | 73 | 1 | place: 0 head, 1 tail, 2 label |
 //! | 74 | 1 | copy number, 0 or 1 |
-//! | 75 | 1 | flags: 1 closed cleanly, 2 primary has a label, 4 close stamp valid |
+//! | 75 | 1 | flags: 1 closed cleanly, 2 primary has a label, 4 close stamp valid, 8 stamp: its driver chose write-through |
 //! | 76 | 4 | retired places, a bit each |
 //! | 80 | 8 | generation |
 //! | 88 | 8 | capacity of the volume, sectors |
@@ -98,6 +98,9 @@ pub struct CloseStamp {
     pub mtime_ns: u64,
     /// CRC32C over those sampled blocks that could be read.
     pub sample_crc: u32,
+    /// Whether the guest that was served last has switched its cache to write-through: the one it is migrated to
+    /// goes on without saying so.
+    pub write_through: bool,
 }
 
 /// The content of a superblock, the same in all of its copies.
@@ -213,6 +216,11 @@ pub(super) fn page_crc(page: &[u8], at: usize) -> u32 {
 }
 
 impl Superblock {
+    /// What the last close said of its guest's cache; nothing after an unclean one.
+    pub fn closed_write_through(&self) -> Option<bool> {
+        self.stamp.filter(|_| self.clean).map(|stamp| stamp.write_through)
+    }
+
     /// The page for `seat`, copy 0 or 1.
     pub fn encode(&self, seat: Seat, copy: u8) -> [u8; PAGE] {
         let mut page = [0; PAGE];
@@ -225,7 +233,9 @@ impl Superblock {
         f.bytes(40, self.set.as_bytes());
         f.bytes(56, self.device.as_bytes());
         f.bytes(72, &seat.bytes());
-        let flags = u8::from(self.clean) | u8::from(self.labelled) << 1 | u8::from(self.stamp.is_some()) << 2;
+        let write_through = self.stamp.is_some_and(|stamp| stamp.write_through);
+        let flags = [self.clean, self.labelled, self.stamp.is_some(), write_through];
+        let flags = flags.iter().enumerate().fold(0, |flags, (bit, set)| flags | u8::from(*set) << bit);
         f.bytes(74, &[copy, flags]);
         f.u32(76, self.retired);
         f.u64(80, self.generation);
@@ -315,6 +325,7 @@ impl Superblock {
                 size: f.u64(152),
                 mtime_ns: f.u64(160),
                 sample_crc: f.u32(168),
+                write_through: flags & 8 != 0,
             }),
             sampled: if flags & 4 == 0 { 0 } else { u16::from_le_bytes(f.array(172)) },
             primary_inode: f.u64(176),
@@ -376,7 +387,7 @@ pub(super) mod tests {
             logical_block: 512,
             created: 5,
             serial: *b"serial\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
-            stamp: Some(CloseStamp { size: 9, mtime_ns: 10, sample_crc: 11 }),
+            stamp: Some(CloseStamp { size: 9, mtime_ns: 10, sample_crc: 11, write_through: true }),
             sampled: 0xfffe,
             primary_inode: 12,
             primary_wwn: "naa.5000".into(),

@@ -194,7 +194,7 @@ fn close_after(base: &Rig, shapes: &[Shape; 2], steps: usize, held: Option<u8>) 
         assert!(engine.step(&mut rig).unwrap(), "a close is never answered");
     }
     let Some(Reply::Settled(Ok(sample_crc))) = engine.reply(settle) else { panic!("{:?}", engine.reply(settle)) };
-    let stamp = CloseStamp { size: after.sizes()[0], mtime_ns: MTIME, sample_crc: *sample_crc };
+    let stamp = CloseStamp { size: after.sizes()[0], mtime_ns: MTIME, sample_crc: *sample_crc, write_through: false };
     rig.performed.clear();
     engine.done(&mut rig, Order::Seal(stamp));
     let written = |op: &Pending| op.device == PRIMARY && !matches!(op.kind, OpKind::Read | OpKind::Flush);

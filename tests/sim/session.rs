@@ -288,7 +288,8 @@ impl World {
             return self.crash(false);
         };
         self.model.flushed(submitted);
-        let stamp = CloseStamp { size: self.disks[0].bytes(), mtime_ns: self.disks[0].mtime, sample_crc };
+        let stamp =
+            CloseStamp { size: self.disks[0].bytes(), mtime_ns: self.disks[0].mtime, sample_crc, write_through: false };
         self.done = None;
         self.order(Order::Seal(stamp));
         self.settle_down();

@@ -127,6 +127,10 @@ pub(super) struct Opened {
     pub(super) read_only: bool,
     /// There is no spare, and what has moved is known from a label written then (seconds since the epoch).
     pub(super) stamped: Option<u64>,
+    /// The superblock's generation before this opening began a new one.
+    pub(super) found_generation: u64,
+    /// What the last close said of its guest's cache, where there was one.
+    pub(super) closed_write_through: Option<bool>,
     pub(super) tally: Tally,
     pub(super) events: Vec<Event>,
 }
@@ -138,6 +142,8 @@ impl Opened {
             geometry,
             layout,
             label: None,
+            found_generation: superblock.generation,
+            closed_write_through: superblock.closed_write_through(),
             primary_size: superblock.primary_size,
             superblock,
             table,
@@ -277,6 +283,7 @@ impl Healer {
             io,
         });
         core.start(superseded, primary_size);
+        core.tell_reserve();
         Healer { core, executor }
     }
 
@@ -346,11 +353,18 @@ impl Healer {
 
     fn turn(&mut self, out: &mut HealerOut) {
         self.executor.run();
+        // Before the answers that tell of it.
+        self.core.tell_reserve();
         self.core.io.take_ops(&mut out.ops);
         out.to_shards.append(&mut self.core.to_shards.borrow_mut());
         out.replies.append(&mut self.core.replies.borrow_mut());
         out.events.append(&mut self.core.events.borrow_mut());
     }
+}
+
+/// Slots that no block can move to: in use, or retired.
+fn used_slots(table: &Table) -> u64 {
+    u64::from(table.max_remaps()) - table.available() as u64
 }
 
 impl Core {
@@ -370,6 +384,11 @@ impl Core {
 
     fn geometry(&self) -> Geometry {
         self.geometry.get()
+    }
+
+    fn tell_reserve(&self) {
+        let used = used_slots(&self.table.borrow());
+        self.progress.reserve.set_used((used * 100).checked_div(u64::from(self.geometry().slots)));
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {

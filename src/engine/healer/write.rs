@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::commit::Commit;
 use super::failure::Failure;
 use super::read::{Budget, innermost, sectors_of_mask};
-use super::{Core, Severity};
+use super::{Core, Severity, used_slots};
 use crate::device::buffer::{AlignedBuf, Iovecs};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
@@ -585,7 +585,7 @@ impl Core {
     /// be passed without being met.
     fn warn_of_exhaustion(&self) {
         let table = self.table.borrow();
-        let (all, used) = (u64::from(table.max_remaps()), u64::from(table.max_remaps()) - table.available() as u64);
+        let (all, used) = (u64::from(table.max_remaps()), used_slots(&table));
         let shares = [(90, Severity::Error), (80, Severity::Warn)];
         let reached = shares.into_iter().find(|(percent, _)| used * 100 >= all * percent);
         let before = self.told_used.replace(reached.map_or(0, |(percent, _)| percent));

@@ -1,22 +1,26 @@
 //! Whether the devices are those of the volume, and as it left them.
 
 use super::superblocks::{self, Label};
-use super::{OpenError, OpenParams, sample};
+use super::{DeviceFacts, OpenError, OpenParams, sample};
 use crate::device::DeviceIndex;
 use crate::engine::io::Io;
 use crate::volume::superblock::{CloseStamp, Superblock};
 
 /// Refuse devices that are smaller than the volume was made with.
-pub(super) fn check_devices(superblock: &Superblock, params: &OpenParams) -> Result<(), OpenError> {
-    let (found, expected) = (params.spare.size, superblock.spare_size);
+pub(super) fn check_devices(
+    superblock: &Superblock,
+    primary: &DeviceFacts,
+    spare: &DeviceFacts,
+) -> Result<(), OpenError> {
+    let (found, expected) = (spare.size, superblock.spare_size);
     if found < expected {
         return Err(OpenError::Shrunk { device: DeviceIndex::SPARE, found, expected });
     }
-    let (found, expected) = (params.primary.size, superblock.primary_size);
+    let (found, expected) = (primary.size, superblock.primary_size);
     if found < expected {
         return Err(OpenError::Shrunk { device: DeviceIndex::PRIMARY, found, expected });
     }
-    for (device, facts) in [(DeviceIndex::PRIMARY, &params.primary), (DeviceIndex::SPARE, &params.spare)] {
+    for (device, facts) in [(DeviceIndex::PRIMARY, primary), (DeviceIndex::SPARE, spare)] {
         if facts.logical_block > superblock.logical_block {
             let (found, expected) = (facts.logical_block, superblock.logical_block);
             return Err(OpenError::LogicalBlock { device, found, expected });

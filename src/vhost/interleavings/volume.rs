@@ -202,7 +202,7 @@ impl Volume {
     pub(super) fn close(self) {
         let Reply::Settled(settled) = self.order(Order::Settle) else { panic!("another answer") };
         let [DeviceFacts { size, mtime_ns, .. }, _] = both();
-        self.done(Order::Seal(CloseStamp { size, mtime_ns, sample_crc: settled.unwrap() }));
+        self.done(Order::Seal(CloseStamp { size, mtime_ns, sample_crc: settled.unwrap(), write_through: false }));
     }
 
     /// Give an order, as an operator's thread does.

@@ -122,7 +122,7 @@ impl Volume for Noting {
         }
     }
 
-    fn list(&self, _filter: ListFilter, from: u64, limit: usize) -> Vec<ListEntry> {
+    fn list(&self, _filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused> {
         let sectors = (0..6).map(|block| if block < 5 { block * 8 } else { u64::MAX - 7 });
         let entries = sectors.filter(|sector| *sector >= from).take(limit).map(|sector| ListEntry {
             sector,
@@ -133,7 +133,7 @@ impl Volume for Noting {
             pending: Vec::new(),
             primary_stale: true,
         });
-        entries.collect()
+        Ok(entries.collect())
     }
 
     fn events(&self, after: u64, limit: usize) -> EventPage {
