@@ -164,7 +164,7 @@ pub struct EventRecord {
     pub severity: String,
     /// What kind: `remapped`, `rewritten`, `lost`, `read-error`, `guest-error`, `flush-failed`, `poisoned`,
     /// `device-gone`, `device-back`, `spare-down`, `spare-full`, `metadata-repaired`, `metadata-damaged`,
-    /// `place-retired`, `place-restored`, ...
+    /// `place-retired`, `place-restored`, `resized`, ...
     pub kind: String,
     /// `primary`, `spare`, or empty.
     pub device: String,
