@@ -33,7 +33,7 @@ pub(crate) fn run(file: &Path, len: u64, direct: bool, load: Load, time: Duratio
     command.arg(format!("--offset={}", if writes { len } else { 0 })).arg(format!("--size={len}"));
     command.arg(format!("--runtime={}ms", time.as_millis()));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let watch = Watch::start(None);
+    let watch = Watch::start();
     let child = Placement::of(load.queues).spawn(&mut command).map_err(|error| format!("fio: {error}"))?;
     // What it reports of itself leaves out the threads of the kernel that work for it: so look at it while it works.
     std::thread::sleep(Duration::from_millis(400) + time / 4);
@@ -43,7 +43,7 @@ pub(crate) fn run(file: &Path, len: u64, direct: bool, load: Load, time: Duratio
     let busy =
         after.zip(before).map(|(after, before)| after.saturating_sub(before).as_secs_f64() / elapsed.as_secs_f64());
     let output = child.wait_with_output().map_err(|error| format!("fio: {error}"))?;
-    let disturbance_percent = watch.disturbance(None);
+    let disturbance_percent = watch.disturbance();
     let text = String::from_utf8_lossy(&output.stdout);
     // It may say something before the document.
     let document = text.find('{').map_or("", |at| &text[at..]);

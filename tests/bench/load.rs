@@ -153,13 +153,13 @@ pub(crate) fn run(
             })
             .collect();
         std::thread::sleep(WARM_UP);
-        let watch = Watch::start(Some(backend));
+        let watch = Watch::start();
         let (start, cpu_before) = (Instant::now(), process_time(backend));
         phase.store(MEASURED, Ordering::Relaxed);
         std::thread::sleep(time);
         phase.store(AFTER, Ordering::Relaxed);
         let (elapsed, cpu_after) = (start.elapsed(), process_time(backend));
-        let disturbance = watch.disturbance(Some(backend));
+        let disturbance = watch.disturbance();
         let counts: Result<Vec<Counts>, String> =
             clients.into_iter().map(|client| client.join().expect("a client says what is wrong")).collect();
         let cpu = cpu_after.zip(cpu_before).map(|(after, before)| after.saturating_sub(before));

@@ -76,64 +76,53 @@ fn stat_fields(text: &str) -> Vec<u64> {
     rest.split(' ').map(|field| field.trim().parse().unwrap_or(0)).collect()
 }
 
-fn ticks() -> f64 {
-    rustix::param::clock_ticks_per_second() as f64
-}
-
-/// Processor time since start, in seconds: of everybody, of ours, of threads of the kernel.
+/// Processor time in seconds that others have used, and that the host has kept from this machine.
 struct Times {
     at: Instant,
-    all: f64,
+    others: f64,
     stolen: f64,
-    ours: f64,
-    kernel: f64,
 }
 
 impl Times {
-    fn now(backend: Option<u32>) -> Times {
+    fn now() -> Times {
+        let ticks = rustix::param::clock_ticks_per_second() as f64;
         let text = fs::read_to_string("/proc/stat").unwrap_or_default();
-        let first = text.lines().next().unwrap_or_default();
-        let fields: Vec<f64> = first.split_whitespace().skip(1).map(|field| field.parse().unwrap_or(0.0)).collect();
-        let field = |at: usize| fields.get(at).copied().unwrap_or(0.0) / ticks();
-        let own = fs::read_to_string("/proc/self/stat").map(|text| stat_fields(&text)).unwrap_or_default();
-        // utime, stime, and cutime and cstime of children that have ended.
-        let own: u64 = own.get(11..15).unwrap_or_default().iter().sum();
-        let of_backend = backend.and_then(process_time).unwrap_or_default();
-        Times {
-            at: Instant::now(),
-            all: field(0) + field(1) + field(2),
-            stolen: field(7),
-            ours: own as f64 / ticks() + of_backend.as_secs_f64(),
-            kernel: kernel_threads() as f64 / ticks(),
-        }
+        let stolen = text.lines().next().and_then(|line| line.split_whitespace().nth(8)?.parse::<f64>().ok());
+        Times { at: Instant::now(), others: others() as f64 / ticks, stolen: stolen.unwrap_or(0.0) / ticks }
     }
 }
 
-/// Ticks that threads of the kernel have used: they flush what our runs have written.
-fn kernel_threads() -> u64 {
+/// Ticks that processes of others have used, with those of their children that have ended: the sum does not change
+/// when a process ends and its parent inherits what it has used. Neither we nor what we have started count, nor
+/// threads of the kernel, which flush what our runs have written. (The totals of `/proc/stat` would have processes
+/// of other containers, too, but are sampled a hundred times a second, which says nothing about a run of a second.)
+fn others() -> u64 {
     let Ok(entries) = fs::read_dir("/proc") else { return 0 };
-    let numbered = entries.flatten().filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit());
-    let stats = numbered.filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok());
-    let fields = stats.map(|text| stat_fields(&text)).filter(|fields| fields.len() > 13);
-    fields.filter(|fields| fields[6] & PF_KTHREAD != 0).map(|fields| fields[11] + fields[12]).sum()
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u64>().ok());
+    let us = u64::from(std::process::id());
+    let used = pids.filter(|pid| *pid != us).filter_map(|pid| {
+        let fields = stat_fields(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?);
+        let (parent, flags, times) = (*fields.get(1)?, *fields.get(6)?, fields.get(11..15)?);
+        (parent != us && flags & PF_KTHREAD == 0).then(|| times.iter().sum::<u64>())
+    });
+    used.sum()
 }
 
 /// Looks for what others do while something is measured.
 pub(crate) struct Watch(Times);
 
 impl Watch {
-    /// Begin. `backend` is the process measured, where it runs already.
-    pub(crate) fn start(backend: Option<u32>) -> Watch {
-        Watch(Times::now(backend))
+    /// Begin.
+    pub(crate) fn start() -> Watch {
+        Watch(Times::now())
     }
 
     /// Processor time that others took meanwhile, or that the host took from this machine, in percent of one
     /// processor. Interrupts are nobody's.
-    pub(crate) fn disturbance(&self, backend: Option<u32>) -> f64 {
-        let (before, now) = (&self.0, Times::now(backend));
-        let others = (now.all - before.all) - (now.ours - before.ours) - (now.kernel - before.kernel);
-        let stolen = now.stolen - before.stolen;
-        100.0 * (others.max(0.0) + stolen) / (now.at - before.at).as_secs_f64()
+    pub(crate) fn disturbance(&self) -> f64 {
+        let (before, now) = (&self.0, Times::now());
+        let taken = (now.others - before.others).max(0.0) + now.stolen - before.stolen;
+        100.0 * taken / (now.at - before.at).as_secs_f64()
     }
 }
 

@@ -79,7 +79,7 @@ pub(crate) fn print_singles(singles: &[Single]) {
             (None, true) => format!("FAILED: {}", single.note),
             (None, false) => format!("not measured: {}", single.note),
         };
-        println!("  {:50}{result}", single.name);
+        println!("  {:60}{result}", single.name);
     }
 }
 

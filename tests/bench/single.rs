@@ -37,6 +37,8 @@ const SIZES: [u32; 3] = [0, 16_384, 1_048_576];
 const MAP_BLOCKS: u64 = 1 << 22;
 /// Failing writes whose time is taken, one after the other.
 const FAILING: usize = 200;
+/// Failing writes whose flushes are counted, for each device.
+const COUNTED: usize = 6;
 /// Delay of a flush that is to be counted.
 const DELAY: Duration = Duration::from_millis(50);
 
@@ -82,12 +84,14 @@ pub(crate) fn measure(stage: &Stage, options: &Options) -> Vec<Single> {
         singles.push(Single::new(format!("memory with {} remaps", grouped(size)), "MiB", memory, note));
     }
     singles.push(stripped(stage));
-    let (times, flushes) =
-        failing(stage.dir()).map_or_else(|why| (Err(why.clone()), Err(why)), |(t, f)| (Ok(t), Ok(f)));
-    let note = "O_DIRECT file, one at a time, at once rewritten in place, failing again, moved";
+    let [times, primary, spare] = failing(stage.dir())
+        .map_or_else(|why| [(); 3].map(|()| Err(why.clone())), |figures| figures.map(Ok::<Vec<f64>, String>));
+    let note = "O_DIRECT file, one at a time, tried again in place, failing again, moved";
     singles.push(Single::new("a failed write until its answer".into(), "us", times, note));
-    let note = "by how long it takes when each flush takes 50 ms more";
-    singles.push(Single::new("flushes after a failed write until its answer".into(), "", flushes, note));
+    let note = "of the attempt in place; by how long it takes when each takes 50 ms more";
+    singles.push(Single::new("flushes of the primary until a failed write is answered".into(), "", primary, note));
+    let note = "of the move; counted likewise";
+    singles.push(Single::new("flushes of the spare until a failed write is answered".into(), "", spare, note));
     for (name, dir, cache) in
         [("tmpfs", stage.fast_dir(), Cache::Writeback), ("O_DIRECT file", stage.dir(), Cache::None)]
     {
@@ -264,29 +268,36 @@ fn write_each(
     Ok((times, begin.elapsed()))
 }
 
-/// Microseconds from a write that fails to its answer, and the flushes in between.
-fn failing(parent: &Path) -> Result<(Vec<f64>, Vec<f64>), String> {
+/// Microseconds from a write that fails to its answer, and the flushes of primary and spare in between.
+fn failing(parent: &Path) -> Result<[Vec<f64>; 3], String> {
     let dir = volume(parent, 64 << 20, 16_384)?;
     let server = serve(dir.path(), Cache::None)?;
     break_blocks(&server, 0, 2 * FAILING)?;
     let (times, _) = write_each(&server, 0, FAILING, 1)?;
-    for device in [DeviceIndex::PRIMARY, DeviceIndex::SPARE] {
+    let seconds: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
+    let without = estimate(&seconds).expect("some were written").median;
+    let mut first = FAILING;
+    let mut flushes_of = |device| {
+        server.control().delete::<Value>("/v1/faults", REPORT_TIMEOUT).map_err(|error| error.to_string())?;
+        break_blocks(&server, 0, 2 * FAILING)?;
         let delay_ms = u64::try_from(DELAY.as_millis()).expect("short");
         add_rule(&server, &FaultRule { errno: None, delay_ms, ..FaultRule::new(device, &[FaultOp::Flush]) })?;
-    }
-    // Each waits until what the one before it left to be done is done, too, which is no part of its own time.
-    let mut flushes = Vec::new();
-    for block in FAILING..FAILING + 6 {
-        std::thread::sleep(8 * DELAY);
-        let (slow, _) = write_each(&server, block, 1, 1)?;
-        flushes.extend(slow.iter().map(|time| (time.as_secs_f64() / DELAY.as_secs_f64()).floor()));
-    }
+        let counted = (0..COUNTED).map(|_| {
+            // What the one before left to be done is no part of this one's time.
+            std::thread::sleep(8 * DELAY);
+            first += 1;
+            let (slow, _) = write_each(&server, first - 1, 1, 1)?;
+            Ok(((slow[0].as_secs_f64() - without) / DELAY.as_secs_f64()).round())
+        });
+        counted.collect::<Result<Vec<f64>, String>>()
+    };
+    let (primary, spare) = (flushes_of(DeviceIndex::PRIMARY)?, flushes_of(DeviceIndex::SPARE)?);
     let moved = status(&server)?["blocks"]["remapped"].as_u64();
-    if moved != Some((FAILING + 6) as u64) {
-        return Err(format!("{moved:?} blocks moved in place of {}", FAILING + 6));
+    if moved != Some((FAILING + 2 * COUNTED) as u64) {
+        return Err(format!("{moved:?} blocks moved in place of {}", FAILING + 2 * COUNTED));
     }
     server.stop()?;
-    Ok((times.iter().map(|time| time.as_secs_f64() * 1e6).collect(), flushes))
+    Ok([seconds.iter().map(|time| time * 1e6).collect(), primary, spare])
 }
 
 /// Failing writes a second.

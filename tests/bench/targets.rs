@@ -69,7 +69,7 @@ pub(crate) const NOT_ASKED: &str = "not among BENCH_CASES";
 const SINGLE_TARGETS: [(&str, f64); 3] = [
     ("map lookup with 16,384 remaps", 10.0),
     ("map lookup with 1,048,576 remaps", 10.0),
-    ("flushes after a failed write until its answer", 2.0),
+    ("flushes of the spare until a failed write is answered", 2.0),
 ];
 
 /// A target and what became of it.
