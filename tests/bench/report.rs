@@ -94,6 +94,11 @@ pub(crate) fn print_targets(report: &Report) {
     let [met, missed, open] = ["met", "missed", "open"].map(count);
     let rest = report.targets.len() - met - missed - open;
     println!("  {met} met, {missed} missed, {open} open (the interval holds the target), {rest} not measured");
+    let figures = report.targets.iter().filter_map(|judgement| judgement.figure);
+    let least = figures.map(|figure| figure.confidence_percent).fold(100.0, f64::min);
+    if least < 95.0 {
+        println!("  few runs: some of these intervals hold the median with {least:.0} % only");
+    }
     println!("\nnot measured here");
     report.not_measured.iter().for_each(|what| println!("  {what}"));
 }

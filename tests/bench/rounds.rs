@@ -142,7 +142,7 @@ fn run(case: &Case, contender: Contender, stage: &mut Stage, time: Duration) -> 
         });
     }
     let backend = stage.start(case.medium, contender.peer, case.load.queues)?;
-    let content = &mut stage.disk(case.medium, contender.peer)?.content;
+    let content = stage.disk(case.medium, contender.peer)?.content(contender.peer, contender.area);
     let figures = beside(contender.beside, &backend, || {
         load::run(&backend.socket, backend.pid(), case.load, contender.area, content, time)
     });
@@ -192,7 +192,7 @@ fn count_syscalls(case: &Case, contender: Contender, stage: &mut Stage) -> Resul
         backend.stop().map_err(Trouble::Failed)?;
         return Ok(None);
     };
-    let content = &mut stage.disk(case.medium, contender.peer)?.content;
+    let content = stage.disk(case.medium, contender.peer)?.content(contender.peer, contender.area);
     let figures = load::run(&backend.socket, backend.pid(), case.load, contender.area, content, COUNTED);
     let figures = figures.map_err(Trouble::Failed)?;
     let count = counter.stop();

@@ -31,15 +31,6 @@ pub(crate) enum Medium {
     Direct,
 }
 
-/// A file and the volume on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Name {
-    Plain,
-    Tmpfs,
-    InOrder,
-    Between,
-}
-
 /// What serves it, or what else uses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) enum Peer {
@@ -69,19 +60,43 @@ pub(crate) enum Trouble {
     Failed(String),
 }
 
-/// A file with known content.
+/// A file with known content, and the spares of its volumes: all of them have it as their primary, so that it is the
+/// same in every comparison.
 pub(crate) struct Disk {
     pub(crate) file: PathBuf,
-    pub(crate) spare: PathBuf,
-    pub(crate) content: Content,
+    content: Content,
+    spares: BTreeMap<Map, Spare>,
+}
+
+/// What is in a volume's map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Map {
+    Empty,
+    InOrder,
+    Between,
+}
+
+struct Spare {
+    path: PathBuf,
+    /// What the slots of remapped blocks hold, which is not what the primary holds.
+    slots: Content,
 }
 
 /// All files, made when they are first needed, and removed with this.
 pub(crate) struct Stage {
     dir: TempDir,
     memory: Option<TempDir>,
-    disks: BTreeMap<Name, Disk>,
+    /// On disk, and in memory.
+    disks: [Option<Disk>; 2],
     polling: Option<Vec<String>>,
+}
+
+fn map_of(peer: Peer) -> Map {
+    match peer {
+        Peer::InOrder => Map::InOrder,
+        Peer::Between => Map::Between,
+        _ => Map::Empty,
+    }
 }
 
 impl Stage {
@@ -90,7 +105,7 @@ impl Stage {
         let within = |parent: &Path| tempfile::Builder::new().prefix("files.").tempdir_in(parent);
         let dir = within(parent)?;
         let memory = (file_system(memory) == "tmpfs").then(|| within(memory)).and_then(Result::ok);
-        Ok(Stage { dir, memory, disks: BTreeMap::new(), polling })
+        Ok(Stage { dir, memory, disks: [None, None], polling })
     }
 
     /// For sockets and logs.
@@ -103,55 +118,21 @@ impl Stage {
         self.memory.as_ref().map_or(self.dir.path(), TempDir::path)
     }
 
-    /// The disk that a peer uses on a medium.
+    /// The disk of a medium, with the spare that a peer uses there.
     pub(crate) fn disk(&mut self, medium: Medium, peer: Peer) -> Result<&mut Disk, Trouble> {
-        let name = match (medium, peer) {
-            (_, Peer::InOrder) => Name::InOrder,
-            (_, Peer::Between) => Name::Between,
-            (Medium::Tmpfs, _) => Name::Tmpfs,
-            (Medium::Cached | Medium::Direct, _) => Name::Plain,
-        };
-        if name == Name::Tmpfs && self.memory.is_none() {
+        let in_memory = medium == Medium::Tmpfs;
+        if in_memory && self.memory.is_none() {
             return Err(Trouble::Missing("BENCH_MEMORY is no tmpfs that can be written to".into()));
         }
-        if !self.disks.contains_key(&name) {
-            let disk = self.make(name).map_err(Trouble::Failed)?;
-            self.disks.insert(name, disk);
-        }
-        Ok(self.disks.get_mut(&name).expect("just made"))
-    }
-
-    fn make(&self, name: Name) -> Result<Disk, String> {
-        let dir = if name == Name::Tmpfs { self.fast_dir() } else { self.dir() };
-        let file = dir.join(format!("{name:?}.img"));
-        let spare = dir.join(format!("{name:?}.spare"));
-        let content = Content::write(&file, LEN, FILE_LEN).map_err(|error| format!("{}: {error}", file.display()))?;
-        // Remaps are made one after the other, each with its flushes: for that the spare is in memory.
-        let first_spare = if name == Name::Plain { spare.clone() } else { self.fast_dir().join("first.spare") };
-        let path = |path: &Path| path.to_str().expect("made of UTF-8").to_owned();
-        vhost_remap(&["adopt", "--primary", &path(&file), "--spare", &path(&first_spare)])?;
-        if matches!(name, Name::InOrder | Name::Between) {
-            self.remap(name, &file, &first_spare)?;
-        }
-        if first_spare != spare {
-            fs::copy(&first_spare, &spare).and_then(|_| File::open(&spare)?.sync_all()).map_err(|e| e.to_string())?;
-            fs::remove_file(&first_spare).map_err(|error| error.to_string())?;
-        }
-        Ok(Disk { file, spare, content })
-    }
-
-    fn remap(&self, name: Name, file: &Path, spare: &Path) -> Result<(), String> {
-        let server = backend::serve(self.dir(), file, Some(spare), Cache::Writeback, 1, &[])?;
-        let order = |block: usize, blocks: usize| {
-            let sectors = json!({ "start": block * SECTORS_PER_BLOCK, "count": blocks * SECTORS_PER_BLOCK });
-            server.order("/v1/remap", &sectors)
+        let [dir, fast] = [self.dir(), self.fast_dir()].map(Path::to_owned);
+        let disk = &mut self.disks[usize::from(in_memory)];
+        let dir = if in_memory { &fast } else { &dir };
+        let disk = match disk {
+            Some(disk) => disk,
+            None => disk.insert(Disk::make(dir.join("disk.img")).map_err(Trouble::Failed)?),
         };
-        if name == Name::InOrder {
-            order(0, REMAPS)?;
-        } else {
-            (0..REMAPS).try_for_each(|slot| order(2 * slot, 1).map(drop))?;
-        }
-        server.stop()
+        disk.add_spare(map_of(peer), dir, &fast).map_err(Trouble::Failed)?;
+        Ok(disk)
     }
 
     /// Start a peer that is a backend.
@@ -161,10 +142,13 @@ impl Stage {
                 return Err(Trouble::Missing("BENCH_POLLING does not say how polling is switched on".into()));
             }
             (Peer::Polling, Some(options)) => options.clone(),
+            // Others write to the primary in between, to blocks that are not remapped.
+            (Peer::InOrder | Peer::Between, _) => vec!["--accept-external".to_owned()],
             _ => Vec::new(),
         };
         let dir = self.dir().to_owned();
         let disk = self.disk(medium, peer)?;
+        let spare = &disk.spares[&map_of(peer)].path;
         let cache = if medium == Medium::Direct { Cache::None } else { Cache::Writeback };
         let daemon = |aio| backend::storage_daemon(&dir, &disk.file, aio, cache, queues).map_err(Trouble::Missing);
         match peer {
@@ -172,7 +156,7 @@ impl Stage {
             Peer::QsdUring => daemon("io_uring"),
             Peer::QsdThreads => daemon("threads"),
             _ => {
-                let spare = (peer != Peer::Passthrough).then_some(disk.spare.as_path());
+                let spare = (peer != Peer::Passthrough).then_some(spare.as_path());
                 backend::serve(&dir, &disk.file, spare, cache, queues, &options).map_err(Trouble::Failed)
             }
         }
@@ -181,10 +165,60 @@ impl Stage {
     /// Have all that a peer reads in the page cache, and nothing to be written back.
     pub(crate) fn settle(&mut self, medium: Medium, peer: Peer) -> Result<(), Trouble> {
         let disk = self.disk(medium, peer)?;
-        for path in [&disk.file, &disk.spare] {
+        for path in [&disk.file, &disk.spares[&map_of(peer)].path] {
             settle(path, medium).map_err(|error| Trouble::Failed(format!("{}: {error}", path.display())))?;
         }
         Ok(())
+    }
+}
+
+impl Disk {
+    fn make(file: PathBuf) -> Result<Disk, String> {
+        let content = Content::write(&file, LEN, FILE_LEN).map_err(|error| format!("{}: {error}", file.display()))?;
+        Ok(Disk { file, content, spares: BTreeMap::new() })
+    }
+
+    /// What is known of the blocks that a load of `peer` uses, which are remapped all or not at all.
+    pub(crate) fn content(&mut self, peer: Peer, area: Area) -> &mut Content {
+        if peer == Peer::InOrder && area.first < REMAPS {
+            return &mut self.spares.get_mut(&Map::InOrder).expect("made with the disk").slots;
+        }
+        &mut self.content
+    }
+
+    fn add_spare(&mut self, map: Map, dir: &Path, fast: &Path) -> Result<(), String> {
+        if self.spares.contains_key(&map) {
+            return Ok(());
+        }
+        let path = dir.join(format!("{map:?}.spare").to_lowercase());
+        // Remaps are made one after the other, each with its flushes: for that the spare is in memory.
+        let first = if map == Map::Empty { path.clone() } else { fast.join("first.spare") };
+        let text = |path: &Path| path.to_str().expect("made of UTF-8").to_owned();
+        vhost_remap(&["adopt", "--primary", &text(&self.file), "--spare", &text(&first)])?;
+        if map != Map::Empty {
+            self.remap(map, dir, &first)?;
+        }
+        if first != path {
+            fs::copy(&first, &path).and_then(|_| File::open(&path)?.sync_all()).map_err(|error| error.to_string())?;
+            fs::remove_file(&first).map_err(|error| error.to_string())?;
+        }
+        let slots = Content { versions: self.content.versions.clone() };
+        self.spares.insert(map, Spare { path, slots });
+        Ok(())
+    }
+
+    fn remap(&self, map: Map, dir: &Path, spare: &Path) -> Result<(), String> {
+        let server = backend::serve(dir, &self.file, Some(spare), Cache::Writeback, 1, &[])?;
+        let order = |block: usize, blocks: usize| {
+            let sectors = json!({ "start": block * SECTORS_PER_BLOCK, "count": blocks * SECTORS_PER_BLOCK });
+            server.order("/v1/remap", &sectors)
+        };
+        if map == Map::InOrder {
+            order(0, REMAPS)?;
+        } else {
+            (0..REMAPS).try_for_each(|slot| order(2 * slot, 1).map(drop))?;
+        }
+        server.stop()
     }
 }
 
