@@ -14,7 +14,7 @@ make bench measures vhost-remap, qemu-storage-daemon and fio in turn. It obeys, 
   BENCH_DISTURBANCE=5       throw runs away during which others took more than this percent of one processor
   BENCH_POLLING=            options of `vhost-remap serve` that switch adaptive polling on
   BENCH_DIR=target/bench    where results go
-  BENCH_FILES=              where files are made [BENCH_DIR]; 3 GiB, and its file system is measured
+  BENCH_FILES=              where files are made [BENCH_DIR]; some 6 GiB, and its file system is measured
   BENCH_MEMORY=/dev/shm     a tmpfs where files are made; 1 GiB
   BENCH_LIST=               anything: print the names of the cases, and measure nothing";
 
