@@ -23,6 +23,15 @@ tools_path() {
     echo "$path"
 }
 
+# Prints where the machine has UEFI firmware for guests, or `ci/setup` has unpacked it.
+ovmf_path() {
+    local root
+    for root in "" "$(cache_dir)/tools/root"; do
+        [[ ! -r $root/usr/share/ovmf/OVMF.fd ]] || { echo "$root/usr/share/ovmf/OVMF.fd" && return; }
+    done
+    return 1
+}
+
 # All of apt is called through here, so that it never asks, waits for another apt, and works for an
 # ordinary user on package lists of his own where the machine's are missing or out of date.
 apt() {

@@ -11,10 +11,10 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use crate::control::server::{self as control, ServedVolume as ControlledVolume};
 use crate::control::socket::{BindError, SocketFile, bind_unix, check_unix, is_same_place};
-use crate::runtime::handle::{FrontEndState, VolumeHandle};
+use crate::runtime::handle::FrontEndState;
+use crate::runtime::handover::HeldVolume;
 use crate::runtime::options::{Cache, Listen, ServeOptions, Transport};
-use crate::runtime::volume::{MakeError, ServedVolume, open_volume};
-use crate::runtime::worker::WorkerPort;
+use crate::runtime::volume::MakeError;
 use crate::vhost::device::BlkDevice;
 use crate::vhost::framework;
 use crate::vhost::server::Server;
@@ -40,6 +40,9 @@ pub enum ServeError {
     /// An inherited descriptor is of no use for the framework's daemon, which accepts for itself.
     #[error("--fd {0}: is a connected socket; --transport framework takes a listening one")]
     FdConnected(RawFd),
+    /// The framework's daemon has its workers from the start.
+    #[error("--transport framework: takes no incoming guest; leave --incoming out")]
+    FrameworkIncoming,
     /// One path for two sockets.
     #[error("{}: is the front-end's socket too; choose another --control-path", .0.display())]
     SameSocket(PathBuf),
@@ -116,16 +119,20 @@ impl Serving {
     fn start(
         transport: Transport,
         front_end: FrontEndSocket,
-        device: BlkDevice,
-        ports: Vec<WorkerPort>,
+        device: Arc<BlkDevice>,
+        workers: u32,
+        volume: &Arc<HeldVolume>,
     ) -> io::Result<Serving> {
-        let device = Arc::new(device);
+        let own = |listener| {
+            let workers = usize::try_from(workers).expect("at most 64");
+            Server::holding(listener, device.clone(), workers, volume.clone())
+        };
         Ok(match (transport, front_end) {
             (Transport::Framework, FrontEndSocket::Listener(listener)) => {
-                Serving::Framework(framework::Server::new(listener, device, ports)?)
+                Serving::Framework(framework::Server::new(listener, device, volume.ports())?)
             }
-            (_, FrontEndSocket::Listener(listener)) => Serving::Own(Server::new(Some(listener), device, ports)?, None),
-            (_, FrontEndSocket::Connected(stream)) => Serving::Own(Server::new(None, device, ports)?, Some(stream)),
+            (_, FrontEndSocket::Listener(listener)) => Serving::Own(own(Some(listener))?, None),
+            (_, FrontEndSocket::Connected(stream)) => Serving::Own(own(None)?, Some(stream)),
             (_, FrontEndSocket::Checked(_)) => unreachable!("listened at by now"),
         })
     }
@@ -162,6 +169,9 @@ pub fn serve(options: &ServeOptions, front_end: FrontEnd, stop: OwnedFd) -> Resu
     {
         return Err(ServeError::FdConnected(*fd));
     }
+    if options.incoming && options.transport == Transport::Framework {
+        return Err(ServeError::FrameworkIncoming);
+    }
     if let Some(control) = &options.control_path {
         check_unix(control)?;
         if let FrontEndSocket::Checked(path) = &front_end.0
@@ -176,35 +186,38 @@ pub fn serve(options: &ServeOptions, front_end: FrontEnd, stop: OwnedFd) -> Resu
             options.primary.display()
         );
     }
-    let mut volume = open_volume(options, workers(options))?;
-    let served = serve_volume(options, &mut volume, front_end, &stop);
-    match (served, volume.close()) {
+    let open = if options.incoming { HeldVolume::incoming } else { HeldVolume::open };
+    let volume = Arc::new(open(options, workers(options))?);
+    let device = Arc::new(BlkDevice::new(volume.disk(), options.num_queues));
+    let served = serve_volume(options, &volume, &device, front_end, &stop);
+    match (served, volume.give(!device.is_writeback())) {
         (served, Ok(())) => served,
         (Ok(()), Err(error)) => Err(error.into()),
         (Err(first), Err(error)) => Err(ServeError::NotClosed(Box::new(first), error)),
     }
 }
 
-/// Serve a volume that is open, until `stop` becomes readable. Whatever comes of it, it is left to be closed.
+/// Serve a volume, until `stop` becomes readable. Whatever comes of it, it is left to be closed.
 fn serve_volume(
     options: &ServeOptions,
-    volume: &mut ServedVolume,
+    volume: &Arc<HeldVolume>,
+    device: &Arc<BlkDevice>,
     front_end: FrontEnd,
     stop: &OwnedFd,
 ) -> Result<(), ServeError> {
     let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
     let (front_end, _front_end_file) = front_end.listen()?;
-    let handle = volume.handle();
-    let device = BlkDevice::new(volume.disk(), options.num_queues);
-    let mut server = Serving::start(options.transport, front_end, device, volume.take_ports())?;
-    let (status, clock) = (server.status(), handle.clock());
-    handle.set_front_end(move || FrontEndState {
+    let mut server = Serving::start(options.transport, front_end, device.clone(), workers(options), volume)?;
+    let announcer = device.clone();
+    volume.set_announce(move || announcer.announce());
+    let (status, clock) = (server.status(), volume.clock());
+    volume.set_front_end(move || FrontEndState {
         connected: status.connected(),
         oldest_in_flight_ms: status.oldest_in_flight_ms(clock.now()),
         malformed_requests: status.malformed(),
     });
-    let (control, _control_file) = start_control(control, options, &handle)?;
-    announce(options, &handle);
+    let (control, _control_file) = start_control(control, options, volume)?;
+    announce(options, volume);
     let served = server.run(stop);
     // The workers first: what they still wait for comes from the healer.
     drop(server);
@@ -222,17 +235,17 @@ type Control = (Option<control::Server>, Option<SocketFile>);
 fn start_control(
     bound: Option<(UnixListener, SocketFile)>,
     options: &ServeOptions,
-    handle: &VolumeHandle,
+    volume: &Arc<HeldVolume>,
 ) -> Result<Control, ServeError> {
     let Some((listener, file)) = bound else { return Ok((None, None)) };
     let name = options.primary.file_name().map_or_else(PathBuf::new, PathBuf::from).display().to_string();
-    let volume = ControlledVolume { name, uuid: handle.uuid(), volume: Arc::new(handle.clone()) };
+    let volume = ControlledVolume { name, uuid: volume.set().to_string(), volume: volume.clone() };
     Ok((Some(control::Server::start(listener, vec![volume])?), Some(file)))
 }
 
 /// One line with what is true of this server.
-fn announce(options: &ServeOptions, handle: &VolumeHandle) {
-    let status = handle.status();
+fn announce(options: &ServeOptions, volume: &HeldVolume) {
+    let status = volume.status();
     let listen = match &options.listen {
         Listen::Path(path) => path.display().to_string(),
         Listen::Fd(fd) => format!("descriptor {fd}"),
@@ -243,15 +256,18 @@ fn announce(options: &ServeOptions, handle: &VolumeHandle) {
     } else {
         String::new()
     };
+    let remaps = if options.incoming {
+        format!("a guest is awaited, remaps at most {}", status.blocks.remaps_max)
+    } else {
+        format!("remaps {}/{}", status.blocks.remapped, status.blocks.remaps_max)
+    };
     // Whoever started the server may have closed its output; that is no reason not to serve.
     let _ = writeln!(
         io::stdout(),
-        "vhost-remap {}: {}: {} MiB, {format}, remaps {}/{}, {}, {} workers, {} transport, listening on {listen}{mode}",
+        "vhost-remap {}: {}: {} MiB, {format}, {remaps}, {}, {} workers, {} transport, listening on {listen}{mode}",
         status.version,
         options.primary.display(),
         status.capacity_sectors / 2048,
-        status.blocks.remapped,
-        status.blocks.remaps_max,
         status.io_engine,
         status.workers,
         status.transport,

@@ -79,6 +79,7 @@ fn without_a_server_every_question_fails_in_one_line() {
         &["verify", "8"],
         &["release", "8"],
         &["save"],
+        &["resize", "--size", "1G"],
         &["ping"],
         &["log-level", "1"],
     ] {

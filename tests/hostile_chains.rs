@@ -11,7 +11,7 @@ use vhost_remap::{device, engine, runtime, vhost, volume};
 
 /// What the library's own tests have in its place there.
 mod sync {
-    pub(crate) use std::sync::mpsc;
+    pub(crate) use std::sync::{atomic, mpsc};
 }
 
 #[expect(dead_code, reason = "the unit tests of the library use the rest")]
@@ -50,14 +50,39 @@ fn header(bench: &Bench, kind: u32, sector: u64) {
     bench.guest.write(STATUS, &[UNTOUCHED]);
 }
 
+/// Offer a chain of these buffers, which begins with descriptor 0 or has buffer id 0.
+fn offer(bench: &Bench, buffers: &[Buffer]) {
+    match &bench.packed {
+        None => bench.guest.offer(chain_of(&bench.guest, buffers)),
+        Some(driver) => {
+            let elements: Vec<_> =
+                buffers.iter().map(|&(at, len, write)| (at, len, if write { WRITE } else { 0 })).collect();
+            driver.offer(0, &elements);
+        }
+    }
+}
+
+/// The next used entry: head or buffer id, and length.
+fn take_used(bench: &Bench) -> Option<(u32, u32)> {
+    match &bench.packed {
+        None => bench.guest.take_used(),
+        Some(driver) => driver.take_used().map(|(id, len)| (u32::from(id), len)),
+    }
+}
+
 /// Offer `head`, and expect one used entry with `len` and that status, then an honest request to work.
 fn expect(bench: &mut Bench, name: &str, head: u16, len: u32, status: u8) {
     bench.guest.offer(head);
+    expect_used(bench, name, head, len, status);
+}
+
+/// As [`expect`], for what was offered.
+fn expect_used(bench: &mut Bench, name: &str, head: u16, len: u32, status: u8) {
     let start = Instant::now();
     bench.step();
     assert!(start.elapsed() < Duration::from_secs(5), "{name}: took {:?}", start.elapsed());
-    assert_eq!(bench.guest.take_used(), Some((u32::from(head), len)), "{name}");
-    assert_eq!(bench.guest.take_used(), None, "{name}: given back twice");
+    assert_eq!(take_used(bench), Some((u32::from(head), len)), "{name}");
+    assert_eq!(take_used(bench), None, "{name}: given back twice");
     assert_eq!(bench.guest.read::<1>(STATUS), [status], "{name}");
     assert_eq!(bench.plane.in_flight(), 0, "{name}");
     honest(bench, name);
@@ -68,11 +93,10 @@ fn honest(bench: &mut Bench, name: &str) {
     for (kind, buffer) in [(OUT, readable(BODY, 512)), (IN, writable(BODY + 512, 512))] {
         header(bench, kind, 9);
         bench.guest.write(BODY, &[0x5a; 512]);
-        let head = chain_of(&bench.guest, &[readable(HEADER, 16), buffer, writable(STATUS, 1)]);
-        bench.guest.offer(head);
+        offer(bench, &[readable(HEADER, 16), buffer, writable(STATUS, 1)]);
         bench.step();
         let len = if kind == IN { 513 } else { 1 };
-        assert_eq!(bench.guest.take_used(), Some((0, len)), "{name}: the honest request after it");
+        assert_eq!(take_used(bench), Some((0, len)), "{name}: the honest request after it");
         assert_eq!(bench.guest.read::<1>(STATUS), [OK], "{name}: the honest request after it");
     }
     assert_eq!(bench.guest.read::<512>(BODY + 512), [0x5a; 512], "{name}: the honest request after it");
@@ -82,13 +106,14 @@ fn honest(bench: &mut Bench, name: &str) {
 type Case = (&'static str, u32, u64, Vec<Buffer>, u32, u8);
 
 fn check(cases: Vec<Case>) {
-    let mut bench = Bench::new(64);
-    bench.start();
-    for (name, kind, sector, buffers, len, status) in cases {
-        header(&bench, kind, sector);
-        bench.guest.write(BODY, &[0xff; 16]);
-        let head = chain_of(&bench.guest, &buffers);
-        expect(&mut bench, name, head, len, status);
+    for mut bench in [Bench::new(64), Bench::packed(61)] {
+        bench.start();
+        for (name, kind, sector, buffers, len, status) in &cases {
+            header(&bench, *kind, *sector);
+            bench.guest.write(BODY, &[0xff; 16]);
+            offer(&bench, buffers);
+            expect_used(&mut bench, name, 0, *len, *status);
+        }
     }
 }
 
@@ -315,7 +340,7 @@ fn check_broken(name: &str, lie: impl FnOnce(&mut Bench)) {
     bench.guest.offer(head);
     bench.step();
     assert_eq!(bench.guest.used_idx(), used, "{name}");
-    assert_eq!(bench.stop(StopHow::Drain), Some(used), "{name}: everything taken was given back");
+    assert_eq!(bench.stop(StopHow::Drain), Some(used.into()), "{name}: everything taken was given back");
     bench.guest.restart_at(used);
     bench.start();
     honest(&mut bench, name);
@@ -333,6 +358,116 @@ fn a_ring_that_lies_stops_until_it_is_restarted() {
         bench.disks.manual(true);
         bench.guest.offer(head);
         bench.guest.offer(head);
+        bench.step();
+        assert_eq!(bench.plane.in_flight(), 1);
+        bench.disks.complete_all();
+        bench.disks.manual(false);
+    });
+}
+
+/// Elements of a list of a packed ring: address, length, flags.
+type List = &'static [(u64, u32, u16)];
+
+#[test]
+fn broken_lists_of_a_packed_ring_come_back_empty() {
+    let mut bench = Bench::packed(8);
+    bench.start();
+    let lists: &[(&str, List)] = &[
+        ("indirect with next", &[(TABLE, 32, INDIRECT), (STATUS, 1, WRITE)]),
+        ("indirect after another", &[(HEADER, 16, 0), (TABLE, 16, INDIRECT)]),
+        ("indirect of no length", &[(TABLE, 0, INDIRECT)]),
+        ("indirect of 17 bytes", &[(TABLE, 17, INDIRECT)]),
+        ("indirect of 4 GiB", &[(TABLE, !15, INDIRECT)]),
+        ("indirect of one entry more than any queue has", &[(TABLE, 32_769 * 16, INDIRECT)]),
+        ("indirect outside of memory", &[(1 << 40, 32, INDIRECT)]),
+        ("indirect over the end of memory", &[(MEMORY_END - 16, 32, INDIRECT)]),
+        ("indirect at the end of addresses", &[(u64::MAX - 15, 32, INDIRECT)]),
+        ("readable after writable", &[(STATUS, 1, WRITE), (HEADER, 16, 0)]),
+    ];
+    for (name, list) in lists {
+        header(&bench, FLUSH, 0);
+        bench.packed.as_ref().unwrap().offer(0, list);
+        expect_used(&mut bench, name, 0, 0, UNTOUCHED);
+    }
+}
+
+/// What is reserved in a table means nothing: flags but for one, and the buffer id.
+#[test]
+fn tables_of_a_packed_ring_are_read_to_their_end() {
+    let mut bench = Bench::packed(4);
+    bench.start();
+    // Buffer ids and flags lie the other way round than in split rings.
+    let table = |bench: &Bench, middle: u16, step: u64| {
+        header(bench, IN, 0);
+        let data = |i: u16| (DATA + 0xc_0000 + u64::from(i) * step, 1, 0x1234, WRITE | NEXT | INDIRECT);
+        let entries = [vec![(HEADER, 16, 9, 0x8080)], (0..middle).map(data).collect(), vec![(STATUS, 1, 0, WRITE)]];
+        bench.guest.indirect(TABLE, &entries.concat());
+        bench.packed.as_ref().unwrap().offer(0, &[(TABLE, (u32::from(middle) + 2) * 16, INDIRECT | WRITE)]);
+    };
+    for (middle, step, len, status) in
+        [(512, 1, 513, OK), (512, 2, 513, OK), (513, 1, 1, IOERR), (32_256, 1, 32_257, OK), (32_256, 2, 1, IOERR)]
+    {
+        table(&bench, middle, step);
+        expect_used(&mut bench, &format!("{middle} entries {step} apart"), 0, len, status);
+    }
+}
+
+/// As [`check_broken`], of a packed ring, which a driver that begins anew has cleared.
+fn check_broken_packed(name: &str, lie: impl FnOnce(&mut Bench)) {
+    let mut bench = Bench::packed(8);
+    bench.start();
+    honest(&mut bench, name);
+    lie(&mut bench);
+    bench.step();
+    assert_eq!(bench.plane.in_flight(), 0, "{name}");
+    while take_used(&bench).is_some() {}
+    // Nothing more is taken, whatever the ring says.
+    header(&bench, FLUSH, 0);
+    let driver = bench.packed.as_ref().unwrap();
+    for index in 0..8 {
+        driver.descriptor(index, (STATUS, 1, WRITE | driver.available_flags(0)), 0);
+    }
+    bench.step();
+    assert_eq!(bench.guest.read::<1>(STATUS), [UNTOUCHED], "{name}");
+    assert!(bench.stop(StopHow::Drain).is_some(), "{name}: everything taken was given back");
+    bench.packed.as_ref().unwrap().restart();
+    bench.set_base(0x8000_8000);
+    bench.start();
+    honest(&mut bench, name);
+}
+
+#[test]
+fn a_packed_ring_that_lies_stops_until_it_is_restarted() {
+    check_broken_packed("a chain without end", |bench| {
+        let driver = bench.packed.as_ref().unwrap();
+        // Two chains of three descriptors were used.
+        for index in [7, 0, 1, 2, 3, 4, 5, 6] {
+            let flags = if index >= 6 { driver.available_flags(0) } else { driver.available_flags(2) };
+            driver.descriptor(index, (HEADER, 16, NEXT | flags), 0);
+        }
+    });
+    check_broken_packed("a descriptor offered while the device holds it", |bench| {
+        let driver = bench.packed.as_ref().unwrap();
+        header(bench, IN, 0);
+        let elements = [(HEADER, 16, 0), (BODY, 256, WRITE), (BODY, 256, WRITE), (STATUS, 1, WRITE)];
+        driver.offer(1, &elements);
+        driver.offer(2, &elements);
+        bench.disks.manual(true);
+        bench.step();
+        assert_eq!(bench.plane.in_flight(), 2);
+        let driver = bench.packed.as_ref().unwrap();
+        driver.descriptor(6, (STATUS, 1, WRITE | driver.available_flags(0)), 3);
+        bench.step();
+        bench.disks.complete_all();
+        bench.disks.manual(false);
+    });
+    check_broken_packed("a buffer id offered twice", |bench| {
+        let driver = bench.packed.as_ref().unwrap();
+        header(bench, IN, 0);
+        let elements = [(HEADER, 16, 0), (BODY, 512, WRITE), (STATUS, 1, WRITE)];
+        driver.offer(5, &elements);
+        driver.offer(5, &elements);
+        bench.disks.manual(true);
         bench.step();
         assert_eq!(bench.plane.in_flight(), 1);
         bench.disks.complete_all();

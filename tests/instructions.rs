@@ -14,14 +14,14 @@ use std::sync::mpsc::channel;
 
 use vhost_remap::device::{Completion, Device, Event, Op, Reactor, Tag, Wait};
 use vhost_remap::engine::shard::Shard;
-use vhost_remap::engine::view::{Geometry, Mode, PrimaryState, Progress, View};
+use vhost_remap::engine::view::{Geometry, Mode, PrimaryState, Progress, View, Written};
 use vhost_remap::runtime::eventlog::EventLog;
 use vhost_remap::runtime::mailbox::mailbox;
 use vhost_remap::runtime::worker::{Clock, DiskInfo, WorkerPort};
 use vhost_remap::units::{Block, SECTORS_PER_BLOCK, Slot, Time};
 use vhost_remap::vhost::device::BlkDevice;
 use vhost_remap::vhost::memory::MemoryMap;
-use vhost_remap::vhost::ring::RingAddresses;
+use vhost_remap::vhost::ring::{RingAddresses, RingFormat};
 use vhost_remap::vhost::status::WorkerStatus;
 use vhost_remap::vhost::worker::{DataPlane, QueueKick, StartQueue};
 use vhost_remap::volume::map::{BlockState, Map};
@@ -119,14 +119,17 @@ fn worker(case: &str) -> (DataPlane, impl Sized) {
     let slots = if case.ends_with("passthrough") { 0 } else { 16_384 };
     let geometry = Geometry { capacity, logical_block: 512, slots_start: 1 << 20, slots };
     let mode = Mode { poisoned: false, primary: PrimaryState::Up, spare_up: true, read_only: false };
-    let view = Arc::new(View { map: map_of(case), mode, dense: Arc::default() });
+    let written = Arc::new(Written::new(capacity));
+    let view = Arc::new(View { geometry, map: map_of(case), mode, dense: Arc::default(), written });
+    let progress = Progress::new(capacity);
+    let capacity = progress.capacity.clone();
     let disk = Arc::new(DiskInfo { capacity, logical_block_size: 512, read_only: false, serial: [0; 20] });
     let device = BlkDevice::new(disk.clone(), 1);
     device.negotiated(device.offered_features());
     let (to_shard, inbox) = mailbox().unwrap();
     let (healer, from_shard) = mailbox().unwrap();
     let port = WorkerPort {
-        shard: Shard::new(0, geometry, view, Progress::new(capacity)),
+        shard: Shard::new(0, view, progress),
         reactor: Box::new(|| Ok(Box::new(Idle::default()))),
         inbox,
         healer,
@@ -170,8 +173,8 @@ fn drive(case: &str, requests: u64) {
         index: 0,
         addresses: RingAddresses { descriptors: 0, avail: AVAIL, used: USED, log: None },
         size: QUEUE_SIZE,
-        next_avail: 0,
-        event_idx: false,
+        base: 0,
+        format: RingFormat::default(),
         inflight: None,
         kick: QueueKick::Caller,
         call: None,

@@ -11,6 +11,8 @@ mod crash_points;
 mod degraded;
 #[path = "process/disks.rs"]
 mod disks;
+#[path = "process/drain.rs"]
+mod drain;
 #[path = "process/exhaustion.rs"]
 mod exhaustion;
 #[path = "process/faults.rs"]
@@ -25,6 +27,10 @@ mod frontend;
 mod gone;
 #[path = "process/guest.rs"]
 mod guest;
+#[path = "process/handover.rs"]
+mod handover;
+#[path = "process/inflight.rs"]
+mod inflight;
 #[path = "process/input_hosts.rs"]
 mod input_hosts;
 #[path = "process/input_paths.rs"]
@@ -47,6 +53,11 @@ mod modes;
 mod operator;
 #[path = "process/packaging.rs"]
 mod packaging;
+#[path = "process/packed.rs"]
+mod packed;
+#[expect(dead_code, reason = "the unit tests of the library use the rest")]
+#[path = "../src/vhost/testing/packed.rs"]
+mod packed_ring;
 #[path = "process/real_devices.rs"]
 mod real_devices;
 #[path = "process/real_errors.rs"]
@@ -55,6 +66,8 @@ mod real_errors;
 mod real_spare;
 #[path = "process/refusals.rs"]
 mod refusals;
+#[path = "process/resize.rs"]
+mod resize;
 #[path = "process/restart.rs"]
 mod restart;
 #[path = "process/scenarios.rs"]

@@ -58,6 +58,8 @@ pub enum Command {
     /// Write counters and the primary's copy of the table now.
     #[command(after_help = "Example:\n  vhost-remap save --control-path /run/vm1.sock.ctl")]
     Save(ControlArgs),
+    /// Grow the disk, under the running guest.
+    Resize(ResizeArgs),
     /// Ask whether the server is there.
     #[command(after_help = "Example:\n  vhost-remap ping --control-path /run/vm1.sock.ctl")]
     Ping(ControlArgs),
@@ -162,6 +164,10 @@ pub struct ServeArgs {
     /// What speaks vhost-user: this program, or rust-vmm's daemon, to compare the two.
     #[arg(long, hide = true, default_value = "own", value_parser = one_of::<Transport>(&["own", "framework"]))]
     pub transport: Transport,
+    /// Await a guest that is migrated here from another server of the volume: show the disk, and open it when that
+    /// server has let go.
+    #[arg(long, conflicts_with_all = ["create", "degraded"])]
+    pub incoming: bool,
     /// Serve a disk that only takes reads, and write nothing to either device.
     #[arg(long, conflicts_with = "create")]
     pub read_only: bool,
@@ -342,6 +348,19 @@ pub struct SectorsArgs {
     /// Sectors, 512 bytes each: `17`, or `8-15` with both ends included.
     #[arg(required = true, value_name = "SECTOR", value_parser = parse::sectors)]
     pub sectors: Vec<SectorRange>,
+}
+
+/// Options of `resize`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  vhost-remap resize --control-path /run/vm1.sock.ctl --size 20G")]
+pub struct ResizeArgs {
+    /// Server.
+    #[command(flatten)]
+    pub control: ControlArgs,
+    /// Size of the disk: bytes, or with K, M, G, T (powers of 1024). A primary that is a file is extended; a block
+    /// device must have been [default: all that the primary has room for].
+    #[arg(long, value_name = "SIZE", value_parser = parse::size)]
+    pub size: Option<u64>,
 }
 
 /// Options of `log-level`.

@@ -11,7 +11,7 @@ use super::args::{
     ShapeArgs, StatusArgs,
 };
 use super::{parse, show};
-use crate::control::api::{Done, ListPage, LogLevel, Pong, Sectors};
+use crate::control::api::{Done, ListPage, LogLevel, Pong, Resize, Sectors};
 use crate::control::client::{Client, ClientError, ORDER_TIMEOUT, REPORT_TIMEOUT};
 use crate::runtime::options::{
     AdoptOptions, CreateIfAbsent, CreateOptions, Listen, MAX_REMAPS_DEFAULT, ServeOptions, VolumeShape,
@@ -102,6 +102,7 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
         Command::Remap(args) => Server::of(&args.control)?.sectors("/v1/remap", &args, out),
         Command::Verify(args) => super::verify::run(&args, out),
         Command::Release(args) => Server::of(&args.control)?.sectors("/v1/release", &args, out),
+        Command::Resize(args) => Server::of(&args.control)?.order("/v1/resize", &Resize { size: args.size }, out),
         Command::Ping(args) => Server::of(&args)?.ping(out),
         Command::LogLevel(args) => Server::of(&args.control)?.log_level(&args, out),
     }
@@ -144,6 +145,7 @@ pub(super) fn serve_options(args: ServeArgs) -> Result<ServeOptions, CliError> {
         num_queues: args.num_queues,
         transport: args.transport,
         workers: args.workers,
+        incoming: args.incoming,
         read_only: args.read_only,
         create: args.size.filter(|_| args.create).map(|size| CreateIfAbsent { size, shape: new_shape }),
         io_engine: args.io_engine,

@@ -64,8 +64,11 @@ fn orders_print_the_volumes_answer() {
     let (running, volume) = Running::one(ScriptedVolume::new());
     assert_eq!(typed(&running, "remap --control-path CTL 8-15 17").unwrap(), "done as told\ndone as told\n");
     assert_eq!(typed(&running, "save --control-path CTL --json").unwrap(), "{\"message\":\"done as told\"}\n");
+    assert_eq!(typed(&running, "resize --control-path CTL --size 2G").unwrap(), "done as told\n");
+    assert_eq!(typed(&running, "resize --control-path CTL").unwrap(), "done as told\n");
     let range = |start, count| SectorRange { start: Sector(start), count };
-    let expected = [Order::Remap(range(8, 8)), Order::Remap(range(17, 1)), Order::Save];
+    let sizes = [Order::Resize(Some(2 << 30)), Order::Resize(None)];
+    let expected = [&[Order::Remap(range(8, 8)), Order::Remap(range(17, 1)), Order::Save][..], &sizes].concat();
     assert_eq!(*volume.orders.lock().unwrap(), expected);
     let pong = format!("pong from vhost-remap {}\n", env!("CARGO_PKG_VERSION"));
     assert_eq!(typed(&running, "ping --control-path CTL").unwrap(), pong);
@@ -168,6 +171,7 @@ fn serve_has_defaults_for_all_but_the_disk_and_the_socket() {
         degraded: false,
         on_device_loss: FailOrHold::Fail,
         on_spare_full: FailOrHold::Fail,
+        incoming: false,
         lock_wait: std::time::Duration::from_secs(30),
     };
     assert_eq!(options, expected);

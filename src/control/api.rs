@@ -11,6 +11,7 @@
 //! | `DELETE /v1/faults`, `DELETE /v1/faults/ID` | [`FaultsCleared`] |
 //! | `POST /v1/clear`, `POST /v1/save` | [`Done`] |
 //! | `POST /v1/remap`, `POST /v1/release` with [`Sectors`] | [`Done`] |
+//! | `POST /v1/resize` with [`Resize`] | [`Done`] |
 //! | `POST /v1/log-level` with [`LogLevel`] | [`LogLevel`] |
 //! | `GET /proc` | plain text |
 //!
@@ -94,6 +95,15 @@ pub struct Sectors {
     pub start: u64,
     /// Number of sectors.
     pub count: u64,
+}
+
+/// How large the disk is to become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resize {
+    /// Bytes, a multiple of 512; all that the primary has room for where absent.
+    #[serde(default)]
+    pub size: Option<u64>,
 }
 
 /// An order was carried out.

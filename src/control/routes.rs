@@ -17,12 +17,12 @@ use tokio::time::Instant;
 
 use super::api::{
     Done, EVENTS_LIMIT_MAX, EventsQuery, Failure, LIST_LIMIT_MAX, ListPage, ListQuery, LogLevel, Pong,
-    REQUEST_BODY_MAX, Sectors, WAIT_MAX_SECONDS,
+    REQUEST_BODY_MAX, Resize, Sectors, WAIT_MAX_SECONDS,
 };
 use super::server::{ServedVolume, wait_stopped};
 use super::volume::{Order, Volume};
 use super::{faults, log_level, proc_text};
-use crate::units::{Sector, SectorRange};
+use crate::units::{SECTOR_SIZE, Sector, SectorRange};
 
 /// How often a waiting `/v1/events` looks for a new one: short for a person, rare enough to cost nothing.
 const EVENTS_POLL: Duration = Duration::from_millis(200);
@@ -48,6 +48,7 @@ pub(super) fn router(state: State) -> Router {
         .route("/v1/save", post(save))
         .route("/v1/remap", post(remap))
         .route("/v1/release", post(release))
+        .route("/v1/resize", post(resize))
         .route("/v1/log-level", post(set_log_level))
         .route("/proc", get(proc))
         .fallback(no_such_route)
@@ -182,6 +183,7 @@ async fn list(Shared(state): Shared<State>, uri: Uri) -> Answer {
     let ListQuery { volume: _, filter, from, limit } = query(&uri)?;
     let limit = limit.unwrap_or(LIST_LIMIT_MAX).clamp(1, LIST_LIMIT_MAX);
     let entries = state.report(&uri, move |volume| volume.list(filter, from, limit)).await?;
+    let entries = entries.map_err(|refused| Refusal(StatusCode::CONFLICT, refused.to_string()))?;
     let next = match entries.last() {
         Some(last) if entries.len() == limit => last.sector.checked_add(u64::from(last.sectors)),
         _ => None,
@@ -220,6 +222,14 @@ async fn remap(Shared(state): Shared<State>, uri: Uri, bytes: Result<Bytes, Byte
 
 async fn release(Shared(state): Shared<State>, uri: Uri, bytes: Result<Bytes, BytesRejection>) -> Answer {
     state.order(&uri, Order::Release(sectors(body(bytes)?)?)).await
+}
+
+async fn resize(Shared(state): Shared<State>, uri: Uri, bytes: Result<Bytes, BytesRejection>) -> Answer {
+    let Resize { size } = body(bytes)?;
+    if let Some(size) = size.filter(|size| *size == 0 || !size.is_multiple_of(SECTOR_SIZE)) {
+        return Err(Refusal(StatusCode::BAD_REQUEST, format!("{size} bytes is no multiple of {SECTOR_SIZE}")));
+    }
+    state.order(&uri, Order::Resize(size)).await
 }
 
 fn sectors(Sectors { start, count }: Sectors) -> Result<SectorRange, Refusal> {

@@ -129,11 +129,15 @@ fn orders_reach_the_volume() {
         ("/v1/save", json!({})),
         ("/v1/remap", json!({"start": 8, "count": 16})),
         ("/v1/release", json!({"start": 8, "count": 1})),
+        ("/v1/resize", json!({"size": 1024})),
+        ("/v1/resize", json!({})),
     ] {
         assert_eq!(post(target, body).unwrap(), json!({"message": "done as told"}));
     }
     let range = |count| SectorRange { start: Sector(8), count };
-    let expected = [Order::Clear, Order::Save, Order::Remap(range(16)), Order::Release(range(1))];
+    let moves = [Order::Remap(range(16)), Order::Release(range(1))];
+    let sizes = [Order::Resize(Some(1024)), Order::Resize(None)];
+    let expected = [&[Order::Clear, Order::Save][..], &moves, &sizes].concat();
     assert_eq!(*volume.orders.lock().unwrap(), expected);
 }
 
@@ -158,6 +162,8 @@ fn what_makes_no_sense_is_refused_in_one_line_of_json() {
     check_refused(get("/v1/events?afetr=3"), 400, "unknown field `afetr`");
     check_refused(get("/v1/status?volume=other"), 404, "there are: disk0");
     check_refused(post("/v1/remap", json!({"start": 8})), 400, "missing field `count`");
+    check_refused(post("/v1/resize", json!({"size": 1000})), 400, "1000 bytes is no multiple of 512");
+    check_refused(post("/v1/resize", json!({"size": 0})), 400, "0 bytes");
     check_refused(post("/v1/remap", json!({"start": 8, "count": 0})), 400, "is no range");
     check_refused(post("/v1/remap", json!({"start": u64::MAX, "count": 2})), 400, "is no range");
     check_refused(post("/v1/remap", json!("x".repeat(REQUEST_BODY_MAX))), 413, "longer than 65536 bytes");

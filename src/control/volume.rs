@@ -3,21 +3,25 @@
 use std::sync::Arc;
 
 use crate::device::fault::FaultTable;
-use crate::runtime::handle::{Refused, VolumeHandle};
+use crate::runtime::handle::Refused;
+use crate::runtime::handover::HeldVolume;
 use crate::runtime::report::{EventPage, ListEntry, ListFilter, StatusReport};
 use crate::units::SectorRange;
 
-/// A volume as an operator sees it: [`VolumeHandle`], or a scripted one in the tests of this module.
+/// A volume as an operator sees it: [`HeldVolume`], or a scripted one in the tests of this module.
 ///
 /// The reports come from memory and never wait for a disk. The orders may.
 pub trait Volume: Send + Sync {
-    /// See [`VolumeHandle::status`].
+    /// See [`HeldVolume::status`].
     fn status(&self) -> StatusReport;
-    /// See [`VolumeHandle::list`].
-    fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Vec<ListEntry>;
-    /// See [`VolumeHandle::events`].
+    /// See [`HeldVolume::list`].
+    ///
+    /// # Errors
+    /// When the volume is not open.
+    fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused>;
+    /// See [`HeldVolume::events`].
     fn events(&self, after: u64, limit: usize) -> EventPage;
-    /// See [`VolumeHandle::faults`].
+    /// See [`HeldVolume::faults`].
     fn faults(&self) -> Option<&Arc<FaultTable>>;
     /// Carry out an order; the answer is one line for a person.
     ///
@@ -37,31 +41,35 @@ pub enum Order {
     Release(SectorRange),
     /// Write counters and the label's copy of the table.
     Save,
+    /// Grow to so many bytes, or to what the primary has room for.
+    Resize(Option<u64>),
 }
 
-impl Volume for VolumeHandle {
+impl Volume for HeldVolume {
     fn status(&self) -> StatusReport {
-        VolumeHandle::status(self)
+        HeldVolume::status(self)
     }
 
-    fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Vec<ListEntry> {
-        VolumeHandle::list(self, filter, from, limit)
+    fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused> {
+        HeldVolume::list(self, filter, from, limit)
     }
 
     fn events(&self, after: u64, limit: usize) -> EventPage {
-        VolumeHandle::events(self, after, limit)
+        HeldVolume::events(self, after, limit)
     }
 
     fn faults(&self) -> Option<&Arc<FaultTable>> {
-        VolumeHandle::faults(self)
+        HeldVolume::faults(self)
     }
 
     fn order(&self, order: Order) -> Result<String, Refused> {
+        let volume = self.open_volume()?;
         match order {
-            Order::Clear => self.clear(),
-            Order::Remap(range) => self.remap(range.start.0, range.count),
-            Order::Release(range) => self.release(range.start.0, range.count),
-            Order::Save => self.save(),
+            Order::Clear => volume.clear(),
+            Order::Remap(range) => volume.remap(range.start.0, range.count),
+            Order::Release(range) => volume.release(range.start.0, range.count),
+            Order::Save => volume.save(),
+            Order::Resize(size) => volume.resize(size),
         }
     }
 }
@@ -107,13 +115,13 @@ pub(crate) mod scripted {
             self.status.clone()
         }
 
-        fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Vec<ListEntry> {
+        fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused> {
             let wanted = |e: &&ListEntry| match filter {
                 ListFilter::All => true,
                 ListFilter::Lost => !e.lost.is_empty(),
                 ListFilter::Pending => e.state.iter().any(|s| s == "pending"),
             };
-            self.entries.iter().filter(|e| e.sector >= from).filter(wanted).take(limit).cloned().collect()
+            Ok(self.entries.iter().filter(|e| e.sector >= from).filter(wanted).take(limit).cloned().collect())
         }
 
         fn events(&self, after: u64, limit: usize) -> EventPage {

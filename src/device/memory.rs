@@ -270,7 +270,20 @@ impl MemoryDisks {
     pub fn set_size(&self, device: DeviceIndex, size: u64) {
         let mut world = self.world();
         let disk = &mut world.disks[usize::from(device.0)];
-        assert!(to_usize(size) <= disk.current.len(), "a disk does not grow");
+        assert!(to_usize(size) <= disk.current.len(), "a disk grows by `extend`");
+        disk.size = size;
+    }
+
+    /// Make the disk larger, for good; what is new are zeros.
+    ///
+    /// # Panics
+    /// If the size is no multiple of a logical block, or smaller than before.
+    pub fn extend(&self, device: DeviceIndex, size: u64) {
+        let mut world = self.world();
+        assert!(size.is_multiple_of(world.logical_block), "a disk has whole blocks");
+        let disk = &mut world.disks[usize::from(device.0)];
+        disk.current.extend(to_usize(size));
+        disk.durable.extend(to_usize(size));
         disk.size = size;
     }
 

@@ -148,6 +148,8 @@ pub enum OpenError {
     NoSpace { path: PathBuf, size: u64 },
     #[error("{}: {size} bytes is more than a file of its file system can have; choose a smaller size or another place", path.display())]
     TooLarge { path: PathBuf, size: u64 },
+    #[error("{}: has {found} bytes, and {needed} are needed; extend it first", path.display())]
+    DeviceSmall { path: PathBuf, found: u64, needed: u64 },
     #[error("{}: is on a read-only file system; choose another place", path.display())]
     ReadOnlyFileSystem { path: PathBuf },
     #[error("{}: {action}: {source}; check the path and the device", path.display())]
@@ -162,7 +164,19 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<OpenDevice, OpenError>
     let kind = kind_of(path)?;
     let mut patience = Patience::new(path, options.lock_wait);
     let file = open_description(path, kind, options, &mut patience)?;
-    finish(file, path, options, &mut patience)
+    lock(&file, path, options, &mut patience)?;
+    finish(file, path, options)
+}
+
+/// Open for a look at what another process may be serving: only to read, and without the lock. What is read may
+/// be changing.
+///
+/// # Errors
+/// As [`open`].
+pub fn look(path: &Path) -> Result<OpenDevice, OpenError> {
+    let options = OpenOptions { read_only: true, direct: true, lock_wait: Duration::ZERO };
+    let file = open_description(path, kind_of(path)?, &options, &mut Patience::new(path, options.lock_wait))?;
+    finish(file, path, &options)
 }
 
 /// Make an open file (one that came over a socket) a device of ours. It becomes O_DIRECT or not as
@@ -184,7 +198,8 @@ pub fn open_file(file: File, path: &Path, options: &OpenOptions) -> Result<OpenD
         }
         Err(errno) => return Err(io_error("cannot set its flags")(errno)),
     }
-    finish(file, path, options, &mut Patience::new(path, options.lock_wait))
+    lock(&file, path, options, &mut Patience::new(path, options.lock_wait))?;
+    finish(file, path, options)
 }
 
 /// Create a regular file of `size` bytes, all of them holes; copy-on-write is switched off where the
@@ -334,25 +349,26 @@ fn group_name(table: &str, gid: u32) -> Option<String> {
     })
 }
 
-fn finish(
-    file: File,
-    path: &Path,
-    options: &OpenOptions,
-    patience: &mut Patience<'_>,
-) -> Result<OpenDevice, OpenError> {
-    let io_error = |action| move |errno: rustix::io::Errno| io_failure(path, action, errno.into());
-    let stat = rustix::fs::fstat(&file).map_err(io_error("cannot be examined"))?;
+fn examine(file: &File, path: &Path) -> Result<(rustix::fs::Stat, Kind), OpenError> {
+    let stat = rustix::fs::fstat(file).map_err(|errno| io_failure(path, "cannot be examined", errno.into()))?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => Kind::File,
         FileType::BlockDevice => Kind::BlockDevice,
         FileType::Directory => return Err(OpenError::Directory { path: path.to_owned() }),
         _ => return Err(OpenError::WrongType { path: path.to_owned() }),
     };
-    let access = if options.read_only { Access::Shared } else { Access::Exclusive };
-    lock::acquire(&file, access, kind == Kind::File, patience)?;
+    Ok((stat, kind))
+}
 
-    // Only now is the size ours to rely on: whoever held the lock may have changed it.
-    let stat = rustix::fs::fstat(&file).map_err(io_error("cannot be examined"))?;
+fn lock(file: &File, path: &Path, options: &OpenOptions, patience: &mut Patience<'_>) -> Result<(), OpenError> {
+    let access = if options.read_only { Access::Shared } else { Access::Exclusive };
+    let (_, kind) = examine(file, path)?;
+    lock::acquire(file, access, kind == Kind::File, patience)
+}
+
+/// To be called with the lock, where there is to be one: whoever held it may have changed the size.
+fn finish(file: File, path: &Path, options: &OpenOptions) -> Result<OpenDevice, OpenError> {
+    let (stat, kind) = examine(&file, path)?;
     let geometry = geometry_of(&file, path, kind, &stat, options)?;
     let identity = match kind {
         Kind::File => Identity { device: stat.st_dev, inode: stat.st_ino, serial: None, mtime_ns: mtime_ns(&stat) },
@@ -487,6 +503,41 @@ impl OpenDevice {
         let whole = size - size % u64::from(self.geometry.logical_block);
         self.size.fetch_max(whole, Ordering::Relaxed);
         Ok(size)
+    }
+
+    /// Extend a file to `size` bytes, where it has less; what is new are holes. The next flush makes that durable.
+    ///
+    /// # Errors
+    /// Where its file system does not take that; the file is as it was. A block device is extended by others.
+    pub fn extend(&self, size: u64) -> Result<(), OpenError> {
+        let path = || self.path.clone();
+        let found = self.update_size().map_err(|Errno(errno)| {
+            io_failure(&self.path, "cannot tell its size", io::Error::from_raw_os_error(errno))
+        })?;
+        if found >= size {
+            return Ok(());
+        }
+        if self.geometry.kind == Kind::BlockDevice {
+            return Err(OpenError::DeviceSmall { path: path(), found, needed: size });
+        }
+        self.file.set_len(size).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => OpenError::NoSpace { path: path(), size },
+            Some(libc::EFBIG | libc::EINVAL) => OpenError::TooLarge { path: path(), size },
+            _ => io_failure(&self.path, "cannot be extended", error),
+        })?;
+        self.size.fetch_max(size, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Undo [`OpenDevice::extend`] of a file that had `size` bytes and of whose new part nothing is used.
+    ///
+    /// # Errors
+    /// Where its file system does not take that: it stays longer.
+    pub fn shorten_again(&self, size: u64) -> io::Result<()> {
+        // First what may be addressed: a device that is shorter than that has gone.
+        let whole = size - size % u64::from(self.geometry.logical_block);
+        let before = self.size.swap(whole, Ordering::Relaxed);
+        self.file.set_len(size).inspect_err(|_| self.size.store(before, Ordering::Relaxed))
     }
 
     /// Last change of a file's content as of now, in nanoseconds since 1970; 0 for a block device.

@@ -171,11 +171,11 @@ pub(super) fn new_superblock(params: &CreateParams, layout: &Layout, label: Opti
         Region { kind: 1, device: 1, start: 0, length: layout.place_len() },
         Region { kind: 2, device: 1, start: layout.slots_start, length: slots },
         Region { kind: 3, device: 1, start: tail, length: layout.place_len() },
-        Region { kind: 4, device: 0, start: 0, length: guest },
+        Region { kind: Region::GUEST, device: 0, start: 0, length: guest },
     ];
     if let Some(label) = label {
         let length = label_size(params.max_remaps);
-        regions.push(Region { kind: 5, device: 0, start: label.start, length });
+        regions.push(Region { kind: Region::LABEL, device: 0, start: label.start, length });
     }
     Superblock {
         features: [0; 3],

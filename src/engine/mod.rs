@@ -77,7 +77,7 @@
 //! }
 //! let policy = Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false };
 //! let (mut healer, _) = opening.finish(&HealerParams { shards: 1, policy, epoch: 0 })?;
-//! let mut shard = Shard::new(0, healer.geometry(), healer.view(), healer.progress());
+//! let mut shard = Shard::new(0, healer.view(), healer.progress());
 //!
 //! // Write to the bad block.
 //! let range = SectorRange { start: Sector(8), count: 8 };

@@ -1,7 +1,9 @@
 //! Opening a volume: find its superblocks, check the devices, take the newest of every page, repair.
 
+mod check;
 mod degraded;
 mod label;
+mod look;
 mod pages;
 mod passthrough;
 mod repair;
@@ -19,9 +21,11 @@ use crate::device::{Completion, DeviceIndex, Errno, Op};
 use crate::units::{SECTOR_SIZE, SECTORS_PER_BLOCK, SectorRange, Slot, Time};
 use crate::volume::layout::{Layout, LayoutError, PAGE};
 use crate::volume::map::{BlockState, Map};
-use crate::volume::superblock::{COMPAT_KNOWN, CloseStamp, Superblock, VERSION};
+use crate::volume::superblock::{COMPAT_KNOWN, VERSION};
 use crate::volume::table::Table;
+use check::{check_content, check_devices, check_grown};
 pub use label::{LabelSearch, OldLabel};
+pub use look::Look;
 use repair::{Newest, Repair};
 use superblocks::Label;
 pub(super) use superblocks::tail_starts;
@@ -99,8 +103,10 @@ pub enum OpenError {
         /// Bytes recorded.
         expected: u64,
     },
-    /// The primary is larger than it was.
-    #[error("the primary has {found} bytes and the volume was made with {expected}; shrink it back")]
+    /// The primary is larger than it was, and its label is not where it was.
+    #[error(
+        "the primary has {found} bytes and the volume was made with {expected}, and no label lies where it did; shrink it back, or name the right one"
+    )]
     Grown {
         /// Bytes now.
         found: u64,
@@ -142,6 +148,18 @@ pub enum OpenError {
         "the primary was changed by another program since the last clean close ({0}) and {1} blocks are remapped; serve it with --accept-external if that was wanted"
     )]
     External(&'static str, usize),
+    /// Somebody else changed the size of the primary.
+    #[error(
+        "the primary has {found} bytes and had {expected} at the last clean close, and {live} blocks are remapped; serve it with --accept-external if that was wanted"
+    )]
+    OtherSize {
+        /// Bytes now.
+        found: u64,
+        /// Bytes then.
+        expected: u64,
+        /// Blocks that are remapped.
+        live: usize,
+    },
     /// A device's logical block has grown.
     #[error(
         "the {device} has logical blocks of {found} bytes and the volume was made for {expected}; use a device with blocks no larger"
@@ -265,6 +283,8 @@ impl Opening {
             labelled: superblock.labelled,
             max_remaps: superblock.max_remaps,
             degraded: opened.stamped,
+            found_generation: opened.found_generation,
+            closed_write_through: opened.closed_write_through,
         };
         Ok((Healer::new(self.0.executor, self.0.io, opened, params), facts))
     }
@@ -287,6 +307,11 @@ pub struct VolumeFacts {
     pub max_remaps: u32,
     /// Served without its spare: when the list of remapped blocks was written, seconds since the epoch.
     pub degraded: Option<u64>,
+    /// The generation it had before it was opened; an opening for writing begins another.
+    pub found_generation: u64,
+    /// Whether the guest that was served last had switched its cache to write-through; nobody knows after an
+    /// unclean close.
+    pub closed_write_through: Option<bool>,
 }
 
 /// Every sample there can be; see [`sample`].
@@ -320,66 +345,6 @@ fn event(
 ) {
     let (time, range) = (Time(0), SectorRange::default());
     events.push(Event { time, severity, kind, device: Some(device), range, cause, action: action.into() });
-}
-
-/// Refuse devices of other sizes than the volume was made with.
-fn check_devices(superblock: &Superblock, params: &OpenParams) -> Result<(), OpenError> {
-    let (found, expected) = (params.spare.size, superblock.spare_size);
-    if found < expected {
-        return Err(OpenError::Shrunk { device: DeviceIndex::SPARE, found, expected });
-    }
-    let (found, expected) = (params.primary.size, superblock.primary_size);
-    if found < expected {
-        return Err(OpenError::Shrunk { device: DeviceIndex::PRIMARY, found, expected });
-    }
-    if found > expected {
-        return Err(OpenError::Grown { found, expected });
-    }
-    for (device, facts) in [(DeviceIndex::PRIMARY, &params.primary), (DeviceIndex::SPARE, &params.spare)] {
-        if facts.logical_block > superblock.logical_block {
-            let (found, expected) = (facts.logical_block, superblock.logical_block);
-            return Err(OpenError::LogicalBlock { device, found, expected });
-        }
-    }
-    Ok(())
-}
-
-/// Refuse a primary that is not the adopted one, or that somebody else has changed since the last clean close
-/// while blocks of it are remapped.
-async fn check_content(
-    io: &Io,
-    superblock: &Superblock,
-    labelled: bool,
-    params: &OpenParams,
-    live: usize,
-) -> Result<(), OpenError> {
-    let facts = &params.primary;
-    let same_device = superblocks::same_device(superblock, facts);
-    let mut sampled = None;
-    if !labelled && !same_device && !params.accept_external {
-        let found = sample(io, superblock.capacity, superblock.logical_block, superblock.sampled).await;
-        sampled = Some(found);
-        if superblock.stamp.is_none_or(|stamp| (stamp.sample_crc, superblock.sampled) != found) {
-            return Err(OpenError::NotAdopted(superblock.set));
-        }
-    }
-    let unchanged = |_: &CloseStamp| superblock.clean && live > 0 && !params.accept_external;
-    let Some(stamp) = superblock.stamp.filter(unchanged) else { return Ok(()) };
-    if stamp.size != facts.size {
-        return Err(OpenError::External("its size differs", live));
-    }
-    if stamp.mtime_ns != 0 && same_device && stamp.mtime_ns != facts.mtime_ns {
-        return Err(OpenError::External("its modification time differs", live));
-    }
-    let (crc, readable) = match sampled {
-        Some(found) => found,
-        None => sample(io, superblock.capacity, superblock.logical_block, superblock.sampled).await,
-    };
-    // Where a sample has become unreadable since, nothing can be said.
-    if readable == superblock.sampled && stamp.sample_crc != crc {
-        return Err(OpenError::External("sampled blocks differ", live));
-    }
-    Ok(())
 }
 
 fn build_map(table: &Table, capacity: u64) -> Result<(Map, Vec<Slot>), OpenError> {
@@ -420,8 +385,9 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let found = superblocks::find(io, params.spare.size).await?;
     let mut superblock = superblocks::choose(&found)?;
     let mut unknown = superblocks::check_features(&superblock, DeviceIndex::SPARE)?;
-    check_devices(&superblock, params)?;
+    check_devices(&superblock, &params.primary, &params.spare)?;
     let label = superblocks::read_label(io, &superblock).await?;
+    check_grown(io, &superblock, label.as_ref(), params).await?;
     if let Some(label) = &label {
         superblock = label.compare(&found, superblock, &params.primary)?;
         if let Some(newest) = label.newest() {
@@ -439,6 +405,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let (map, superseded) = build_map(&table, superblock.capacity)?;
     check_content(io, &superblock, label.is_some(), params, table.live()).await?;
     let read_only = params.read_only || unknown != 0;
+    let (found_generation, closed_write_through) = (superblock.generation, superblock.closed_write_through());
     let sidecars = pages::load_sidecars(io, &layout, &superblock, label_layout, read_only).await;
     let mut repairs = superblocks::repairs(&found, &superblock);
     repairs.extend(page_repairs);
@@ -446,6 +413,10 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     repairs.extend(label.iter().flat_map(Label::repairs));
     debug_assert_eq!(COMPAT_KNOWN, 0, "unknown compatible features are ignored");
     let mut events = first_events(unknown, sidecars.poison_unknown);
+    if params.primary.size > superblock.primary_size {
+        let cause = format!("it has {} bytes, and had {}", params.primary.size, superblock.primary_size);
+        event(&mut events, Severity::Info, "primary-grown", DeviceIndex::PRIMARY, cause, "`resize` uses the rest");
+    }
     let mut tally = Tally::default();
     let (poison, saved) = (sidecars.poison, sidecars.counters);
     if read_only {
@@ -476,11 +447,14 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     };
     Ok(Opened {
         label: label_layout,
+        primary_size: params.primary.size,
         superseded,
         poison,
         saved_sequence: saved.sequence,
         saved: saved.values,
         read_only,
+        found_generation,
+        closed_write_through,
         tally,
         events,
         ..Opened::new(geometry, layout, superblock, table, map)

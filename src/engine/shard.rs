@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::message::{Cursor, FenceId, Handed, Outcome, Refusal, ToHealer, ToShard, Why};
 use super::request::{Answer, Request, RequestOp, Status};
-use super::view::{Geometry, PrimaryState, Progress, Run, View, runs};
+use super::view::{PrimaryState, Progress, Run, View, runs};
 use crate::device::buffer::{IoSlice, Iovecs};
 use crate::device::{Completion, DeviceIndex, Errno, Op, OpKind, Tag};
 use crate::units::{BlockRange, SectorRange, Time};
@@ -60,7 +60,6 @@ struct Fence {
 #[derive(Debug)]
 pub struct Shard {
     index: usize,
-    geometry: Geometry,
     view: Arc<View>,
     progress: Arc<Progress>,
     active: Vec<Option<Active>>,
@@ -75,10 +74,9 @@ pub struct Shard {
 
 impl Shard {
     /// A shard of its own number, on a first view.
-    pub fn new(index: usize, geometry: Geometry, view: Arc<View>, progress: Arc<Progress>) -> Shard {
+    pub fn new(index: usize, view: Arc<View>, progress: Arc<Progress>) -> Shard {
         Shard {
             index,
-            geometry,
             view,
             progress,
             active: Vec::new(),
@@ -88,6 +86,11 @@ impl Shard {
             stopping: Vec::new(),
             resumed: Vec::new(),
         }
+    }
+
+    /// What it shares with the healer.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
     }
 
     /// Take a request. Zero-length reads and writes succeed at once.
@@ -249,7 +252,7 @@ impl Shard {
     }
 
     fn refusal(&self, request: &Request) -> Option<Refusal> {
-        let geometry = &self.geometry;
+        let geometry = &self.view.geometry;
         let inside = match &request.op {
             RequestOp::Read { range, .. } | RequestOp::Write { range, .. } => geometry.contains(*range),
             RequestOp::Discard { ranges } => ranges.iter().all(|range| geometry.contains(*range)),
@@ -282,7 +285,7 @@ impl Shard {
         }
         if self.view.mode.primary == PrimaryState::Up
             && self.view.map.is_plain(blocks)
-            && self.geometry.is_aligned(cursor.piece)
+            && self.view.geometry.is_aligned(cursor.piece)
             && !(is_write(&request) && self.view.is_dense(blocks))
         {
             self.start_plain(request, cursor, out);
@@ -319,7 +322,7 @@ impl Shard {
             // Zeros for a slot need memory, which the healer has.
             return self.hand_over(request, cursor, Why::Special, out);
         }
-        let runs = runs(&self.view.map, &self.geometry, cursor.piece);
+        let runs = runs(&self.view.map, &self.view.geometry, cursor.piece);
         let (kind, _) = op_of(&request, &cursor);
         let mut parts = Vec::with_capacity(runs.len());
         for run in &runs {
@@ -341,7 +344,7 @@ impl Shard {
     /// Why the piece cannot be served by plain operations, if so.
     fn obstacle(&self, cursor: &Cursor, write: bool) -> Option<Why> {
         let dense = write && self.view.is_dense(cursor.piece.blocks());
-        let mut special = dense || !self.geometry.is_aligned(cursor.piece);
+        let mut special = dense || !self.view.geometry.is_aligned(cursor.piece);
         let mut primary = false;
         for block in cursor.piece.blocks().iter() {
             let state = self.view.map.get(block);
@@ -364,11 +367,11 @@ impl Shard {
     /// Discards skip every block that is not plain (W6).
     fn start_discard(&mut self, request: Request, cursor: Cursor, out: &mut ShardOut) {
         let plain: Vec<Run> = if self.view.mode.primary == PrimaryState::Up {
-            runs(&self.view.map, &self.geometry, cursor.piece)
+            runs(&self.view.map, &self.view.geometry, cursor.piece)
                 .into_iter()
                 .filter(|run| run.device == DeviceIndex::PRIMARY)
                 .flat_map(|run| plain_parts(&self.view, run))
-                .filter(|run| self.geometry.is_aligned(run.range))
+                .filter(|run| self.view.geometry.is_aligned(run.range))
                 .collect()
         } else {
             Vec::new()
@@ -399,7 +402,7 @@ impl Shard {
     /// The piece at `cursor` is done: start the next one, or end the request.
     fn advance(&mut self, request: Request, cursor: Cursor, out: &mut ShardOut) {
         if is_write(&request) {
-            self.progress.written.note(cursor.piece);
+            self.view.written.note(cursor.piece);
         }
         match next_piece(&request, &cursor) {
             Some(next) => self.serve(request, next, out),

@@ -9,7 +9,7 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::units::{BLOCK_SIZE, Block, BlockRange, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector, SectorRange, Slot};
 use crate::volume::map::Map;
 
-/// The fixed facts of an open volume.
+/// The measures of an open volume. Only its capacity ever changes, and only upwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// Sectors the guest sees.
@@ -73,9 +73,11 @@ pub struct Mode {
     pub read_only: bool,
 }
 
-/// A snapshot of map and mode.
+/// A snapshot of map, mode and measures.
 #[derive(Clone, Debug)]
 pub struct View {
+    /// The measures that the map is for.
+    pub geometry: Geometry,
     /// Blocks that are not simply on the primary.
     pub map: Map,
     /// What is allowed.
@@ -83,6 +85,8 @@ pub struct View {
     /// Regions with more pending blocks than are kept: writes there are verified like writes to pending
     /// blocks.
     pub dense: Arc<BTreeSet<u64>>,
+    /// Where to note what was written.
+    pub written: Arc<Written>,
 }
 
 impl View {
@@ -97,9 +101,19 @@ impl View {
     }
 }
 
+/// Regions of a volume, a bit each, as [`Written::take`] gives them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Regions {
+    /// Log2 of the sectors in a region.
+    pub shift: u32,
+    /// The bits.
+    pub words: Vec<u64>,
+}
+
 /// One bit for each region of the volume written since the last good flush, shared by all shards.
 ///
-/// A region is large enough that the bits fit into the poison page beside its header.
+/// A region is large enough that the bits fit into the poison page beside its header; a volume that grows gets
+/// another of these, whose regions may be larger.
 #[derive(Debug)]
 pub struct Written {
     bits: Box<[AtomicU64]>,
@@ -122,11 +136,6 @@ impl Written {
         Written { bits: (0..words).map(|_| AtomicU64::new(0)).collect(), shift }
     }
 
-    /// Log2 of the sectors in a region.
-    pub fn shift(&self) -> u32 {
-        self.shift
-    }
-
     /// Note a write, before the guest is told of it.
     #[inline]
     pub fn note(&self, range: SectorRange) {
@@ -143,23 +152,53 @@ impl Written {
     }
 
     /// Take all bits, leaving none.
-    pub fn take(&self) -> Vec<u64> {
-        self.bits.iter().map(|word| word.swap(0, Ordering::AcqRel)).collect()
+    pub fn take(&self) -> Regions {
+        let words = self.bits.iter().map(|word| word.swap(0, Ordering::AcqRel)).collect();
+        Regions { shift: self.shift, words }
     }
 
-    /// Put bits back, as [`Written::take`] gave them.
-    pub fn restore(&self, bits: &[u64]) {
-        for (word, bits) in self.bits.iter().zip(bits) {
-            word.fetch_or(*bits, Ordering::AcqRel);
+    /// Put bits back, as [`Written::take`] gave them here or at a volume that has grown since.
+    pub fn restore(&self, regions: &Regions) {
+        for (index, word) in (0_u64..).zip(&regions.words) {
+            for bit in (0..64).filter(|bit| word >> bit & 1 == 1) {
+                let region = (index * 64 + bit) >> (self.shift - regions.shift);
+                let word = usize::try_from(region / 64).expect("at most 16,384 regions");
+                self.bits[word].fetch_or(1 << (region % 64), Ordering::AcqRel);
+            }
         }
+    }
+}
+
+/// How much of what blocks can move to is used: the percentage of slots by which the operator is warned (E2).
+#[derive(Debug)]
+pub struct Reserve(AtomicU64);
+
+impl Reserve {
+    /// There are no slots.
+    const NONE: u64 = u64::MAX;
+
+    /// Tell it anew; `None` where there are no slots.
+    pub fn set_used(&self, percent: Option<u64>) {
+        self.0.store(percent.unwrap_or(Self::NONE), Ordering::Relaxed);
+    }
+
+    /// As last told.
+    pub fn used_percent(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|percent| *percent != Self::NONE)
+    }
+}
+
+impl Default for Reserve {
+    fn default() -> Self {
+        Reserve(AtomicU64::new(Self::NONE))
     }
 }
 
 /// Counters the shards share with the healer and with whoever reports.
 #[derive(Debug)]
 pub struct Progress {
-    /// Regions written since the last good flush.
-    pub written: Written,
+    /// Sectors that every shard serves: what the guest may be told.
+    pub capacity: Arc<AtomicU64>,
     /// Writes to slots that were completed; the spare is dirty while this is ahead of its last flush.
     pub slot_writes: AtomicU64,
     /// Flushes of the spare that failed while no completed slot write was unflushed: a slot write under way
@@ -167,6 +206,8 @@ pub struct Progress {
     pub spare_flush_failures: AtomicU64,
     /// Device writes to the primary that succeeded: the breaker wants to know of any.
     pub primary_writes_ok: AtomicU64,
+    /// For guests that ask.
+    pub reserve: Reserve,
     /// Answered reads.
     pub reads: AtomicU64,
     /// Answered writes and zeroings.
@@ -182,14 +223,15 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// All zero, for a volume of `capacity` sectors.
+    /// Counters at zero, for a volume of `capacity` sectors.
     pub fn new(capacity: u64) -> Arc<Progress> {
         let zero = || AtomicU64::new(0);
         Arc::new(Progress {
-            written: Written::new(capacity),
+            capacity: Arc::new(AtomicU64::new(capacity)),
             slot_writes: zero(),
             spare_flush_failures: zero(),
             primary_writes_ok: zero(),
+            reserve: Reserve::default(),
             reads: zero(),
             writes: zero(),
             flushes: zero(),

@@ -90,7 +90,8 @@ impl EventLog {
         }
         if in_time {
             let EventRecord { kind, device, cause, action, .. } = &record;
-            log::log!(level, "{}: {kind}: {device}{place}: {cause}: {action}", self.volume);
+            let concerned = if device.is_empty() && place.is_empty() { "" } else { ": " };
+            log::log!(level, "{}: {kind}{concerned}{device}{place}: {cause}: {action}", self.volume);
         }
         let mut log = self.lock();
         log.last_seq += 1;

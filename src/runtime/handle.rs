@@ -1,29 +1,27 @@
 //! The operator's side of a running volume.
 
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::time::Duration;
 
+use uuid::Uuid;
+
 use super::devices::Devices;
-use super::eventlog::EventLog;
 use super::healer::{Command, OpenedVolume};
 use super::mailbox::Outbox;
-use super::report::{
-    BlockReport, Counters, DeviceReport, EventPage, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
-};
-use super::volume::degraded_list;
-use super::worker::Clock;
+use super::report::{BlockReport, Counters, DeviceReport, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport};
+use super::volume::{Standing, degraded_list};
 use crate::device::DeviceIndex;
-use crate::device::fault::FaultTable;
 use crate::engine::healer::{HealerStatus, Order, PoisonReport, Reply, Tally};
-use crate::engine::view::PrimaryState;
+use crate::engine::view::{Geometry, PrimaryState};
+use crate::sync::Mutex;
 use crate::sync::mpsc::sync_channel;
 use crate::units::{Sector, SectorRange};
 
 /// The healer answers questions from memory; this much patience is for a machine in trouble.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Orders that work on devices may take as long as the ladders behind them.
-const ORDER_TIMEOUT: Duration = Duration::from_secs(3600);
+pub(super) const ORDER_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Requests older than this make `status` name them as hung.
 const HUNG_MS: u64 = 5000;
 
@@ -43,13 +41,12 @@ pub(super) struct Served {
     pub(super) devices: Devices,
     pub(super) opened: OpenedVolume,
     pub(super) orders: Outbox<Command>,
-    pub(super) log: Arc<EventLog>,
-    pub(super) clock: Clock,
-    pub(super) epoch: u64,
+    pub(super) standing: Arc<Standing>,
     pub(super) cache: &'static str,
     pub(super) workers: u32,
     pub(super) transport: &'static str,
-    pub(super) front_end: OnceLock<Box<dyn Fn() -> FrontEndState + Send + Sync>>,
+    /// Held by a resize: there is one at a time.
+    pub(super) resizing: Mutex<()>,
 }
 
 /// A cheap clone that any thread may ask. No report waits for a disk.
@@ -62,40 +59,37 @@ pub struct VolumeHandle(pub(super) Arc<Served>);
 pub struct Refused(pub String);
 
 impl VolumeHandle {
-    /// Say whom to ask about the front-end. Once.
-    pub fn set_front_end(&self, ask: impl Fn() -> FrontEndState + Send + Sync + 'static) {
-        let _ = self.0.front_end.set(Box::new(ask));
-    }
-
     /// The volume's UUID.
-    pub fn uuid(&self) -> String {
-        self.0.opened.facts.set.to_string()
+    pub fn set(&self) -> Uuid {
+        self.0.opened.facts.set
     }
 
-    /// The volume's clock.
-    pub fn clock(&self) -> Clock {
-        self.0.clock
+    /// The most blocks that can be remapped.
+    pub fn remaps_max(&self) -> u32 {
+        self.0.opened.geometry.slots
     }
 
-    /// The volume's state now.
-    ///
-    /// # Panics
-    /// When the healer's thread has died, which is a bug.
-    pub fn status(&self) -> StatusReport {
-        let Some(Reply::Status(healer)) = self.ask(Order::Status, ANSWER_TIMEOUT) else {
-            panic!("the healer answers a question for its status")
-        };
+    /// Whether anything has been written or dropped since it was opened.
+    pub fn is_written(&self) -> bool {
+        let progress = &self.0.opened.progress;
+        progress.writes.load(Relaxed) + progress.discards.load(Relaxed) > 0
+    }
+
+    /// The volume's state now; nothing once it is being closed.
+    pub fn status(&self) -> Option<StatusReport> {
+        let Some(Reply::Status(healer)) = self.ask(Order::Status, ANSWER_TIMEOUT) else { return None };
         let served = &*self.0;
-        let front_end = served.front_end.get().map(|ask| ask()).unwrap_or_default();
+        let standing = &*served.standing;
+        let front_end = standing.front_end.get().map(|ask| ask()).unwrap_or_default();
         let (state, messages) = self.judge(&healer, front_end);
-        StatusReport {
+        Some(StatusReport {
             schema: SCHEMA_VERSION,
             version: env!("CARGO_PKG_VERSION").into(),
-            volume: self.uuid(),
+            volume: self.set().to_string(),
             state,
             messages,
             devices: self.device_reports(&healer),
-            capacity_sectors: served.opened.geometry.capacity,
+            capacity_sectors: self.geometry().capacity,
             blocks: BlockReport {
                 remapped: healer.remapped as u64,
                 remaps_max: u64::from(served.opened.geometry.slots),
@@ -107,8 +101,8 @@ impl VolumeHandle {
             },
             counters: self.counters(&healer),
             lifetime: lifetime(&healer.lifetime, &healer),
-            uptime_seconds: served.clock.now().0 / 1_000_000_000,
-            started: served.epoch,
+            uptime_seconds: standing.clock.now().0 / 1_000_000_000,
+            started: standing.epoch,
             io_engine: served.devices.engine.clone(),
             cache: served.cache.into(),
             workers: served.workers,
@@ -116,8 +110,8 @@ impl VolumeHandle {
             connected: front_end.connected,
             oldest_in_flight_ms: front_end.oldest_in_flight_ms,
             malformed_requests: front_end.malformed_requests,
-            events_dropped: served.log.dropped(),
-        }
+            events_dropped: standing.log.dropped(),
+        })
     }
 
     fn judge(&self, healer: &HealerStatus, front_end: FrontEndState) -> (Vec<String>, Vec<String>) {
@@ -132,7 +126,8 @@ impl VolumeHandle {
         }
         let degraded = self.0.opened.facts.degraded;
         if let Some(stamped) = degraded {
-            let now = self.0.epoch + self.0.clock.now().0 / 1_000_000_000;
+            let standing = &*self.0.standing;
+            let now = standing.epoch + standing.clock.now().0 / 1_000_000_000;
             let list = degraded_list(stamped, now);
             let primary = path(DeviceIndex::PRIMARY);
             found.push((
@@ -176,7 +171,13 @@ impl VolumeHandle {
         found.into_iter().map(|(state, message)| (state.to_owned(), message)).unzip()
     }
 
-    fn path(&self, device: DeviceIndex) -> String {
+    /// The measures of the disk as the guest may know it.
+    fn geometry(&self) -> Geometry {
+        let OpenedVolume { geometry, progress, .. } = &self.0.opened;
+        Geometry { capacity: progress.capacity.load(SeqCst), ..*geometry }
+    }
+
+    pub(super) fn path(&self, device: DeviceIndex) -> String {
         let found = self.0.devices.get(device);
         found.map_or_else(|| device.to_string(), |device| device.path.display().to_string())
     }
@@ -217,16 +218,17 @@ impl VolumeHandle {
         counters(requests.map(|counter| counter.load(Relaxed)), &healer.tally, healer)
     }
 
-    /// Blocks that are remapped, pending or hold lost sectors, by address, at most `limit` from sector `from`.
-    pub fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Vec<ListEntry> {
+    /// Blocks that are remapped, pending or hold lost sectors, by address, at most `limit` from sector `from`;
+    /// nothing once the volume is being closed.
+    pub fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Option<Vec<ListEntry>> {
         const PAGE: usize = 4096;
         let mut entries = Vec::new();
         let mut from = Sector(from);
         loop {
             let Some(Reply::List(page)) = self.ask(Order::List { from, limit: PAGE }, ANSWER_TIMEOUT) else {
-                return entries;
+                return None;
             };
-            let Some((last, _, _)) = page.last() else { return entries };
+            let Some((last, _, _)) = page.last() else { return Some(entries) };
             from = Sector(last.start().0 + 8);
             for (block, state, pending) in page {
                 let wanted = match filter {
@@ -237,7 +239,7 @@ impl VolumeHandle {
                 if !wanted {
                     continue;
                 }
-                let exists = self.0.opened.geometry.sectors_of(block);
+                let exists = self.geometry().sectors_of(block);
                 let sectors =
                     |mask: u8| (0..8).filter(|bit| mask >> bit & 1 == 1).map(|bit| block.start().0 + bit).collect();
                 let names =
@@ -252,20 +254,10 @@ impl VolumeHandle {
                     primary_stale: state.primary_stale,
                 });
                 if entries.len() >= limit {
-                    return entries;
+                    return Some(entries);
                 }
             }
         }
-    }
-
-    /// Events after number `after`, at most `limit`.
-    pub fn events(&self, after: u64, limit: usize) -> EventPage {
-        self.0.log.page(after, limit)
-    }
-
-    /// The fault rules, where the server was started with fault injection.
-    pub fn faults(&self) -> Option<&Arc<FaultTable>> {
-        self.0.devices.faults.as_ref()
     }
 
     /// Lift the poison of a failed flush and close tripped breakers.

@@ -3,10 +3,12 @@
 pub mod devices;
 pub mod eventlog;
 pub mod handle;
+pub mod handover;
 pub mod healer;
 pub mod mailbox;
 pub mod options;
 pub mod report;
+mod resize;
 pub mod signals;
 mod signature;
 pub mod volume;

@@ -133,6 +133,8 @@ pub struct ServeOptions {
     pub transport: Transport,
     /// Worker threads; min(queues, cores) where absent.
     pub workers: Option<u16>,
+    /// Whether a migrated guest is awaited, and the volume opened only when it comes.
+    pub incoming: bool,
     /// Whether the disk only takes reads and neither device is written.
     pub read_only: bool,
     /// Make the volume first where primary and spare are both absent.

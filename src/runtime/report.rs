@@ -16,7 +16,7 @@ pub struct StatusReport {
     /// The volume's set UUID.
     pub volume: String,
     /// `ok`, or what is wrong, most serious first: `poisoned`, `primary-gone`, `spare-down`, `spare-full`,
-    /// `read-only`.
+    /// `read-only`; `away` while the volume is not open here, and then only what its superblock says is known.
     pub state: Vec<String>,
     /// One line for each entry of `state` that is not `ok`: the device, the number, what to do.
     pub messages: Vec<String>,
@@ -26,7 +26,7 @@ pub struct StatusReport {
     pub capacity_sectors: u64,
     /// Block numbers, 4096 bytes each.
     pub blocks: BlockReport,
-    /// Since the server started.
+    /// Since the server started, or took the volume again.
     pub counters: Counters,
     /// Since the volume was created.
     pub lifetime: Counters,
@@ -34,7 +34,8 @@ pub struct StatusReport {
     pub uptime_seconds: u64,
     /// Start of the server, seconds since the epoch.
     pub started: u64,
-    /// Way of device I/O: `io_uring` or `threads`, with the reason where it is not the first choice.
+    /// Way of device I/O: `io_uring` or `threads`, with the reason where it is not the first choice; `none` while the
+    /// volume is away.
     pub io_engine: String,
     /// Cache mode: `none` or `writeback`.
     pub cache: String,
@@ -62,7 +63,7 @@ pub struct DeviceReport {
     pub role: String,
     /// As given on the command line.
     pub path: String,
-    /// `up`, `gone` (with the breaker open), `down`.
+    /// `up`, `gone` (with the breaker open), `down`, `away`.
     pub state: String,
     /// Size in bytes.
     pub size: u64,

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::devices::{Devices, facts, is_block_device, is_file};
 use super::eventlog::EventLog;
-use super::handle::{Served, VolumeHandle};
+use super::handle::{FrontEndState, Served, VolumeHandle};
 use super::healer::{HealerSetup, HealerThread, StartError, drive};
 use super::mailbox::mailbox;
 use super::options::{AdoptOptions, Cache, CreateOptions, FailOrHold, ServeOptions, VolumeShape};
@@ -22,9 +22,10 @@ use crate::device::{Completion, DeviceIndex, Errno, Op, Reactor};
 use crate::engine::create::{CreateParams, Creation};
 use crate::engine::event::{Event, Severity};
 use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
-use crate::engine::open::{LabelSearch, OldLabel, OpenError, OpenParams, Opening};
+use crate::engine::open::{DeviceFacts, LabelSearch, OldLabel, OpenError, OpenParams, Opening};
 use crate::engine::shard::Shard;
 use crate::runtime::options::IoEngine;
+use crate::sync::Mutex;
 use crate::units::{SECTOR_SIZE, SectorRange, Time};
 use crate::volume::layout::{label_size, spare_size};
 use crate::volume::superblock::{CAPACITY_MAX, CloseStamp};
@@ -213,7 +214,10 @@ fn label_of(primary: &Path, device: &Arc<OpenDevice>) -> Result<Option<OldLabel>
 }
 
 /// Drive a script to its result.
-fn run_script<T>(reactor: &mut dyn Reactor, mut step: impl FnMut(Time, &[Completion], &mut Vec<Op>) -> Option<T>) -> T {
+pub(super) fn run_script<T>(
+    reactor: &mut dyn Reactor,
+    mut step: impl FnMut(Time, &[Completion], &mut Vec<Op>) -> Option<T>,
+) -> T {
     let mut result = None;
     drive(reactor, &Clock::start(), |now, completions, ops| {
         let ended = step(now, completions, ops);
@@ -400,6 +404,37 @@ fn seconds_since_epoch() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
+/// What of a served volume stays while it is handed over and taken again.
+pub struct Standing {
+    /// The clock of its events.
+    pub(super) clock: Clock,
+    /// Seconds since the epoch at the clock's start.
+    pub(super) epoch: u64,
+    /// Its events.
+    pub(super) log: Arc<EventLog>,
+    /// Rules of fault injection, where that is on.
+    pub(super) faults: Option<Arc<FaultTable>>,
+    /// Whom to ask about the front-end.
+    pub(super) front_end: OnceLock<Box<dyn Fn() -> FrontEndState + Send + Sync>>,
+    /// Whom to tell how many sectors a disk has that has grown.
+    pub(super) announce: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
+}
+
+impl Standing {
+    /// At the start of a server.
+    pub fn new(options: &ServeOptions) -> Standing {
+        let epoch = seconds_since_epoch();
+        Standing {
+            clock: Clock::start(),
+            epoch,
+            log: Arc::new(EventLog::new(options.primary.display().to_string(), epoch as f64)),
+            faults: options.fault_injection.then(|| Arc::new(FaultTable::new())),
+            front_end: OnceLock::new(),
+            announce: OnceLock::new(),
+        }
+    }
+}
+
 /// A volume that is open, with its healer at work.
 pub struct ServedVolume {
     healer: HealerThread,
@@ -439,14 +474,12 @@ fn open_devices(options: &ServeOptions) -> Result<Vec<Arc<OpenDevice>>, MakeErro
 ///
 /// # Errors
 /// When it cannot be opened: one line that says why.
-pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume, MakeError> {
+pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing>) -> Result<ServedVolume, MakeError> {
     let devices = open_devices(options)?;
-    let faults = options.fault_injection.then(|| Arc::new(FaultTable::new()));
-    let devices = Devices::new(DeviceSet::new(devices), options.io_engine, faults)?;
+    let devices = Devices::new(DeviceSet::new(devices), options.io_engine, standing.faults.clone())?;
     let opening = opening(options, &devices);
-    let epoch = seconds_since_epoch();
-    let clock = Clock::start();
-    let log = Arc::new(EventLog::new(options.primary.display().to_string(), epoch as f64));
+    let Standing { clock, epoch, log, .. } = &**standing;
+    let (clock, epoch) = (*clock, *epoch);
     let (mut to_shards, mut inboxes) = (Vec::new(), Vec::new());
     for _ in 0..workers {
         let (to_shard, inbox) = mailbox()?;
@@ -465,7 +498,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
         log.push(degraded_event(stamped, epoch));
     }
     let disk = Arc::new(DiskInfo {
-        capacity: opened.geometry.capacity,
+        capacity: opened.progress.capacity.clone(),
         logical_block_size: opened.geometry.logical_block,
         read_only: opened.facts.read_only,
         serial: opened.facts.serial,
@@ -477,7 +510,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
             let devices = devices.clone();
             WorkerPort {
                 reactor: Box::new(move || devices.reactor()),
-                shard: Shard::new(index, opened.geometry, opened.view.clone(), opened.progress.clone()),
+                shard: Shard::new(index, opened.view.clone(), opened.progress.clone()),
                 inbox,
                 healer: healer.shards.clone(),
                 clock,
@@ -490,13 +523,11 @@ pub fn open_volume(options: &ServeOptions, workers: u32) -> Result<ServedVolume,
         orders: healer.orders.clone(),
         devices,
         opened,
-        log,
-        clock,
-        epoch,
+        standing: standing.clone(),
         cache: if options.cache == Cache::None { "none" } else { "writeback" },
         workers,
         transport: options.transport.name(),
-        front_end: OnceLock::new(),
+        resizing: Mutex::new(()),
     }));
     Ok(ServedVolume { healer, handle, ports, disk, passthrough: options.passthrough })
 }
@@ -511,13 +542,19 @@ fn opening(options: &ServeOptions, devices: &Devices) -> Box<dyn FnOnce() -> Ope
         }
         None if options.degraded => Box::new(move || Opening::degraded(primary)),
         None => {
-            let mut serial = [0; 20];
-            let name = format!("passthrough-{:x}", primary.inode);
-            let len = name.len().min(20);
-            serial[..len].copy_from_slice(&name.as_bytes()[..len]);
+            let serial = passthrough_serial(&primary);
             Box::new(move || Opening::passthrough(&primary, serial, read_only))
         }
     }
+}
+
+/// What a guest is told of a disk that has no serial number of its own.
+pub(super) fn passthrough_serial(primary: &DeviceFacts) -> [u8; 20] {
+    let mut serial = [0; 20];
+    let name = format!("passthrough-{:x}", primary.inode);
+    let len = name.len().min(20);
+    serial[..len].copy_from_slice(&name.as_bytes()[..len]);
+    serial
 }
 
 /// Served without its spare since the label's list of remapped blocks was written at `stamped`.
@@ -605,6 +642,16 @@ impl ServedVolume {
         self.handle.clone()
     }
 
+    /// Its generation before it was opened.
+    pub(super) fn found_generation(&self) -> u64 {
+        self.handle.0.opened.facts.found_generation
+    }
+
+    /// See [`VolumeFacts::closed_write_through`](crate::engine::open::VolumeFacts::closed_write_through).
+    pub(super) fn closed_write_through(&self) -> Option<bool> {
+        self.handle.0.opened.facts.closed_write_through
+    }
+
     /// What the guest is told of the disk.
     pub fn disk(&self) -> Arc<DiskInfo> {
         self.disk.clone()
@@ -615,12 +662,12 @@ impl ServedVolume {
         std::mem::take(&mut self.ports)
     }
 
-    /// Close cleanly: everything durable, then the stamp that says so. To be called when no worker runs
-    /// any more.
+    /// Close cleanly: everything durable, then the stamp that says so, and whether the guest's cache was switched to
+    /// write-through. To be called when no worker runs any more.
     ///
     /// # Errors
     /// When a device does not take it; the volume is then as after a crash, which loses nothing.
-    pub fn close(self) -> Result<(), MakeError> {
+    pub fn close(self, write_through: bool) -> Result<(), MakeError> {
         if self.disk.read_only || self.passthrough {
             return Ok(());
         }
@@ -638,7 +685,7 @@ impl ServedVolume {
         let primary = self.handle.0.devices.get(DeviceIndex::PRIMARY).expect("there is always a primary");
         let mtime = primary.mtime_ns_now().map_err(|errno| left(errno.to_string()))?;
         let mtime_ns = if is_file(primary) { u64::try_from(mtime).unwrap_or(0) } else { 0 };
-        let stamp = CloseStamp { size: primary.size(), mtime_ns, sample_crc };
+        let stamp = CloseStamp { size: primary.size(), mtime_ns, sample_crc, write_through };
         match self.handle.ask(Order::Seal(stamp), CLOSE_TIMEOUT) {
             Some(Reply::Done(result)) => result.map(drop).map_err(left)?,
             _ => return Err(left(format!("no answer for {} s", CLOSE_TIMEOUT.as_secs()))),

@@ -8,6 +8,7 @@ use super::mailbox::{Inbox, Outbox};
 use crate::device::Reactor;
 use crate::engine::message::{ToHealer, ToShard};
 use crate::engine::shard::Shard;
+use crate::sync::atomic::AtomicU64;
 use crate::units::Time;
 
 /// The clock of one volume: nanoseconds since it was opened.
@@ -27,10 +28,10 @@ impl Clock {
 }
 
 /// What the guest is told of the disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct DiskInfo {
-    /// Sectors.
-    pub capacity: u64,
+    /// Sectors, which may become more.
+    pub capacity: Arc<AtomicU64>,
     /// 512, or 4096 where the primary or the spare knows no smaller.
     pub logical_block_size: u32,
     /// Whether the volume only takes reads.

@@ -1,4 +1,4 @@
-//! Descriptor chains (virtio 1.3 §2.7.5): from a head index to host memory, with every step bounded.
+//! Descriptor chains (virtio 1.3 §2.7.5, §2.8.6): from a head to host memory, with every step bounded.
 //!
 //! A chain is walked once. Each descriptor is copied out once and judged on the copy, so that a guest
 //! that rewrites it meanwhile gains nothing.
@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use super::dirty::DirtyLog;
 use super::memory::{MemoryMap, RegionBits};
-use super::ring::{DESCRIPTOR_SIZE, Descriptor, Ring};
+use super::ring::split::SplitRing;
+use super::ring::{DESCRIPTOR_SIZE, Descriptor};
 use crate::device::buffer::Iovecs;
 
 /// Descriptor flags (virtio 1.3 §2.7.5).
@@ -43,7 +44,7 @@ pub enum ChainError {
     /// An indirect descriptor in an indirect table (virtio 1.3 §2.7.5.3.1).
     #[error("an indirect table refers to another")]
     NestedIndirect,
-    /// INDIRECT and NEXT together (virtio 1.3 §2.7.5.3.1).
+    /// INDIRECT and NEXT together (virtio 1.3 §2.7.5.3.1), or in one list (§2.8.19).
     #[error("an indirect descriptor has a next one")]
     IndirectAndNext,
     /// An indirect table that is empty, no multiple of 16 bytes, or longer than [`INDIRECT_MAX`].
@@ -120,7 +121,7 @@ pub struct Chain<'a> {
 
 /// A table of descriptors.
 enum Table<'a> {
-    Ring(&'a Ring),
+    Ring(&'a SplitRing),
     Indirect { addr: u64, entries: u64 },
 }
 
@@ -140,10 +141,7 @@ impl Table<'_> {
                 if u64::from(index) >= *entries {
                     return Err(ChainError::OutsideTable(index));
                 }
-                let at = addr.checked_add(u64::from(index) * DESCRIPTOR_SIZE).ok_or(ChainError::IndirectUnmapped)?;
-                let mut bytes = [0; 16];
-                memory.read(cache, at, &mut bytes).ok_or(ChainError::IndirectUnmapped)?;
-                Ok(Descriptor::from_bytes(bytes))
+                Ok(Descriptor::from_bytes(table_entry(*addr, u64::from(index), memory, cache)?))
             }
         }
     }
@@ -156,7 +154,12 @@ impl Scatter {
     /// # Errors
     /// When the structure of the chain is broken.
     #[inline]
-    pub fn walk<'a>(&'a mut self, ring: &Ring, memory: &'a Arc<MemoryMap>, head: u16) -> Result<Chain<'a>, ChainError> {
+    pub fn walk<'a>(
+        &'a mut self,
+        ring: &SplitRing,
+        memory: &'a Arc<MemoryMap>,
+        head: u16,
+    ) -> Result<Chain<'a>, ChainError> {
         self.clear();
         let mut table = Table::Ring(ring);
         let mut index = head;
@@ -173,8 +176,9 @@ impl Scatter {
                     return Err(ChainError::IndirectAndNext);
                 }
                 // F_WRITE means nothing here (virtio 1.3 §2.7.5.3.2: the device ignores it).
-                table = indirect(&descriptor)?;
-                left = table.entries();
+                let (addr, entries) = indirect(&descriptor)?;
+                table = Table::Indirect { addr, entries };
+                left = entries;
                 index = 0;
                 continue;
             }
@@ -184,6 +188,41 @@ impl Scatter {
             }
             index = descriptor.next;
         }
+    }
+
+    /// As [`Scatter::walk`], for the list of descriptors that was taken from a packed ring.
+    ///
+    /// # Errors
+    /// When the structure of the chain is broken.
+    #[inline]
+    pub(crate) fn walk_list<'a>(
+        &'a mut self,
+        list: &[Descriptor],
+        memory: &'a Arc<MemoryMap>,
+    ) -> Result<Chain<'a>, ChainError> {
+        self.clear();
+        for descriptor in list {
+            if descriptor.flags & F_INDIRECT == 0 {
+                self.add(descriptor, memory)?;
+            } else if list.len() == 1 {
+                self.add_table(descriptor, memory)?;
+            } else {
+                return Err(ChainError::IndirectAndNext);
+            }
+        }
+        Ok(Chain { scatter: self, memory })
+    }
+
+    /// The table that a descriptor of a packed ring refers to: all of it, in its order, with no flag but F_WRITE
+    /// (virtio 1.3 §2.8.7).
+    fn add_table(&mut self, descriptor: &Descriptor, memory: &MemoryMap) -> Result<(), ChainError> {
+        let (addr, entries) = indirect(descriptor)?;
+        let mut cache = self.cache;
+        for index in 0..entries {
+            let bytes = table_entry(addr, index, memory, &mut cache)?;
+            self.add(&Descriptor::from_packed_bytes(bytes), memory)?;
+        }
+        Ok(())
     }
 
     /// As [`Scatter::walk`], for descriptors that somebody else finds: of a table that refers to indirect ones,
@@ -393,102 +432,24 @@ fn touches(segment: &Segment, ptr: *mut u8) -> bool {
     usize::try_from(segment.len).is_ok_and(|len| segment.ptr.wrapping_add(len) == ptr)
 }
 
-fn indirect(descriptor: &Descriptor) -> Result<Table<'static>, ChainError> {
+/// Address and entries of the table that a descriptor refers to.
+fn indirect(descriptor: &Descriptor) -> Result<(u64, u64), ChainError> {
     let entries = u64::from(descriptor.len) / DESCRIPTOR_SIZE;
     let whole = u64::from(descriptor.len).is_multiple_of(DESCRIPTOR_SIZE);
     if !whole || entries == 0 || entries > INDIRECT_MAX {
         return Err(ChainError::IndirectLength(descriptor.len));
     }
-    Ok(Table::Indirect { addr: descriptor.addr, entries })
+    Ok((descriptor.addr, entries))
+}
+
+/// The bytes of an entry, copied out.
+#[inline]
+fn table_entry(table: u64, index: u64, memory: &MemoryMap, cache: &mut usize) -> Result<[u8; 16], ChainError> {
+    let at = table.checked_add(index * DESCRIPTOR_SIZE).ok_or(ChainError::IndirectUnmapped)?;
+    let mut bytes = [0; 16];
+    memory.read(cache, at, &mut bytes).ok_or(ChainError::IndirectUnmapped)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::vhost::testing::{DATA, Guest, chain_of, readable, writable};
-
-    fn check<T>(guest: &Guest, head: u16, see: impl FnOnce(Chain<'_>) -> T) -> Result<T, ChainError> {
-        Scatter::default().walk(&guest.ring(), &guest.map(), head).map(see)
-    }
-
-    fn refusal(guest: &Guest, head: u16) -> ChainError {
-        check(guest, head, |_| ()).unwrap_err()
-    }
-
-    #[test]
-    fn descriptors_in_a_row_are_one_piece() {
-        let guest = Guest::new(16);
-        let head = chain_of(&guest, &[readable(DATA, 16), writable(DATA + 0x1000, 512), writable(DATA + 0x1200, 1)]);
-        check(&guest, head, |chain| {
-            assert_eq!((chain.readable_len(), chain.writable_len()), (16, 513));
-            assert_eq!(chain.pieces(), 1);
-            assert!(!chain.is_faulty());
-        })
-        .unwrap();
-    }
-
-    #[test]
-    fn a_buffer_over_two_regions_is_two_pieces() {
-        let guest = Guest::new(16);
-        let end = guest.first_region_end();
-        let head = chain_of(&guest, &[readable(end - 8, 16)]);
-        check(&guest, head, |chain| {
-            let mut bytes = [1; 16];
-            assert!(chain.read_at(0, &mut bytes));
-            assert_eq!((bytes, chain.pieces()), ([0; 16], 2));
-            assert!(!chain.read_at(1, &mut bytes));
-        })
-        .unwrap();
-    }
-
-    #[test]
-    fn a_buffer_outside_is_faulty_but_leaves_the_status_byte() {
-        let guest = Guest::new(16);
-        for data in [writable(1 << 40, 512), writable(u64::MAX - 100, 512), writable(DATA, u32::MAX)] {
-            let head = chain_of(&guest, &[readable(DATA, 16), data, writable(DATA + 600, 1)]);
-            let seen = check(&guest, head, |chain| (chain.is_faulty(), chain.has_status()));
-            assert_eq!(seen, Ok((true, true)), "{data:?}");
-        }
-        let head = chain_of(&guest, &[readable(DATA, 16), writable(DATA, 512), writable(1 << 40, 1)]);
-        assert!(check(&guest, head, |chain| !chain.has_status()).unwrap());
-    }
-
-    #[test]
-    fn broken_structures_are_refused() {
-        let guest = Guest::new(4);
-        guest.descriptor(0, DATA, 1, F_NEXT, 1);
-        guest.descriptor(1, DATA, 1, F_NEXT, 0);
-        assert_eq!(refusal(&guest, 0), ChainError::Loop);
-        guest.descriptor(1, DATA, 1, F_NEXT, 4);
-        assert_eq!(refusal(&guest, 0), ChainError::OutsideTable(4));
-        assert_eq!(refusal(&guest, 4), ChainError::OutsideTable(4));
-        guest.descriptor(1, DATA, 16, F_INDIRECT | F_NEXT, 2);
-        assert_eq!(refusal(&guest, 0), ChainError::IndirectAndNext);
-        for len in [0, 8, 17, 32_769 * 16] {
-            guest.descriptor(0, DATA, len, F_INDIRECT, 0);
-            assert_eq!(refusal(&guest, 0), ChainError::IndirectLength(len));
-        }
-        guest.descriptor(0, 1 << 40, 16, F_INDIRECT, 0);
-        assert_eq!(refusal(&guest, 0), ChainError::IndirectUnmapped);
-        guest.descriptor(0, u64::MAX - 7, 32, F_INDIRECT, 0);
-        assert_eq!(refusal(&guest, 0), ChainError::IndirectUnmapped);
-        guest.indirect(DATA, &[(DATA, 16, F_INDIRECT, 0)]);
-        guest.descriptor(0, DATA, 16, F_INDIRECT, 0);
-        assert_eq!(refusal(&guest, 0), ChainError::NestedIndirect);
-        guest.indirect(DATA, &[(DATA, 16, F_NEXT, 0)]);
-        assert_eq!(refusal(&guest, 0), ChainError::Loop);
-        let head = chain_of(&guest, &[writable(DATA, 16), readable(DATA, 16)]);
-        assert_eq!(refusal(&guest, head), ChainError::ReadableAfterWritable);
-    }
-
-    #[test]
-    fn an_indirect_table_may_be_longer_than_the_queue_and_cross_regions() {
-        let guest = Guest::new(4);
-        let table = guest.first_region_end() - 24;
-        let entries: Vec<_> =
-            (0..515_u16).map(|i| (DATA + 2 * u64::from(i), 1, if i < 514 { F_NEXT } else { 0 }, i + 1)).collect();
-        guest.indirect(table, &entries);
-        guest.descriptor(0, table, 515 * 16, F_INDIRECT, 0);
-        assert_eq!(check(&guest, 0, |chain| (chain.readable_len(), chain.pieces())), Ok((515, 515)));
-    }
-}
+mod tests;

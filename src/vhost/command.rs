@@ -18,14 +18,14 @@ const SLOW_DRAIN: Duration = Duration::from_secs(5);
 pub enum Command {
     /// Serve a queue.
     Start(Box<StartQueue>),
-    /// Serve a queue no more; answered with its next avail entry when the device has returned its requests.
+    /// Serve a queue no more; answered with the place where it goes on when the device has returned its requests.
     Stop {
         /// The queue.
         queue: u16,
         /// What becomes of requests that no device works on.
         how: StopHow,
         /// The answer.
-        reply: Sender<u16>,
+        reply: Sender<u32>,
     },
     /// Take requests of a queue, or not.
     Enable {

@@ -1,7 +1,9 @@
 //! The virtio-blk configuration space (virtio 1.3 §5.2.4).
 
+use std::sync::Arc;
+
 use crate::runtime::worker::DiskInfo;
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::units::BLOCK_SIZE;
 
 /// Bytes of `struct virtio_blk_config` up to and with the zoned part.
@@ -42,7 +44,9 @@ pub struct NotWritable {
 /// The configuration space of one disk.
 #[derive(Debug)]
 pub struct Config {
+    /// The capacity, which may change, aside.
     bytes: [u8; CONFIG_SIZE],
+    capacity: Arc<AtomicU64>,
     writeback: AtomicBool,
 }
 
@@ -52,7 +56,6 @@ impl Config {
         let mut bytes = [0; CONFIG_SIZE];
         let mut put = |offset: usize, value: &[u8]| bytes[offset..offset + value.len()].copy_from_slice(value);
         let remap_unit = u32::try_from(BLOCK_SIZE).expect("a constant") / disk.logical_block_size;
-        put(0, &disk.capacity.to_le_bytes());
         put(8, &SIZE_MAX.to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
         put(20, &disk.logical_block_size.to_le_bytes());
@@ -67,17 +70,20 @@ impl Config {
         put(48, &WRITE_ZEROES_SECTORS_MAX.to_le_bytes());
         put(52, &WRITE_ZEROES_SEG_MAX.to_le_bytes());
         put(56, &[1]);
-        Config { bytes, writeback: AtomicBool::new(true) }
+        Config { bytes, capacity: disk.capacity.clone(), writeback: AtomicBool::new(true) }
     }
 
     /// Exactly `len` bytes from `offset`, zeros beyond the end: front-ends ask for 57, 60 or 256 bytes and give
     /// up on any other answer.
     pub fn read(&self, offset: u32, len: u32) -> Vec<u8> {
+        // Read once: half of one capacity and half of another would be a third.
+        let capacity = self.capacity.load(Ordering::SeqCst).to_le_bytes();
         let byte = |at: u64| {
             if at == u64::from(WRITEBACK) {
                 return u8::from(self.is_writeback());
             }
-            usize::try_from(at).ok().and_then(|at| self.bytes.get(at)).copied().unwrap_or(0)
+            let at = usize::try_from(at).unwrap_or(usize::MAX);
+            capacity.get(at).or(self.bytes.get(at)).copied().unwrap_or(0)
         };
         (0..u64::from(len)).map(|i| byte(u64::from(offset) + i)).collect()
     }
@@ -112,7 +118,8 @@ mod tests {
     use super::*;
 
     fn config() -> Config {
-        let disk = DiskInfo { capacity: 0x1122_3344, logical_block_size: 512, read_only: false, serial: [0; 20] };
+        let capacity = Arc::new(AtomicU64::new(0x1122_3344));
+        let disk = DiskInfo { capacity, logical_block_size: 512, read_only: false, serial: [0; 20] };
         Config::new(&disk, 64)
     }
 
@@ -127,6 +134,14 @@ mod tests {
         assert_eq!(config.read(95, 3), [0; 3]);
         assert_eq!(config.read(0x100, 60), [0; 60]);
         assert_eq!(config.read(u32::MAX, 4), [0; 4]);
+    }
+
+    #[test]
+    fn a_disk_that_has_grown_shows_its_new_capacity() {
+        let config = config();
+        config.capacity.store(1 << 40, Ordering::SeqCst);
+        assert_eq!(config.read(0, 9), [0, 0, 0, 0, 0, 1, 0, 0, 0]);
+        assert_eq!(config.read(5, 1), [1]);
     }
 
     #[test]

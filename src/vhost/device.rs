@@ -15,12 +15,16 @@ use virtio_bindings::bindings::{
 };
 
 use super::QUEUES_MAX;
+use super::channel::Channel;
 use super::config::{Config, NotWritable};
 use crate::runtime::worker::DiskInfo;
 use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// The vhost-user feature bit that announces protocol features (VHOST_USER_F_PROTOCOL_FEATURES).
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
+
+/// GET_LIFETIME is answered (virtio 1.3 §5.2.3). Linux has no name for it.
+const VIRTIO_BLK_F_LIFETIME: u32 = 15;
 
 const fn bit(number: u32) -> u64 {
     1 << number
@@ -46,6 +50,8 @@ impl Settings {
 
 /// One virtio-blk device.
 pub struct BlkDevice {
+    /// Where to tell the front-end of changes.
+    channel: Channel,
     disk: Arc<DiskInfo>,
     queues: u16,
     settings: Arc<Settings>,
@@ -57,7 +63,7 @@ impl BlkDevice {
         let queues = queues.clamp(1, QUEUES_MAX);
         let (flush, writeback) = (AtomicBool::new(false), AtomicBool::new(true));
         let settings = Arc::new(Settings { config: Config::new(&disk, queues), flush, writeback });
-        BlkDevice { disk, queues, settings }
+        BlkDevice { channel: Channel::new(), disk, queues, settings }
     }
 
     /// Queues on offer.
@@ -75,6 +81,15 @@ impl BlkDevice {
         self.settings.clone()
     }
 
+    /// Tell the front-end that the disk has another size.
+    pub fn announce(&self) {
+        self.channel.announce();
+    }
+
+    pub(super) fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
     /// Virtio feature bits on offer.
     pub fn offered_features(&self) -> u64 {
         let always = [
@@ -89,6 +104,7 @@ impl BlkDevice {
             VIRTIO_BLK_F_TOPOLOGY,
             VIRTIO_BLK_F_CONFIG_WCE,
             VIRTIO_BLK_F_MQ,
+            VIRTIO_BLK_F_LIFETIME,
         ];
         let writable = [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES];
         let by_mode: &[u32] = if self.disk.read_only { &[VIRTIO_BLK_F_RO] } else { &writable };

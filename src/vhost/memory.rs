@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use rustix::fs::{FileType, fstat};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Memory slots offered to front-ends. QEMU never shrinks the number over a reconnect; 509 is what
@@ -52,6 +53,18 @@ pub struct RegionAddress {
     pub len: u64,
     /// Start in the file.
     pub offset: u64,
+}
+
+impl RegionAddress {
+    /// As a message has it.
+    pub(super) fn of(region: &VhostUserMemoryRegion) -> RegionAddress {
+        RegionAddress {
+            guest: region.guest_phys_addr,
+            user: region.user_addr,
+            len: region.memory_size,
+            offset: region.mmap_offset,
+        }
+    }
 }
 
 /// A file mapping of our own.

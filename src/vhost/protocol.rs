@@ -1,14 +1,11 @@
-//! The protocol thread's half of a connection: what the front-end said, turned into orders to workers.
+//! The messages of the vhost-user protocol, and what each does to a [`Session`].
 //!
 //! Nothing here waits for the disk except the messages that promise it: GET_VRING_BASE, removals of memory,
 //! RESET_DEVICE, and the end of the connection.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
@@ -16,216 +13,31 @@ use vhost::vhost_user::message::{
     VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures};
-use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_RING_PACKED;
 
 use super::QUEUE_SIZE_MAX;
-use super::command::wait;
-use super::device::{BlkDevice, VHOST_USER_F_PROTOCOL_FEATURES};
-use super::dirty::{DirtyLog, MaybeLog, VHOST_F_LOG_ALL};
-use super::inflight::InflightRegion;
-use super::memory::{MemoryMap, REGIONS_MAX, RegionAddress, RegionBits};
+use super::device::VHOST_USER_F_PROTOCOL_FEATURES;
+use super::dirty::{DirtyLog, VHOST_F_LOG_ALL};
+use super::eventfd::{check_kick, duplicate, event_fd};
+use super::inflight::{INFLIGHT_MIGRATION, InflightRegion, drain_of};
+use super::memory::{REGIONS_MAX, RegionAddress, RegionBits};
 use super::ring::{Ring, RingAddresses, RingError};
-use super::worker::{Command, QueueKick, StartQueue, StopHow};
-use crate::runtime::mailbox::Outbox;
-use crate::sync::mpsc::{Receiver, channel};
+use super::session::{Session, refuse};
+use super::state;
+use super::worker::{Command, QueueKick, StopHow};
 
-/// Protocol features on offer. Only what works: the crate drops STATUS, and has no sender for what BACKEND_REQ is
-/// good for.
+/// Protocol features on offer. Only what works: the crate drops STATUS.
 pub(super) const FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
-    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
+    .union(INFLIGHT_MIGRATION)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
-    .union(VhostUserProtocolFeatures::LOG_SHMFD);
+    .union(VhostUserProtocolFeatures::LOG_SHMFD)
+    .union(VhostUserProtocolFeatures::DEVICE_STATE);
 
 /// What the front-end has said of a queue.
-#[derive(Default)]
-struct QueueSetup {
-    size: u16,
-    addresses: Option<RingAddresses>,
-    base: u16,
-    kick: Option<QueueKick>,
-    call: Option<OwnedFd>,
-    err: Option<OwnedFd>,
-    enabled: bool,
-    started: bool,
-}
-
-/// One connection.
-pub(crate) struct Session {
-    device: Arc<BlkDevice>,
-    workers: Vec<Outbox<Command>>,
-    queues: Vec<QueueSetup>,
-    memory: Arc<MemoryMap>,
-    inflight: Option<Arc<InflightRegion>>,
-    features: u64,
-    /// What SET_LOG_BASE gave; used while LOG_ALL is among the features.
-    log: MaybeLog,
-}
-
-/// A refusal that the crate has answered, where an answer was asked for; the connection goes on.
-fn refuse(reason: impl std::fmt::Display) -> Error {
-    Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, reason.to_string()))
-}
-
-/// Whether the connection goes on after `error`.
-pub(crate) fn is_refusal(error: &Error) -> bool {
-    matches!(error, Error::ReqHandlerError(_))
-}
-
-fn address_of(region: &VhostUserMemoryRegion) -> RegionAddress {
-    RegionAddress {
-        guest: region.guest_phys_addr,
-        user: region.user_addr,
-        len: region.memory_size,
-        offset: region.mmap_offset,
-    }
-}
-
-impl Session {
-    pub(crate) fn new(device: Arc<BlkDevice>, workers: Vec<Outbox<Command>>, queues: u16) -> Session {
-        let queues = std::iter::repeat_with(QueueSetup::default).take(usize::from(queues)).collect();
-        Session { device, workers, queues, memory: Arc::new(MemoryMap::new()), inflight: None, features: 0, log: None }
-    }
-
-    /// The end of the connection: every queue is stopped, the device has returned everything, and guest memory
-    /// is no longer used. Requests that no device worked on stay in the in-flight region.
-    pub(crate) fn close(&mut self) {
-        if let Err(error) =
-            self.stop_all(StopHow::Leave).and_then(|()| self.use_memory(MemoryMap::new(), RegionBits(u64::MAX)))
-        {
-            log::error!("the connection cannot be wound up: {error}");
-        }
-        self.inflight = None;
-        self.log = None;
-        self.use_log();
-    }
-
-    /// Features on offer: the device's, and those of the transport.
-    fn offered_features(&self) -> u64 {
-        self.device.offered_features() | 1 << VHOST_F_LOG_ALL
-    }
-
-    /// Have all workers log, or not, as was negotiated; from the return on they do.
-    fn use_log(&self) {
-        let log = self.log.as_ref().filter(|_| self.features & 1 << VHOST_F_LOG_ALL != 0);
-        let (done, ends) = channel();
-        for worker in &self.workers {
-            worker.send(Command::DirtyLog { log: log.cloned(), done: done.clone() });
-        }
-        drop(done);
-        for _ in &self.workers {
-            wait(&ends, || "the dirty log".to_string());
-        }
-    }
-
-    fn worker(&self, index: u16) -> &Outbox<Command> {
-        // Fixed: a queue's requests never change threads.
-        &self.workers[usize::from(index) % self.workers.len()]
-    }
-
-    fn queue(&mut self, index: u32) -> Result<(u16, &mut QueueSetup)> {
-        let number = u16::try_from(index).map_err(|_| refuse(format!("there is no queue {index}")))?;
-        let queue = self.queues.get_mut(usize::from(number));
-        queue.map(|queue| (number, queue)).ok_or_else(|| refuse(format!("there is no queue {index}")))
-    }
-
-    /// Start a queue once everything is known: with its kick, or late ones when they are enabled.
-    fn start_if_ready(&mut self, index: u32) -> Result<()> {
-        let event_idx = self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        let memory = self.memory.clone();
-        let inflight = self.inflight.clone();
-        let (number, queue) = self.queue(index)?;
-        let Some(addresses) = queue.addresses.filter(|_| queue.kick.is_some() && queue.size > 0 && !queue.started)
-        else {
-            return Ok(());
-        };
-        // The worker translates for itself; here it is checked so that the front-end hears of errors.
-        Ring::new(&memory, addresses, queue.size, queue.base, event_idx).map_err(refuse)?;
-        let start = StartQueue {
-            index: number,
-            addresses,
-            size: queue.size,
-            next_avail: queue.base,
-            event_idx,
-            inflight,
-            kick: queue.kick.take().expect("just seen"),
-            call: duplicate(queue.call.as_ref()),
-            err: duplicate(queue.err.as_ref()),
-            enabled: queue.enabled,
-        };
-        queue.started = true;
-        self.worker(number).send(Command::Start(Box::new(start)));
-        Ok(())
-    }
-
-    /// Order a stop; the receiver gets the next avail entry, or is closed if the worker did not serve the queue.
-    fn order_stop(&mut self, index: u16, how: StopHow) -> Receiver<u16> {
-        let (reply, stopped) = channel();
-        self.worker(index).send(Command::Stop { queue: index, how, reply });
-        stopped
-    }
-
-    fn finish_stop(&mut self, index: u16, stopped: &Receiver<u16>) -> Result<()> {
-        let base = wait(stopped, || format!("queue {index}"));
-        let queue = &mut self.queues[usize::from(index)];
-        queue.started = false;
-        queue.kick = None;
-        // A queue that its worker could not start has taken nothing.
-        queue.base = base.unwrap_or(queue.base);
-        Ok(())
-    }
-
-    fn stop_all(&mut self, how: StopHow) -> Result<()> {
-        let started = self.queues.iter().enumerate().filter(|(_, queue)| queue.started);
-        let started: Vec<u16> = started.map(|(i, _)| u16::try_from(i).expect("at most 64 queues")).collect();
-        let stops: Vec<_> = started.into_iter().map(|index| (index, self.order_stop(index, how))).collect();
-        stops.iter().try_for_each(|(index, stopped)| self.finish_stop(*index, stopped))
-    }
-
-    /// Change the memory of all workers and wait until no request uses `removed` (O5).
-    fn use_memory(&mut self, map: MemoryMap, removed: RegionBits) -> Result<()> {
-        self.memory = Arc::new(map);
-        let (done, ends) = channel();
-        for worker in &self.workers {
-            worker.send(Command::Memory { map: self.memory.clone(), removed, done: done.clone() });
-        }
-        drop(done);
-        if removed != RegionBits::default() {
-            for _ in &self.workers {
-                wait(&ends, || "memory that is being removed".to_string());
-            }
-        }
-        Ok(())
-    }
-
-    /// Have the cache mode outlive this process.
-    fn note_cache_mode(&self) {
-        if let Some(region) = &self.inflight {
-            region.set_write_through(!self.device.is_writeback());
-        }
-    }
-
-    fn event_fd(file: Option<File>) -> Option<OwnedFd> {
-        file.map(OwnedFd::from)
-    }
-}
-
-/// Whether a worker can sleep on a kick: an eventfd, which is what the protocol speaks of, or a pipe. A file is
-/// readable at any time, and what cannot be polled would end the worker.
-fn check_kick(fd: &OwnedFd) -> Result<()> {
-    let check = || {
-        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN)
-    };
-    check().map_err(|errno| refuse(format!("the kick is no eventfd: {errno}")))
-}
-
-fn duplicate(fd: Option<&OwnedFd>) -> Option<OwnedFd> {
-    fd.and_then(|fd| fd.try_clone().inspect_err(|error| log::error!("an eventfd is lost: {error}")).ok())
-}
-
 impl VhostUserBackendReqHandlerMut for Session {
     fn set_owner(&mut self) -> Result<()> {
         Ok(())
@@ -242,7 +54,9 @@ impl VhostUserBackendReqHandlerMut for Session {
             queue.enabled = false;
             queue.base = 0;
         }
-        self.inflight = None;
+        if let Some(region) = self.inflight.take() {
+            region.forget_packed();
+        }
         self.device.reset();
         Ok(())
     }
@@ -257,6 +71,9 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(refuse(format!("features {unknown:#x} were not offered")));
         }
         let changed = self.features ^ features;
+        if changed & 1 << VIRTIO_F_RING_PACKED != 0 && self.queues.iter().any(|queue| queue.started) {
+            return Err(refuse("queues are started: their rings stay split or packed"));
+        }
         self.features = features;
         self.device.negotiated(features);
         if changed & 1 << VHOST_F_LOG_ALL != 0 {
@@ -277,14 +94,16 @@ impl VhostUserBackendReqHandlerMut for Session {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let regions: Vec<_> = regions.iter().map(address_of).zip(files).collect();
+        let regions: Vec<_> = regions.iter().map(RegionAddress::of).zip(files).collect();
         let (map, removed) = self.memory.replaced_by(&regions).map_err(refuse)?;
         self.use_memory(map, removed)?;
         Ok(None)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= QUEUE_SIZE_MAX);
+        // Of packed rings no power of two is asked (virtio 1.3 §2.8.10.1).
+        let legal = |size: u16| size.is_power_of_two() || (size > 0 && self.ring_format().packed);
+        let size = u16::try_from(num).ok().filter(|size| *size <= QUEUE_SIZE_MAX && legal(*size));
         let size = size.ok_or_else(|| refuse(RingError::Size(num)))?;
         let (number, queue) = self.queue(index)?;
         if queue.started && queue.size != size {
@@ -305,11 +124,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     ) -> Result<()> {
         let log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
         let addresses = RingAddresses { descriptors: descriptor, avail: available, used, log };
-        let memory = self.memory.clone();
+        let (memory, format) = (self.memory.clone(), self.ring_format());
         let (number, queue) = self.queue(index)?;
         let moved = queue.started && queue.addresses != Some(addresses);
         if moved {
-            Ring::new(&memory, addresses, queue.size, 0, false).map_err(refuse)?;
+            Ring::check(&memory, addresses, queue.size, format).map_err(refuse)?;
         }
         queue.addresses = Some(addresses);
         if moved {
@@ -319,12 +138,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        // The upper half belongs to packed rings.
+        let mask = if self.ring_format().packed { u32::MAX } else { 0xffff };
         let (number, queue) = self.queue(index)?;
         if queue.started {
             return Err(refuse(format!("queue {number} is started: its place stays")));
         }
-        // The upper half belongs to packed rings.
-        queue.base = u16::try_from(base & 0xffff).expect("masked");
+        queue.base = base & mask;
         Ok(())
     }
 
@@ -333,17 +153,20 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (number, started) =
             self.queue(index).map(|(number, queue)| (number, queue.started)).map_err(|_| Error::InvalidParam)?;
         if started {
-            let stopped = self.order_stop(number, StopHow::Drain);
+            let stopped = self.order_stop(number, self.drain);
             self.finish_stop(number, &stopped)?;
+            if self.is_logging() {
+                self.dismiss();
+            }
         }
         let queue = &mut self.queues[usize::from(number)];
         queue.kick = None;
-        Ok(VhostUserVringState::new(index, u32::from(queue.base)))
+        Ok(VhostUserVringState::new(index, queue.base))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let fd = Self::event_fd(fd);
-        fd.as_ref().map_or(Ok(()), check_kick)?;
+        let fd = event_fd(fd);
+        fd.as_ref().map_or(Ok(()), check_kick).map_err(|errno| refuse(format!("the kick is no eventfd: {errno}")))?;
         let kick = fd.map_or(QueueKick::Polled, QueueKick::Fd);
         let (number, queue) = self.queue(u32::from(index))?;
         if queue.started {
@@ -356,7 +179,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let (number, queue) = self.queue(u32::from(index))?;
-        queue.call = Self::event_fd(fd);
+        queue.call = event_fd(fd);
         if queue.started {
             let call = duplicate(queue.call.as_ref());
             self.worker(number).send(Command::Call { queue: number, call });
@@ -366,7 +189,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let (number, queue) = self.queue(u32::from(index))?;
-        queue.err = Self::event_fd(fd);
+        queue.err = event_fd(fd);
         if queue.started {
             let err = duplicate(queue.err.as_ref());
             self.worker(number).send(Command::Err { queue: number, err });
@@ -378,8 +201,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(FEATURES)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
-        // The crate keeps them. Reconnecting front-ends send this without having asked first.
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        self.drain = drain_of(features);
         Ok(())
     }
 
@@ -423,7 +246,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let (queues, size) = (inflight.num_queues, inflight.queue_size);
         // As for GET_VRING_BASE, no refusal can be said but by ending the connection.
-        let (file, len) = InflightRegion::create(queues, size).map_err(|error| {
+        let (file, len) = InflightRegion::create(queues, size, self.ring_format().packed).map_err(|error| {
             log::warn!("{error}");
             Error::InvalidParam
         })?;
@@ -453,13 +276,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         fd: File,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        let map = self.memory.with_region(address_of(region), &fd).map_err(refuse)?;
+        let map = self.memory.with_region(RegionAddress::of(region), &fd).map_err(refuse)?;
         self.use_memory(map, RegionBits::default())?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        let address = address_of(region);
+        let address = RegionAddress::of(region);
         let (map, removed) = self
             .memory
             .without_region(address)
@@ -469,15 +292,30 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _fd: File,
+        fd: File,
     ) -> Result<Option<File>> {
-        Err(refuse("there is no state to transfer"))
+        if self.queues.iter().any(|queue| queue.started) {
+            return Err(refuse("a queue is started: its state cannot be transferred"));
+        }
+        match direction {
+            VhostTransferStateDirection::SAVE => self.save_state(&fd)?,
+            VhostTransferStateDirection::LOAD => self.state = Some(fd),
+        }
+        Ok(None)
     }
 
+    /// After a load: whether the guest may go on here. A state that was saved is all in the pipe by now.
     fn check_device_state(&mut self) -> Result<()> {
-        Err(refuse("there is no state to transfer"))
+        let Some(fd) = self.state.take() else { return Ok(()) };
+        let held = self.crew.held().ok_or_else(|| refuse("the volume cannot change hands"))?;
+        let state = state::read(&fd).map_err(refuse)?;
+        self.generation = Some(held.check(&state).map_err(|error| {
+            log::error!("{error}");
+            refuse("the guest has used another disk")
+        })?);
+        Ok(())
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

@@ -1,12 +1,14 @@
 //! A started queue of a worker: its ring, its in-flight state, its notifications.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use super::chain::{Chain, ChainError, Scatter};
 use super::dirty::MaybeLog;
 use super::inflight::{InflightError, InflightQueue, InflightRegion};
 use super::memory::MemoryMap;
-use super::ring::{Ring, RingAddresses, RingError};
+use super::ring::{Descriptor, Head, Ring, RingAddresses, RingError, RingFormat};
 use crate::engine::request::Request;
 use crate::sync;
 use crate::sync::mpsc::Sender;
@@ -31,10 +33,10 @@ pub struct StartQueue {
     pub addresses: RingAddresses,
     /// Entries.
     pub size: u16,
-    /// The avail entry to take first, where there is no in-flight region.
-    pub next_avail: u16,
-    /// Whether EVENT_IDX was negotiated.
-    pub event_idx: bool,
+    /// Where it goes on, where no in-flight region says so (SET_VRING_BASE).
+    pub base: u32,
+    /// What it looks like.
+    pub format: RingFormat,
     /// The in-flight region, where it was negotiated.
     pub inflight: Option<Arc<InflightRegion>>,
     /// How to learn of new requests.
@@ -51,9 +53,11 @@ pub struct StartQueue {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopHow {
     /// The front-end asks where to go on (GET_VRING_BASE): the ring is rewound over them. Those with answered
-    /// requests behind them stay in the in-flight region. Where there is none they are served, or fail if they
-    /// would have to wait for a device.
+    /// requests behind them stay in the in-flight region. Where there is none, or the guest is migrated without it,
+    /// they are served, or fail if they would have to wait for a device.
     Drain,
+    /// As [`StopHow::Drain`], and the in-flight region goes wherever the guest goes.
+    Suspend,
     /// The front-end is gone: they stay in the in-flight region.
     Leave,
     /// The device is reset: they are forgotten.
@@ -65,18 +69,19 @@ pub enum StopHow {
 pub(crate) struct Stop {
     pub(crate) how: StopHow,
     pub(crate) withdrawn: Vec<Request>,
-    /// Told the next avail entry when the queue has stopped.
-    pub(crate) reply: Sender<u16>,
+    /// Told where the queue goes on when it has stopped.
+    pub(crate) reply: Sender<u32>,
 }
 
-/// Heads that are under way: a driver that offers one twice breaks its ring, so a queue never holds more
+/// Heads that are under way, by their ids: a driver that offers one twice breaks its ring, so a queue never holds more
 /// requests than it has entries.
 #[derive(Debug)]
 pub(super) struct HeadSet(Vec<u64>);
 
 impl HeadSet {
-    pub(super) fn new(size: u16) -> HeadSet {
-        HeadSet(vec![0; usize::from(size).div_ceil(64)])
+    /// For ids below that number.
+    pub(super) fn new(ids: u32) -> HeadSet {
+        HeadSet(vec![0; usize::try_from(ids.div_ceil(64)).expect("32 bits fit in a usize")])
     }
 
     /// Whether the head was not there.
@@ -100,8 +105,10 @@ pub(crate) struct Queue {
     pub(crate) ring: Ring,
     inflight: Option<InflightQueue>,
     heads: HeadSet,
-    /// Heads from the in-flight region, to be served first.
-    pub(crate) resubmit: std::collections::VecDeque<u16>,
+    /// Chains from the in-flight region, to be served first.
+    pub(crate) resubmit: VecDeque<Head>,
+    /// The chain that was taken last, of a packed ring.
+    list: Vec<Descriptor>,
     pub(crate) kick: Kick,
     /// Token of the kick's watch.
     pub(crate) token: u64,
@@ -120,25 +127,21 @@ pub(crate) struct Queue {
 
 impl Queue {
     pub(crate) fn start(memory: &Arc<MemoryMap>, start: StartQueue) -> Result<Queue, StartError> {
-        let mut ring = Ring::new(memory, start.addresses, start.size, start.next_avail, start.event_idx)?;
-        let mut inflight = None;
-        let mut resubmit = std::collections::VecDeque::new();
-        if let Some(region) = &start.inflight {
-            inflight = InflightQueue::open(region, start.index, start.size, ring.next_used())?;
-        }
-        if let Some(state) = &inflight {
-            resubmit.extend(state.heads().into_iter().filter(|head| *head < start.size));
-            // What was taken is what is used plus what is in flight; front-ends differ in what they pass as
-            // base here (QEMU the used index, cloud-hypervisor the avail index).
-            let taken = u16::try_from(resubmit.len()).expect("at most one entry a head");
-            ring.set_next_avail(ring.next_used().wrapping_add(taken));
-        }
+        let mut ring = Ring::new(memory, start.addresses, start.size, start.base, start.format)?;
+        let found = match &start.inflight {
+            Some(region) => InflightQueue::open(region, start.index, start.size, &mut ring)?,
+            None => None,
+        };
+        let (inflight, resubmit) = found.map_or((None, Vec::new()), |(state, heads)| (Some(state), heads));
+        // Of buffer ids the spec only says that they have sixteen bits.
+        let ids = if start.format.packed { 1 << 16 } else { u32::from(start.size) };
         Ok(Queue {
             index: start.index,
             ring,
             inflight,
-            heads: HeadSet::new(start.size),
-            resubmit,
+            heads: HeadSet::new(ids),
+            resubmit: resubmit.into(),
+            list: Vec::new(),
             kick: start.kick,
             token: 0,
             call: start.call,
@@ -169,37 +172,75 @@ impl Queue {
         }
     }
 
-    /// Take the next new head, with its place in the avail ring.
+    /// Take the next new chain, with its place in what the driver offers.
     #[inline]
-    pub(crate) fn take(&mut self) -> Option<(u16, u16)> {
+    pub(crate) fn take(&mut self) -> Option<(Head, u16)> {
+        self.close_batch();
         let position = self.ring.next_avail();
-        let head = self.ring.pop();
-        if head >= self.ring.size() {
+        let popped = self.ring.pop(&mut self.list);
+        let mut head = match popped {
+            Ok(head) => head?,
+            Err(error) => {
+                self.ring.set_next_avail(position);
+                self.break_down(&error.to_string());
+                return None;
+            }
+        };
+        if !self.hold(head) {
             self.ring.set_next_avail(position);
-            self.break_down(&format!("the driver offers descriptor {head} of {}", self.ring.size()));
             return None;
         }
-        if !self.begin(head) {
-            self.ring.set_next_avail(position);
-            return None;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.begin(&mut head, &self.list);
         }
         Some((head, position))
     }
 
-    /// Note a head as under way.
-    #[inline]
-    pub(crate) fn begin(&mut self, head: u16) -> bool {
-        if !self.heads.insert(head) {
-            self.break_down(&format!("the driver offers descriptor {head} while the device holds it"));
-            return false;
+    /// Take a chain again that was found in the in-flight region.
+    pub(crate) fn take_again(&mut self, head: Head) -> bool {
+        let held = self.hold(head);
+        if let Some(inflight) = self.inflight.as_mut().filter(|_| held) {
+            inflight.begin_again(head, &mut self.list);
         }
-        if let Some(inflight) = &mut self.inflight {
-            inflight.begin(head);
-        }
-        true
+        held
     }
 
-    /// How many heads can be taken.
+    #[inline]
+    fn hold(&mut self, head: Head) -> bool {
+        let new = self.heads.insert(head.id);
+        if !new {
+            self.break_down(&RingError::Held(head.id).to_string());
+        }
+        new
+    }
+
+    /// Walk the chain that was taken last.
+    ///
+    /// # Errors
+    /// When the structure of the chain is broken.
+    #[inline]
+    pub(crate) fn walk<'a>(
+        &self,
+        scatter: &'a mut Scatter,
+        memory: &'a Arc<MemoryMap>,
+        head: Head,
+    ) -> Result<Chain<'a>, ChainError> {
+        match &self.ring {
+            Ring::Split(ring) => scatter.walk(ring, memory, head.id),
+            Ring::Packed(_) => scatter.walk_list(&self.list, memory),
+        }
+    }
+
+    /// The in-flight region of a packed ring knows no chains that are taken while others have ended and have not been
+    /// published.
+    #[inline]
+    fn close_batch(&mut self) {
+        if self.inflight.as_ref().is_some_and(InflightQueue::is_batch_open) {
+            self.publish();
+        }
+    }
+
+    /// How many chains there may be to take.
     #[inline]
     pub(crate) fn available(&mut self) -> u16 {
         match self.ring.available() {
@@ -213,8 +254,8 @@ impl Queue {
 
     /// Give a chain back; the driver sees it with [`Queue::publish`].
     #[inline]
-    pub(crate) fn give_back(&mut self, head: u16, len: u32) {
-        self.heads.remove(head);
+    pub(crate) fn give_back(&mut self, head: Head, len: u32) {
+        self.heads.remove(head.id);
         self.ring.push_used(head, len);
         if let Some(inflight) = &mut self.inflight {
             inflight.end(head);
@@ -222,8 +263,9 @@ impl Queue {
     }
 
     /// A request was given up without effect and the ring rewound over it, or the device was reset.
-    pub(crate) fn forget(&mut self, head: u16) {
-        self.heads.remove(head);
+    pub(crate) fn forget(&mut self, head: Head) {
+        self.close_batch();
+        self.heads.remove(head.id);
         if let Some(inflight) = &mut self.inflight {
             inflight.forget(head);
         }
@@ -236,12 +278,15 @@ impl Queue {
             return;
         }
         let first = self.ring.published();
+        if let Some(inflight) = &mut self.inflight {
+            inflight.publishing(&self.ring);
+        }
         let notify = self.ring.publish();
         if let Some(log) = &self.log {
             self.ring.mark_used(log, first);
         }
         if let Some(inflight) = &mut self.inflight {
-            inflight.published(self.ring.next_used());
+            inflight.published(&self.ring);
         }
         if notify {
             self.signal_call();
@@ -320,3 +365,6 @@ pub(crate) enum StartError {
     #[error(transparent)]
     Inflight(#[from] InflightError),
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use super::chain::{CHAIN_BYTES_MAX, Chain};
 use super::config::{DISCARD_SECTORS_MAX, DISCARD_SEG_MAX, WRITE_ZEROES_SECTORS_MAX, WRITE_ZEROES_SEG_MAX};
 use crate::device::buffer::Iovecs;
 use crate::engine::request::RequestOp;
+use crate::engine::view::Reserve;
 use crate::runtime::worker::DiskInfo;
 use crate::units::{SECTOR_SIZE, Sector, SectorRange};
 
@@ -23,6 +24,7 @@ const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
 const T_FLUSH: u32 = 4;
 const T_GET_ID: u32 = 8;
+const T_GET_LIFETIME: u32 = 10;
 const T_DISCARD: u32 = 11;
 const T_WRITE_ZEROES: u32 = 13;
 
@@ -32,6 +34,12 @@ const HEADER_SIZE: u64 = 16;
 const SEGMENT_SIZE: u64 = 16;
 /// The segment flag that allows to release space.
 const SEGMENT_UNMAP: u32 = 1;
+
+/// How much of the blocks in reserve is used: not known, less than 80 %, 80 % or more, 90 % or more.
+const PRE_EOL_UNDEFINED: u8 = 0;
+const PRE_EOL_NORMAL: u8 = 1;
+const PRE_EOL_WARNING: u8 = 2;
+const PRE_EOL_URGENT: u8 = 3;
 
 /// Most iovecs the kernel takes in one call (UIO_MAXIOV). The driver knows the far smaller `seg_max`.
 const IOVECS_MAX: usize = 1024;
@@ -75,7 +83,7 @@ impl Refused {
 }
 
 /// Understand a chain that has a status byte. `pool` has empty lists to use again.
-pub fn parse(chain: &Chain<'_>, disk: &DiskInfo, pool: &mut Vec<Iovecs>) -> Parsed {
+pub fn parse(chain: &Chain<'_>, disk: &DiskInfo, reserve: &Reserve, pool: &mut Vec<Iovecs>) -> Parsed {
     let mut header = [0_u8; 16];
     if chain.is_faulty() || !chain.read_at(0, &mut header) {
         return Parsed::Refused(Refused::io_err("its buffers are not all in guest memory, or hold no header"));
@@ -90,7 +98,9 @@ pub fn parse(chain: &Chain<'_>, disk: &DiskInfo, pool: &mut Vec<Iovecs>) -> Pars
         // UEFI firmware flushes read-only disks too and takes an error for a broken disk.
         T_FLUSH if disk.read_only => Ok(Parsed::Done { written: 1 }),
         T_FLUSH => Ok(Parsed::Submit { op: RequestOp::Flush, written: 1 }),
-        T_GET_ID => Ok(get_id(chain, disk)),
+        // The identity is padded with zeros and not terminated.
+        T_GET_ID => Ok(inform(chain, &disk.serial)),
+        T_GET_LIFETIME => Ok(inform(chain, &lifetime(reserve))),
         T_DISCARD => discard(chain),
         T_WRITE_ZEROES => write_zeroes(chain),
         _ => Err(Refused::unsupported("its type is unknown")),
@@ -130,11 +140,22 @@ fn is_addressable(range: SectorRange) -> bool {
     range.checked_end().is_some_and(|end| end.0.checked_mul(SECTOR_SIZE).is_some())
 }
 
-/// The identity is 20 bytes, padded with zeros and not terminated (virtio 1.3 §5.2.6). A buffer of another
-/// length gets what fits.
-fn get_id(chain: &Chain<'_>, disk: &DiskInfo) -> Parsed {
-    let copied = chain.write_data(&disk.serial);
+/// Answer with a few bytes; a buffer of another length gets what fits.
+fn inform(chain: &Chain<'_>, bytes: &[u8]) -> Parsed {
+    let copied = chain.write_data(bytes);
     Parsed::Done { written: 1 + u32::try_from(copied).expect("at most twenty") }
+}
+
+/// `struct virtio_blk_lifetime` (virtio 1.3 §5.2.6): `pre_eol_info`, and the wear of two kinds of flash cells, of
+/// which nothing is known (0).
+fn lifetime(reserve: &Reserve) -> [u8; 6] {
+    let pre_eol_info = match reserve.used_percent() {
+        None => PRE_EOL_UNDEFINED,
+        Some(0..80) => PRE_EOL_NORMAL,
+        Some(80..90) => PRE_EOL_WARNING,
+        Some(90..) => PRE_EOL_URGENT,
+    };
+    [pre_eol_info, 0, 0, 0, 0, 0]
 }
 
 fn discard(chain: &Chain<'_>) -> Result<Parsed, Refused> {
@@ -195,7 +216,10 @@ fn segments(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::sync::atomic::AtomicU64;
     use crate::vhost::chain::Scatter;
     use crate::vhost::testing::{Buffer, DATA, Guest, chain_of, readable, writable};
 
@@ -203,11 +227,27 @@ mod tests {
     const BODY: u64 = DATA + 0x1000;
 
     fn disk(read_only: bool) -> DiskInfo {
-        DiskInfo { capacity: 1 << 20, logical_block_size: 512, read_only, serial: *b"serial-number-of-20b" }
+        DiskInfo {
+            capacity: Arc::new(AtomicU64::new(1 << 20)),
+            logical_block_size: 512,
+            read_only,
+            serial: *b"serial-number-of-20b",
+        }
     }
 
     /// What a request of that type with these data buffers comes to, in short.
     fn check_on(disk: &DiskInfo, guest: &Guest, kind: u32, sector: u64, data: &[Buffer]) -> String {
+        check_with(disk, &Reserve::default(), guest, kind, sector, data)
+    }
+
+    fn check_with(
+        disk: &DiskInfo,
+        reserve: &Reserve,
+        guest: &Guest,
+        kind: u32,
+        sector: u64,
+        data: &[Buffer],
+    ) -> String {
         guest.write(DATA, &kind.to_le_bytes());
         guest.write(DATA + 8, &sector.to_le_bytes());
         let mut buffers = vec![readable(DATA, 16)];
@@ -216,7 +256,7 @@ mod tests {
         let head = chain_of(guest, &buffers);
         let (mut scatter, map, ring) = (Scatter::default(), guest.map(), guest.ring());
         let chain = scatter.walk(&ring, &map, head).unwrap();
-        match parse(&chain, disk, &mut Vec::new()) {
+        match parse(&chain, disk, reserve, &mut Vec::new()) {
             Parsed::Done { written } => format!("status 0, {written}"),
             Parsed::Refused(refused) => format!("status {}, 1", refused.status),
             Parsed::Submit { op, written } => format!("{op:?}, {written}"),
@@ -258,8 +298,30 @@ mod tests {
     }
 
     #[test]
+    fn the_lifetime_follows_the_use_of_the_reserve_and_fills_what_fits() {
+        let guest = Guest::new(16);
+        let reserve = Reserve::default();
+        let check = |read_only, len, expected: &str| {
+            guest.write(BODY, &[0xee; 8]);
+            let data = [writable(BODY, len)];
+            assert_eq!(check_with(&disk(read_only), &reserve, &guest, T_GET_LIFETIME, 0, &data), expected);
+            guest.read::<8>(BODY)
+        };
+        assert_eq!(check(false, 6, "status 0, 7"), [0, 0, 0, 0, 0, 0, 0xee, 0xee]);
+        for (percent, pre_eol_info) in [(0, 1), (79, 1), (80, 2), (89, 2), (90, 3), (100, 3)] {
+            reserve.set_used(Some(percent));
+            assert_eq!(check(percent % 2 == 0, 6, "status 0, 7"), [pre_eol_info, 0, 0, 0, 0, 0, 0xee, 0xee]);
+        }
+        assert_eq!(check(false, 1, "status 0, 2")[..2], [3, 0xee]);
+        assert_eq!(check(false, 64, "status 0, 7"), [3, 0, 0, 0, 0, 0, 0xee, 0xee]);
+        reserve.set_used(None);
+        assert_eq!(check(false, 2, "status 0, 3")[..2], [0, 0]);
+        check(false, 0, "status 0, 1");
+    }
+
+    #[test]
     fn unknown_types_are_unsupported() {
-        for kind in [2, 3, 5, 10, 14, 15, u32::MAX] {
+        for kind in [2, 3, 5, 9, 12, 14, 15, u32::MAX] {
             check(kind, 0, &[], "status 2, 1");
         }
     }
@@ -326,7 +388,7 @@ mod tests {
         let head = chain_of(&guest, &[readable(DATA, 15), writable(STATUS, 1)]);
         let (mut scatter, map, ring) = (Scatter::default(), guest.map(), guest.ring());
         let chain = scatter.walk(&ring, &map, head).unwrap();
-        let parsed = parse(&chain, &disk(false), &mut Vec::new());
+        let parsed = parse(&chain, &disk(false), &Reserve::default(), &mut Vec::new());
         assert!(matches!(parsed, Parsed::Refused(Refused { status: S_IOERR, .. })), "{parsed:?}");
     }
 }

@@ -1,40 +1,44 @@
-//! A split virtqueue (virtio 1.3 §2.7) on host pointers that were translated and checked once.
+//! Virtqueues on host pointers that were translated and checked once: [`split`] ones (virtio 1.3 §2.7) and
+//! [`packed`] ones (virtio 1.3 §2.8).
 //!
-//! The guest may write any of this memory at any time. Indices are read atomically and once; nothing read
-//! here is an address. Only numbers below the queue size are used as indices.
+//! The guest may write any of this memory at any time. What is read here is read atomically and once, or copied
+//! out; nothing of it is an address. Only numbers below the queue size are used as indices.
+
+pub(crate) mod packed;
+pub mod split;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32};
 
+use self::packed::{PackedRing, Place};
+use self::split::SplitRing;
 use super::dirty::DirtyLog;
 use super::memory::{MemoryMap, RegionBits};
 
-/// Bytes of a descriptor (virtio 1.3 §2.7.5).
+/// Bytes of a descriptor (virtio 1.3 §2.7.5, §2.8.13).
 pub(crate) const DESCRIPTOR_SIZE: u64 = 16;
-
-/// The device asks the driver not to kick (virtio 1.3 §2.7.8, VIRTQ_USED_F_NO_NOTIFY).
-const USED_F_NO_NOTIFY: u16 = 1;
-/// The driver asks not to be interrupted (virtio 1.3 §2.7.6, VIRTQ_AVAIL_F_NO_INTERRUPT).
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
-
-/// Offsets in the avail and used rings: flags, index, then the elements.
-const FLAGS: usize = 0;
-const INDEX: usize = 2;
-const ELEMENTS: usize = 4;
 
 /// Why a ring cannot be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
-    /// The size is 0, no power of two, or above 32768.
+    /// The size is 0, above 32768, or, of a split ring, no power of two.
     #[error("queue size {0} is not a power of two up to 32768")]
     Size(u32),
     /// A part of the ring is not in guest memory (or in more than one region).
     #[error("the {0} at front-end address {1:#x} is not in one memory region")]
     NotMapped(&'static str, u64),
-    /// A part of the ring is misaligned (virtio 1.3 §2.7).
+    /// A part of the ring is misaligned (virtio 1.3 §2.7, §2.8.10.1).
     #[error("the {0} at front-end address {1:#x} is misaligned")]
     Misaligned(&'static str, u64),
+    /// A place to go on from that a packed ring of that size does not have.
+    #[error("the base {base:#x} is no place in a packed ring of {size} descriptors")]
+    Base {
+        /// What the front-end said.
+        base: u32,
+        /// Queue size.
+        size: u16,
+    },
     /// The driver claims more buffers than the queue holds.
     #[error("avail index {idx} is more than {size} entries ahead of {next}")]
     IndexJump {
@@ -45,94 +49,210 @@ pub enum RingError {
         /// Queue size.
         size: u16,
     },
+    /// The driver offers a chain that cannot be.
+    #[error("the driver offers descriptor {head} of {size}")]
+    Outside {
+        /// What was read.
+        head: u16,
+        /// Queue size.
+        size: u16,
+    },
+    /// The driver offers anew what the device has not given back.
+    #[error("the driver offers descriptor {0} while the device holds it")]
+    Held(u16),
+    /// A chain of a packed ring that does not end in the part of it that is the driver's.
+    #[error("a chain from descriptor {first} on is longer than the {room} descriptors that are the driver's")]
+    Endless {
+        /// Its first descriptor.
+        first: u16,
+        /// Descriptors that the device does not hold.
+        room: u16,
+    },
 }
 
 /// Where the parts of a ring are, in the front-end's addresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RingAddresses {
-    /// Descriptor table.
+    /// Descriptor table, or descriptor ring.
     pub descriptors: u64,
-    /// Avail ring.
+    /// Avail ring, or driver event suppression.
     pub avail: u64,
-    /// Used ring.
+    /// Used ring, or device event suppression.
     pub used: u64,
-    /// The used ring's guest address, where writes to it belong into the dirty log (VHOST_VRING_F_LOG).
+    /// The guest address of `used`, where writes to it belong into the dirty log (VHOST_VRING_F_LOG).
     pub log: Option<u64>,
 }
 
-/// A descriptor, copied out (virtio 1.3 §2.7.5).
+/// What the driver negotiated of rings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingFormat {
+    /// Packed rings (VIRTIO_F_RING_PACKED).
+    pub packed: bool,
+    /// VIRTIO_F_EVENT_IDX.
+    pub event_idx: bool,
+}
+
+/// A descriptor, copied out (virtio 1.3 §2.7.5, §2.8.13).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Descriptor {
     pub(crate) addr: u64,
     pub(crate) len: u32,
     pub(crate) flags: u16,
+    /// Where the chain goes on; in packed rings the buffer's id.
     pub(crate) next: u16,
 }
 
 impl Descriptor {
     /// From the sixteen bytes in guest memory.
     pub(crate) fn from_bytes(bytes: [u8; 16]) -> Descriptor {
-        let word = u128::from_le_bytes(bytes);
-        Descriptor {
-            addr: low_u64(word),
-            len: u32::try_from((word >> 64) & 0xffff_ffff).expect("masked"),
-            flags: u16::try_from((word >> 96) & 0xffff).expect("masked"),
-            next: u16::try_from(word >> 112).expect("sixteen bits are left"),
-        }
+        let (addr, len, [flags, next]) = fields(bytes);
+        Descriptor { addr, len, flags, next }
+    }
+
+    /// From the sixteen bytes of a packed ring, or of a table that one refers to.
+    pub(crate) fn from_packed_bytes(bytes: [u8; 16]) -> Descriptor {
+        let (addr, len, [id, flags]) = fields(bytes);
+        Descriptor { addr, len, flags, next: id }
     }
 }
 
-fn low_u64(word: u128) -> u64 {
-    u64::try_from(word & u128::from(u64::MAX)).expect("masked")
+fn fields(bytes: [u8; 16]) -> (u64, u32, [u16; 2]) {
+    let word = u128::from_le_bytes(bytes);
+    let addr = u64::try_from(word & u128::from(u64::MAX)).expect("masked");
+    let len = u32::try_from((word >> 64) & 0xffff_ffff).expect("masked");
+    let third = u16::try_from((word >> 96) & 0xffff).expect("masked");
+    (addr, len, [third, u16::try_from(word >> 112).expect("sixteen bits are left")])
 }
 
-/// The three parts as host addresses.
+/// A chain that was taken, as it takes to give it back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Head {
+    /// The driver's name for it: its first descriptor, in packed rings its buffer id.
+    pub(crate) id: u16,
+    /// Entries that it takes up in what the driver offers: one of the avail ring, or the descriptors of its list.
+    pub(crate) len: u16,
+    /// Its entry in the in-flight region.
+    pub(crate) entry: u16,
+}
+
+impl Head {
+    /// A chain of a split ring.
+    pub(crate) fn of_split(head: u16) -> Head {
+        Head { id: head, len: 1, entry: head }
+    }
+}
+
+/// A part of a ring: host memory that its ring keeps mapped.
+#[derive(Clone, Copy)]
+struct Part {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+impl Part {
+    #[inline]
+    fn at(&self, offset: usize, len: usize) -> *mut u8 {
+        #[cfg(test)]
+        super::testing::kill::point();
+        debug_assert!(offset + len <= self.len);
+        self.start.as_ptr().wrapping_add(offset)
+    }
+
+    /// The two bytes at an even offset.
+    #[inline]
+    fn u16_at(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: `Parts::translate` checked that the part is guest memory at an even address, the ring asks for what
+        // lies in the part, and keeps it mapped with its map. All access is atomic.
+        unsafe { AtomicU16::from_ptr(self.at(offset, 2).cast()) }
+    }
+
+    /// The four bytes at an offset that is a multiple of four, of a part that is aligned so.
+    #[inline]
+    fn u32_at(&self, offset: usize) -> &AtomicU32 {
+        // SAFETY: as above, with parts that were checked to lie at a multiple of four.
+        unsafe { AtomicU32::from_ptr(self.at(offset, 4).cast()) }
+    }
+
+    /// The bytes of descriptor `index`, copied out.
+    #[inline]
+    fn descriptor(&self, index: u16) -> [u8; 16] {
+        // SAFETY: as above, with a part that was checked to lie at a multiple of sixteen; volatile reads of plain
+        // bytes tolerate concurrent writes.
+        unsafe { self.at(usize::from(index) * 16, 16).cast::<[u8; 16]>().read_volatile() }
+    }
+}
+
+/// The three parts of a ring as host addresses.
 #[derive(Clone, Copy)]
 struct Parts {
-    descriptors: NonNull<u8>,
-    avail: NonNull<u8>,
-    used: NonNull<u8>,
+    descriptors: Part,
+    avail: Part,
+    used: Part,
     regions: RegionBits,
 }
 
-/// A split virtqueue in guest memory, seen from the device.
-pub struct Ring {
-    parts: Parts,
-    /// Keeps the memory behind `parts` mapped.
-    memory: Arc<MemoryMap>,
-    addresses: RingAddresses,
-    size: u16,
-    event_idx: bool,
-    /// The avail entry taken next.
-    next_avail: u16,
-    /// The used entry written next.
-    next_used: u16,
-    /// The used index the driver was last told.
-    published: u16,
+/// What a part is called, its length and its alignment.
+type Shape = (&'static str, u64, usize);
+
+impl Parts {
+    fn translate(memory: &MemoryMap, addresses: RingAddresses, shapes: [Shape; 3]) -> Result<Parts, RingError> {
+        let mut regions = RegionBits::default();
+        let mut part = |user, (name, len, alignment): Shape| {
+            let piece = memory.user_range(user, len).ok_or(RingError::NotMapped(name, user))?;
+            if !piece.ptr.addr().is_multiple_of(alignment) {
+                return Err(RingError::Misaligned(name, user));
+            }
+            regions = regions.union(piece.region);
+            let start = NonNull::new(piece.ptr).ok_or(RingError::NotMapped(name, user))?;
+            Ok(Part { start, len: usize::try_from(len).expect("it is mapped") })
+        };
+        let [descriptors, avail, used] = shapes;
+        let descriptors = part(addresses.descriptors, descriptors)?;
+        let avail = part(addresses.avail, avail)?;
+        let used = part(addresses.used, used)?;
+        Ok(Parts { descriptors, avail, used, regions })
+    }
+}
+
+/// A virtqueue in guest memory, seen from the device. Places in it are numbers that only the ring understands: an
+/// index of the avail ring, or index and wrap counter of a packed ring.
+pub(crate) enum Ring {
+    Split(SplitRing),
+    Packed(PackedRing),
 }
 
 impl Ring {
-    /// A ring at these addresses. The used index is taken from the ring itself, the next avail entry is
-    /// `next_avail` or, where the front-end does not know it, the used index.
+    /// A ring at these addresses that goes on at `base` (SET_VRING_BASE).
     ///
     /// # Errors
     /// When size, place or alignment are not those of a ring.
-    pub fn new(
+    pub(crate) fn new(
         memory: &Arc<MemoryMap>,
         addresses: RingAddresses,
         size: u16,
-        next_avail: u16,
-        event_idx: bool,
+        base: u32,
+        format: RingFormat,
     ) -> Result<Ring, RingError> {
-        if !size.is_power_of_two() || size > super::QUEUE_SIZE_MAX {
-            return Err(RingError::Size(u32::from(size)));
-        }
-        let parts = Parts::translate(memory, addresses, size)?;
-        let mut ring =
-            Ring { parts, memory: memory.clone(), addresses, size, event_idx, next_avail, next_used: 0, published: 0 };
-        ring.next_used = u16::from_le(ring.used_u16(INDEX).load(Ordering::Acquire));
-        ring.published = ring.next_used;
-        Ok(ring)
+        Ok(if format.packed {
+            Ring::Packed(PackedRing::new(memory, addresses, size, base, format.event_idx)?)
+        } else {
+            let next_avail = u16::try_from(base & 0xffff).expect("masked");
+            Ring::Split(SplitRing::new(memory, addresses, size, next_avail, format.event_idx)?)
+        })
+    }
+
+    /// Whether there can be such a ring.
+    ///
+    /// # Errors
+    /// As for [`Ring::new`].
+    pub(crate) fn check(
+        memory: &MemoryMap,
+        addresses: RingAddresses,
+        size: u16,
+        format: RingFormat,
+    ) -> Result<(), RingError> {
+        let shapes = if format.packed { packed::shapes(size)? } else { split::shapes(size)? };
+        Parts::translate(memory, addresses, shapes).map(|_| ())
     }
 
     /// Translate the ring anew after the memory changed. On error the ring keeps its old memory, which stays
@@ -140,302 +260,151 @@ impl Ring {
     ///
     /// # Errors
     /// When the ring is not in the new memory.
-    pub fn remap(&mut self, memory: &Arc<MemoryMap>, addresses: RingAddresses) -> Result<(), RingError> {
-        self.parts = Parts::translate(memory, addresses, self.size)?;
-        self.addresses = addresses;
-        self.memory = memory.clone();
-        Ok(())
+    pub(crate) fn remap(&mut self, memory: &Arc<MemoryMap>, addresses: RingAddresses) -> Result<(), RingError> {
+        match self {
+            Ring::Split(ring) => ring.remap(memory, addresses),
+            Ring::Packed(ring) => ring.remap(memory, addresses),
+        }
     }
 
     /// Where the ring is, in the front-end's addresses.
-    pub fn addresses(&self) -> RingAddresses {
-        self.addresses
+    pub(crate) fn addresses(&self) -> RingAddresses {
+        match self {
+            Ring::Split(ring) => ring.addresses(),
+            Ring::Packed(ring) => ring.addresses(),
+        }
     }
 
     /// Regions the ring lies in.
-    pub fn regions(&self) -> RegionBits {
-        self.parts.regions
+    #[inline]
+    pub(crate) fn regions(&self) -> RegionBits {
+        match self {
+            Ring::Split(ring) => ring.regions(),
+            Ring::Packed(ring) => ring.regions(),
+        }
     }
 
-    /// Number of entries.
-    pub fn size(&self) -> u16 {
-        self.size
+    /// The place of the next chain.
+    #[inline]
+    pub(crate) fn next_avail(&self) -> u16 {
+        match self {
+            Ring::Split(ring) => ring.next_avail(),
+            Ring::Packed(ring) => ring.next_avail().bits(),
+        }
     }
 
-    /// The avail entry taken next.
-    pub fn next_avail(&self) -> u16 {
-        self.next_avail
+    /// Go back to a place.
+    pub(crate) fn set_next_avail(&mut self, place: u16) {
+        match self {
+            Ring::Split(ring) => ring.set_next_avail(place),
+            Ring::Packed(ring) => ring.set_next_avail(Place::of(place)),
+        }
     }
 
-    /// The used entry written next.
-    pub fn next_used(&self) -> u16 {
-        self.next_used
+    /// How far the place of the next chain is ahead of `place`.
+    pub(crate) fn ahead_of(&self, place: u16) -> u16 {
+        match self {
+            Ring::Split(ring) => ring.next_avail().wrapping_sub(place),
+            Ring::Packed(ring) => ring.ahead_of(Place::of(place)),
+        }
     }
 
-    /// Go to another place in the avail ring: back over requests that were given up, or to where the
-    /// in-flight region says.
-    pub fn set_next_avail(&mut self, next_avail: u16) {
-        self.next_avail = next_avail;
+    /// Where the ring goes on, as GET_VRING_BASE says it.
+    pub(crate) fn base(&self) -> u32 {
+        match self {
+            Ring::Split(ring) => u32::from(ring.next_avail()),
+            Ring::Packed(ring) => ring.base(),
+        }
     }
 
-    /// How many entries the driver made available since the last [`Ring::pop`]. Read once for a batch.
+    /// How many chains may be there: at least as many as the driver has made available, and no more than the queue
+    /// holds.
     ///
     /// # Errors
-    /// When the driver claims more than the queue holds: it may not run ahead of the used ring by more than
-    /// the queue size (virtio 1.3 §2.7.13.1).
+    /// When the driver claims more than that.
     #[inline]
-    pub fn available(&self) -> Result<u16, RingError> {
-        // Acquire pairs with the driver's barrier before its index update: what the entries say is visible.
-        let idx = u16::from_le(self.avail_u16(INDEX).load(Ordering::Acquire));
-        let ahead = idx.wrapping_sub(self.next_avail);
-        if ahead > self.size {
-            return Err(RingError::IndexJump { idx, next: self.next_avail, size: self.size });
+    pub(crate) fn available(&self) -> Result<u16, RingError> {
+        match self {
+            Ring::Split(ring) => ring.available(),
+            Ring::Packed(ring) => Ok(ring.size()),
         }
-        Ok(ahead)
     }
 
-    /// The next chain head, as the driver wrote it: any number. The caller has counted with
-    /// [`Ring::available`].
+    /// The next chain, if there is one, of those that [`Ring::available`] counted. `list` gets the descriptors of a
+    /// packed ring.
+    ///
+    /// # Errors
+    /// When what the driver offers makes no sense.
     #[inline]
-    pub fn pop(&mut self) -> u16 {
-        let element = usize::from(self.next_avail & (self.size - 1));
-        let head = u16::from_le(self.avail_u16(ELEMENTS + 2 * element).load(Ordering::Relaxed));
-        self.next_avail = self.next_avail.wrapping_add(1);
-        head
-    }
-
-    /// Descriptor number `index`, copied out; `None` outside of the table.
-    #[inline]
-    pub(crate) fn descriptor(&self, index: u16) -> Option<Descriptor> {
-        if index >= self.size {
-            return None;
+    pub(crate) fn pop(&mut self, list: &mut Vec<Descriptor>) -> Result<Option<Head>, RingError> {
+        match self {
+            Ring::Split(ring) => {
+                let (head, size) = (ring.pop(), ring.size());
+                if head >= size { Err(RingError::Outside { head, size }) } else { Ok(Some(Head::of_split(head))) }
+            }
+            Ring::Packed(ring) => ring.pop(list),
         }
-        let at = self.parts.descriptors.as_ptr().wrapping_add(usize::from(index) * 16);
-        // SAFETY: `descriptors` is 16-byte aligned and has `size` descriptors (Parts::translate), the memory is
-        // kept mapped by `self.memory`, and volatile reads of plain bytes tolerate concurrent writes.
-        let bytes = unsafe { at.cast::<[u8; 16]>().read_volatile() };
-        Some(Descriptor::from_bytes(bytes))
     }
 
-    /// Write a used entry. The driver sees it with the next [`Ring::publish`].
+    /// Give a chain back. The driver sees it with the next [`Ring::publish`].
     #[inline]
-    pub fn push_used(&mut self, head: u16, len: u32) {
-        let element = usize::from(self.next_used & (self.size - 1));
-        self.used_u32(ELEMENTS + 8 * element).store(u32::from(head).to_le(), Ordering::Relaxed);
-        self.used_u32(ELEMENTS + 8 * element + 4).store(len.to_le(), Ordering::Relaxed);
-        self.next_used = self.next_used.wrapping_add(1);
+    pub(crate) fn push_used(&mut self, head: Head, len: u32) {
+        match self {
+            Ring::Split(ring) => ring.push_used(head.id, len),
+            Ring::Packed(ring) => ring.push_used(head, len),
+        }
     }
 
     /// Whether there are used entries the driver has not been shown.
     #[inline]
-    pub fn unpublished(&self) -> bool {
-        self.next_used != self.published
+    pub(crate) fn unpublished(&self) -> bool {
+        match self {
+            Ring::Split(ring) => ring.unpublished(),
+            Ring::Packed(ring) => ring.unpublished(),
+        }
     }
 
-    /// Show the driver the used entries written so far, with one index update, and say whether it wants to be
-    /// notified (virtio 1.3 §2.7.7).
+    /// Show the driver what was given back, all at once, and say whether it wants to be notified.
     #[inline]
-    pub fn publish(&mut self) -> bool {
-        let old = self.published;
-        self.published = self.next_used;
-        self.used_u16(INDEX).store(self.next_used.to_le(), Ordering::Release);
-        // The index must be visible before the driver's wish is read, as it writes its wish and then reads the
-        // index (virtio 1.3 §2.7.13.4.1 has the driver's half).
-        fence(Ordering::SeqCst);
-        if self.event_idx {
-            let event = u16::from_le(self.avail_u16(ELEMENTS + 2 * usize::from(self.size)).load(Ordering::Relaxed));
-            // vring_need_event: did the index pass the event?
-            self.published.wrapping_sub(event).wrapping_sub(1) < self.published.wrapping_sub(old)
-        } else {
-            u16::from_le(self.avail_u16(FLAGS).load(Ordering::Relaxed)) & AVAIL_F_NO_INTERRUPT == 0
+    pub(crate) fn publish(&mut self) -> bool {
+        match self {
+            Ring::Split(ring) => ring.publish(),
+            Ring::Packed(ring) => ring.publish(),
         }
     }
 
     /// Ask for kicks. Returns whether entries came in the meantime, for which no kick may come.
     #[inline]
-    pub fn arm(&mut self) -> bool {
-        if self.event_idx {
-            self.avail_event().store(self.next_avail.to_le(), Ordering::Relaxed);
-        } else {
-            self.used_u16(FLAGS).store(0, Ordering::Relaxed);
+    pub(crate) fn arm(&mut self) -> bool {
+        match self {
+            Ring::Split(ring) => ring.arm(),
+            Ring::Packed(ring) => ring.arm(),
         }
-        // The wish must be visible before the index is read again (virtio 1.3 §2.7.10).
-        fence(Ordering::SeqCst);
-        u16::from_le(self.avail_u16(INDEX).load(Ordering::Acquire)) != self.next_avail
     }
 
     /// Ask not to be kicked for now. With EVENT_IDX there is nothing to do: the event passed already.
     #[inline]
-    pub fn disarm(&mut self) {
-        if !self.event_idx {
-            self.used_u16(FLAGS).store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
+    pub(crate) fn disarm(&mut self) {
+        match self {
+            Ring::Split(ring) => ring.disarm(),
+            Ring::Packed(ring) => ring.disarm(),
         }
     }
 
-    /// The used index the driver was last told.
+    /// The place in the used entries that the driver was last shown.
     pub(crate) fn published(&self) -> u16 {
-        self.published
+        match self {
+            Ring::Split(ring) => ring.published(),
+            Ring::Packed(ring) => ring.published().bits(),
+        }
     }
 
-    /// Note in the dirty log what was written to the used ring: the entries from `first` to the published one, and
-    /// the words before and after them.
+    /// Note in the dirty log what was written: the used entries from `first` to the published one, and what asks for
+    /// kicks.
     pub(crate) fn mark_used(&self, log: &DirtyLog, first: u16) {
-        let Some(used) = self.addresses.log else { return };
-        let mark = |offset: usize, len: u64| {
-            let offset = u64::try_from(offset).expect("within a ring");
-            log.mark(used.saturating_add(offset), len);
-        };
-        mark(FLAGS, 4);
-        mark(ELEMENTS + 8 * usize::from(self.size), 2);
-        for entry in 0..self.published.wrapping_sub(first) {
-            mark(ELEMENTS + 8 * usize::from(first.wrapping_add(entry) & (self.size - 1)), 8);
-        }
-    }
-
-    fn avail_u16(&self, offset: usize) -> &AtomicU16 {
-        debug_assert!(offset <= ELEMENTS + 2 * usize::from(self.size));
-        // SAFETY: Parts::translate checked that the avail ring has 6 + 2 * size bytes at an even address, every
-        // caller stays within them, and `self.memory` keeps them mapped. All access is atomic.
-        unsafe { AtomicU16::from_ptr(self.parts.avail.as_ptr().wrapping_add(offset).cast()) }
-    }
-
-    fn used_u16(&self, offset: usize) -> &AtomicU16 {
-        debug_assert!(offset < ELEMENTS);
-        // SAFETY: as for the avail ring: the used ring has 6 + 8 * size bytes at a multiple of four.
-        unsafe { AtomicU16::from_ptr(self.parts.used.as_ptr().wrapping_add(offset).cast()) }
-    }
-
-    fn used_u32(&self, offset: usize) -> &AtomicU32 {
-        debug_assert!(offset < ELEMENTS + 8 * usize::from(self.size));
-        // SAFETY: as above; elements start at a multiple of four.
-        unsafe { AtomicU32::from_ptr(self.parts.used.as_ptr().wrapping_add(offset).cast()) }
-    }
-
-    fn avail_event(&self) -> &AtomicU16 {
-        let offset = ELEMENTS + 8 * usize::from(self.size);
-        // SAFETY: as above; avail_event are the last two of the 6 + 8 * size bytes.
-        unsafe { AtomicU16::from_ptr(self.parts.used.as_ptr().wrapping_add(offset).cast()) }
-    }
-}
-
-impl Parts {
-    fn translate(memory: &MemoryMap, addresses: RingAddresses, size: u16) -> Result<Parts, RingError> {
-        let size = u64::from(size);
-        let mut regions = RegionBits::default();
-        let mut part = |name, user, len: u64, alignment: usize| {
-            let piece = memory.user_range(user, len).ok_or(RingError::NotMapped(name, user))?;
-            if !piece.ptr.addr().is_multiple_of(alignment) {
-                return Err(RingError::Misaligned(name, user));
-            }
-            regions = regions.union(piece.region);
-            NonNull::new(piece.ptr).ok_or(RingError::NotMapped(name, user))
-        };
-        // Sizes and alignments: virtio 1.3 §2.7. The event fields are counted always; drivers lay rings out
-        // with them whether or not EVENT_IDX is negotiated.
-        let descriptors = part("descriptor table", addresses.descriptors, DESCRIPTOR_SIZE * size, 16)?;
-        let avail = part("avail ring", addresses.avail, 6 + 2 * size, 2)?;
-        let used = part("used ring", addresses.used, 6 + 8 * size, 4)?;
-        Ok(Parts { descriptors, avail, used, regions })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::vhost::testing::Guest;
-
-    #[test]
-    fn heads_come_in_order_and_used_entries_show_at_once() {
-        let guest = Guest::new(4);
-        let mut ring = guest.ring();
-        assert_eq!(ring.available(), Ok(0));
-        guest.offer(3);
-        guest.offer(1);
-        assert_eq!(ring.available(), Ok(2));
-        assert_eq!((ring.pop(), ring.pop()), (3, 1));
-        ring.push_used(1, 7);
-        ring.push_used(3, 9);
-        assert_eq!(guest.take_used(), None);
-        assert!(ring.unpublished());
-        assert!(ring.publish());
-        assert_eq!((guest.take_used(), guest.take_used(), guest.take_used()), (Some((1, 7)), Some((3, 9)), None));
-    }
-
-    #[test]
-    fn an_index_more_than_the_queue_ahead_is_refused() {
-        let guest = Guest::new(4);
-        let ring = guest.ring();
-        guest.set_avail_idx(4);
-        assert_eq!(ring.available(), Ok(4));
-        for idx in [5, 0x8000, 0xffff] {
-            guest.set_avail_idx(idx);
-            assert_eq!(ring.available(), Err(RingError::IndexJump { idx, next: 0, size: 4 }));
-        }
-    }
-
-    #[test]
-    fn indices_wrap() {
-        let guest = Guest::new(4);
-        guest.set_avail_idx(0xfffe);
-        let mut ring = guest.ring();
-        ring.set_next_avail(0xfffe);
-        guest.set_avail_idx(1);
-        assert_eq!(ring.available(), Ok(3));
-        for _ in 0..3 {
-            ring.pop();
-        }
-        assert_eq!((ring.next_avail(), ring.available()), (1, Ok(0)));
-    }
-
-    #[test]
-    fn flags_suppress_notifications_and_kicks() {
-        let guest = Guest::new(4);
-        let mut ring = guest.ring();
-        guest.set_avail_flags(AVAIL_F_NO_INTERRUPT);
-        ring.push_used(0, 0);
-        assert!(!ring.publish());
-        ring.disarm();
-        assert_eq!(guest.used_flags(), USED_F_NO_NOTIFY);
-        assert!(!ring.arm());
-        assert_eq!(guest.used_flags(), 0);
-        guest.offer(0);
-        assert!(ring.arm(), "what came before arming must be seen");
-    }
-
-    #[test]
-    fn event_indices_suppress_notifications_and_kicks() {
-        let guest = Guest::new(4);
-        let mut ring = guest.ring_with(true);
-        let used = |ring: &mut Ring, event: u16, count: u16| {
-            guest.set_used_event(event);
-            (0..count).for_each(|_| ring.push_used(0, 0));
-            ring.publish()
-        };
-        assert!(used(&mut ring, 0, 1), "the driver waits for entry 0");
-        assert!(!used(&mut ring, 2, 1), "entry 1 is not the one it waits for");
-        assert!(used(&mut ring, 2, 3), "entries 2 to 4 pass it");
-        assert!(!used(&mut ring, 2, 1), "it was passed before");
-        guest.offer(0);
-        ring.pop();
-        assert!(!ring.arm());
-        assert_eq!((guest.avail_event(), guest.used_flags()), (1, 0));
-    }
-
-    #[test]
-    fn rings_outside_of_memory_or_misaligned_are_refused() {
-        let guest = Guest::new(4);
-        let good = guest.addresses();
-        let new = |addresses, size| Ring::new(&guest.map(), addresses, size, 0, false).map(|_| ());
-        assert_eq!(new(good, 4), Ok(()));
-        assert_eq!(new(good, 32_768), Ok(()));
-        assert_eq!(new(good, 3), Err(RingError::Size(3)));
-        assert_eq!(new(good, 0), Err(RingError::Size(0)));
-        let descriptors = good.descriptors + 8;
-        assert!(matches!(new(RingAddresses { descriptors, ..good }, 4), Err(RingError::Misaligned(..))));
-        let used = good.used + 2;
-        assert!(matches!(new(RingAddresses { used, ..good }, 4), Err(RingError::Misaligned(..))));
-        for avail in [guest.first_region_end() - 12, 1 << 40, u64::MAX - 1] {
-            assert!(matches!(new(RingAddresses { avail, ..good }, 4), Err(RingError::NotMapped(..))), "{avail:#x}");
+        match self {
+            Ring::Split(ring) => ring.mark_used(log, first),
+            Ring::Packed(ring) => ring.mark_used(log, Place::of(first)),
         }
     }
 }

@@ -6,19 +6,25 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::io::ioctl_fionread;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use super::channel;
+use super::crew::Crew;
 use super::device::BlkDevice;
-use super::protocol::{Session, is_refusal};
-use super::status::{ServerStatus, WorkerStatus};
-use super::worker::{Command, WorkerThread, spawn};
+use super::session::{Session, is_refusal};
+use super::status::ServerStatus;
+use super::wait::{is_passing, wait_for, wait_until};
+use crate::runtime::handover::HeldVolume;
 use crate::runtime::worker::WorkerPort;
 
 /// How long the rest of a message may take: a front-end that stops in the middle of one must not keep a
 /// shutdown waiting.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A front-end that has said nothing for so long has said what it has to say for now.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// Bytes of a message's header: request, flags, size.
 const HEADER_SIZE: u64 = 12;
@@ -32,8 +38,7 @@ const HEADER_INTERVAL: Duration = Duration::from_millis(10);
 pub struct Server {
     listener: Option<UnixListener>,
     device: Arc<BlkDevice>,
-    workers: Vec<WorkerThread<Command>>,
-    status: Arc<ServerStatus>,
+    crew: Arc<Crew>,
 }
 
 impl Server {
@@ -46,14 +51,22 @@ impl Server {
     /// If there is no port.
     pub fn new(listener: Option<UnixListener>, device: Arc<BlkDevice>, ports: Vec<WorkerPort>) -> io::Result<Server> {
         assert!(!ports.is_empty(), "a server has at least one worker");
-        let mut workers = Vec::new();
-        let mut statuses = Vec::new();
-        for (index, port) in ports.into_iter().enumerate() {
-            let status = Arc::new(WorkerStatus::new());
-            workers.push(spawn(index, port, device.settings(), status.clone())?);
-            statuses.push(status);
-        }
-        Ok(Server { listener, device, workers, status: Arc::new(ServerStatus::new(statuses)) })
+        let crew = Arc::new(Crew::new(device.clone(), ports.len(), ports, None)?);
+        Ok(Server { listener, device, crew })
+    }
+
+    /// The same for a volume that can change hands: `count` workers serve it while it is here.
+    ///
+    /// # Errors
+    /// As [`Server::new`].
+    pub fn holding(
+        listener: Option<UnixListener>,
+        device: Arc<BlkDevice>,
+        count: usize,
+        volume: Arc<HeldVolume>,
+    ) -> io::Result<Server> {
+        let crew = Arc::new(Crew::new(device.clone(), count, volume.ports(), Some(volume))?);
+        Ok(Server { listener, device, crew })
     }
 
     /// Queues on offer.
@@ -63,7 +76,7 @@ impl Server {
 
     /// What the server is doing, for others to read.
     pub fn status(&self) -> Arc<ServerStatus> {
-        self.status.clone()
+        self.crew.status()
     }
 
     /// Accept front-ends until `shutdown` (an eventfd or the like) becomes readable.
@@ -97,44 +110,61 @@ impl Server {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(MESSAGE_TIMEOUT))?;
         stream.set_write_timeout(Some(MESSAGE_TIMEOUT))?;
-        let orders = self.workers.iter().map(|worker| worker.commands.clone()).collect();
-        let session = Arc::new(Mutex::new(Session::new(self.device.clone(), orders, self.num_queues())));
+        let session = Session::new(self.device.clone(), self.crew.clone(), self.num_queues());
+        let session = Arc::new(Mutex::new(session));
+        let status = self.status();
         let socket = stream.try_clone()?;
         let mut handler = BackendReqHandler::from_stream(stream, session.clone());
-        self.status.set_connected(true);
+        status.set_connected(true);
         log::info!("a front-end connected");
-        let result = converse(&mut handler, &socket, shutdown);
+        let result = self.converse(&mut handler, &socket, shutdown);
         session.lock().unwrap_or_else(PoisonError::into_inner).close();
-        self.status.set_connected(false);
+        self.device.channel().close();
+        status.set_connected(false);
         result
     }
-}
 
-/// Handle messages until the connection ends.
-fn converse(
-    handler: &mut BackendReqHandler<Mutex<Session>>,
-    socket: &UnixStream,
-    shutdown: BorrowedFd<'_>,
-) -> io::Result<()> {
-    while let Some(message) = next_message(socket, shutdown)? {
-        if message == Message::Cut {
-            log::warn!("the connection is closed: no more than the start of a header came in {MESSAGE_TIMEOUT:?}");
-            break;
-        }
-        match handler.handle_request() {
-            Ok(()) => {}
-            Err(error) if is_refusal(&error) => log::warn!("the front-end was refused: {error}"),
-            Err(Error::Disconnected) => {
-                log::info!("the front-end disconnected");
+    /// Handle messages until the connection ends.
+    fn converse(
+        &self,
+        handler: &mut BackendReqHandler<Mutex<Session>>,
+        socket: &UnixStream,
+        shutdown: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        while let Some(message) = self.next_message(socket, shutdown)? {
+            if message == Message::Cut {
+                log::warn!("the connection is closed: no more than the start of a header came in {MESSAGE_TIMEOUT:?}");
                 break;
             }
-            Err(error) => {
-                log::warn!("the connection is closed: {error}");
-                break;
+            let channel = channel::peek(socket);
+            match handler.handle_request() {
+                Ok(()) => channel.into_iter().for_each(|channel| self.device.channel().open(channel)),
+                Err(error) if is_refusal(&error) => log::warn!("the front-end was refused: {error}"),
+                Err(Error::Disconnected) => {
+                    log::info!("the front-end disconnected");
+                    break;
+                }
+                Err(error) => {
+                    log::warn!("the connection is closed: {error}");
+                    break;
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
+
+    /// The next message. A front-end that can be told of a change has its own words ended first: QEMU 7.2 takes ours
+    /// in the middle of them, and then the answers for each other's.
+    fn next_message(&self, socket: &UnixStream, shutdown: BorrowedFd<'_>) -> io::Result<Option<Message>> {
+        while self.device.channel().is_due() {
+            match wait_until(socket.as_fd(), PollFlags::IN, shutdown, Some(QUIET))? {
+                Some(true) => break,
+                Some(false) => return Ok(None),
+                None => self.device.channel().tell(),
+            }
+        }
+        next_message(socket, shutdown)
+    }
 }
 
 /// What has come of a message.
@@ -164,39 +194,6 @@ fn next_message(socket: &UnixStream, shutdown: BorrowedFd<'_>) -> io::Result<Opt
     // A socket is writable while most of its buffer is free, which is more than the longest answer.
     let room = wait_until(socket.as_fd(), PollFlags::OUT, shutdown, None)?;
     Ok((room == Some(true)).then_some(Message::Whole))
-}
-
-/// Wait until `fd` is readable; false if it is `shutdown` that is.
-pub(super) fn wait_for(fd: BorrowedFd<'_>, shutdown: BorrowedFd<'_>) -> io::Result<bool> {
-    Ok(wait_until(fd, PollFlags::IN, shutdown, None)? == Some(true))
-}
-
-/// Wait until `fd` is as wanted; false if it is `shutdown` that is readable, `None` if neither is in time.
-fn wait_until(
-    fd: BorrowedFd<'_>,
-    wanted: PollFlags,
-    shutdown: BorrowedFd<'_>,
-    limit: Option<Duration>,
-) -> io::Result<Option<bool>> {
-    let limit = limit.map(|limit| Timespec::try_from(limit).expect("some milliseconds"));
-    loop {
-        let mut fds = [PollFd::from_borrowed_fd(fd, wanted), PollFd::from_borrowed_fd(shutdown, PollFlags::IN)];
-        match poll(&mut fds, limit.as_ref()) {
-            Ok(0) => return Ok(None),
-            Ok(_) if !fds[1].revents().is_empty() => return Ok(Some(false)),
-            Ok(_) => return Ok(Some(true)),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// Whether accepting a front-end may succeed later.
-pub(super) fn is_passing(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EINTR | libc::ECONNABORTED | libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)
-    )
 }
 
 #[cfg(test)]
@@ -291,13 +288,14 @@ mod tests {
         /// What QEMU and cloud-hypervisor do: on a new connection, and on a later one without asking again.
         fn set_up(&mut self, guest: &Guest, base: u32) {
             self.send(SET_OWNER, &[], &[]);
-            let features = self.get(GET_FEATURES, &[]);
+            let offered = u64::from_le_bytes(self.get(GET_FEATURES, &[]).try_into().unwrap());
             self.send(SET_PROTOCOL_FEATURES, &words(&[0xb209]), &[]);
             assert_eq!(self.receive().0, words(&[0]));
             for index in 0..64 {
                 assert!(self.order(SET_VRING_CALL, &words(&[index]), &[self.call.as_raw_fd()]), "before features");
             }
-            self.set(SET_FEATURES, &features);
+            // Its ring is a split one.
+            self.set(SET_FEATURES, &words(&[offered & !(1 << 34)]));
             let end = guest.first_region_end();
             for start in [0, end] {
                 let region = words(&[0, start, end, start, start]);
@@ -431,6 +429,8 @@ mod tests {
             let mut front_end = FrontEnd::connect(path);
             front_end.set_up(guest, 0);
             assert!(!front_end.order(SET_FEATURES, &words(&[1 << 63]), &[]));
+            let packed = front_end.get(GET_FEATURES, &[]);
+            assert!(!front_end.order(SET_FEATURES, &packed, &[]), "a started ring stays split");
             assert!(!front_end.order(SET_VRING_NUM, &state(1, 100), &[]));
             assert!(!front_end.order(SET_VRING_NUM, &state(64, 128), &[]));
             assert!(!front_end.order(SET_VRING_BASE, &state(0, 9), &[]), "a started queue keeps its place");

@@ -54,6 +54,11 @@ impl ServerStatus {
         ServerStatus { connected: AtomicBool::new(false), workers }
     }
 
+    /// Where worker `index` writes its numbers.
+    pub(crate) fn worker(&self, index: usize) -> Arc<WorkerStatus> {
+        self.workers[index].clone()
+    }
+
     pub(crate) fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
     }

@@ -10,17 +10,27 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemory
 use crate::device::memory::MemoryDisks;
 use crate::engine::message::{Outcome, ToHealer, ToShard, Why};
 use crate::engine::shard::Shard;
-use crate::engine::view::{Geometry, Mode, PrimaryState, Progress, View};
+use crate::engine::view::{Geometry, Mode, PrimaryState, Progress, View, Written};
 use crate::runtime::eventlog::EventLog;
 use crate::runtime::mailbox::{Inbox, Outbox, mailbox};
 use crate::runtime::worker::{Clock, DiskInfo, WorkerPort};
+use crate::sync::atomic::AtomicU64;
 use crate::sync::mpsc::{Receiver, channel};
 use crate::vhost::device::BlkDevice;
 use crate::vhost::memory::MemoryMap;
-use crate::vhost::ring::{Ring, RingAddresses};
+use crate::vhost::ring::split::SplitRing;
+use crate::vhost::ring::{RingAddresses, RingFormat};
 use crate::vhost::status::WorkerStatus;
 use crate::vhost::worker::{DataPlane, QueueKick, StartQueue};
 use crate::volume::map::Map;
+
+// From both crates that this file is compiled into.
+#[path = "testing/kill.rs"]
+pub(crate) mod kill;
+#[path = "testing/packed.rs"]
+pub(crate) mod packed;
+
+use self::packed::{PackedDriver, PackedParts};
 
 /// Guest memory for buffers, above the rings.
 pub(crate) const DATA: u64 = 0x10_0000;
@@ -82,12 +92,18 @@ impl Guest {
         RingAddresses { descriptors: DESCRIPTORS, avail: AVAIL, used: USED, log: None }
     }
 
-    pub(crate) fn ring(&self) -> Ring {
+    /// A driver with a packed ring at the place of the split one.
+    pub(crate) fn packed(&self) -> PackedDriver {
+        let parts = PackedParts { descriptors: DESCRIPTORS, driver: AVAIL, device: USED };
+        PackedDriver::new(self.memory.clone(), parts, self.size)
+    }
+
+    pub(crate) fn ring(&self) -> SplitRing {
         self.ring_with(false)
     }
 
-    pub(crate) fn ring_with(&self, event_idx: bool) -> Ring {
-        Ring::new(&self.map(), self.addresses(), self.size, self.avail.get(), event_idx).unwrap()
+    pub(crate) fn ring_with(&self, event_idx: bool) -> SplitRing {
+        SplitRing::new(&self.map(), self.addresses(), self.size, self.avail.get(), event_idx).unwrap()
     }
 
     pub(crate) fn descriptor(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
@@ -192,7 +208,8 @@ pub(crate) const CAPACITY: u64 = 4096;
 
 fn device() -> BlkDevice {
     let serial = *b"bench\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
-    BlkDevice::new(Arc::new(DiskInfo { capacity: CAPACITY, logical_block_size: 512, read_only: false, serial }), 64)
+    let capacity = Arc::new(AtomicU64::new(CAPACITY));
+    BlkDevice::new(Arc::new(DiskInfo { capacity, logical_block_size: 512, read_only: false, serial }), 64)
 }
 
 /// A worker's place on a disk in memory, and the healer's ends of its mailboxes.
@@ -201,10 +218,16 @@ fn port(index: usize, device: &BlkDevice, disks: &MemoryDisks) -> (WorkerPort, O
     let (healer, from_shard) = mailbox().unwrap();
     let geometry = Geometry { capacity: CAPACITY, logical_block: 512, slots_start: 0, slots: 0 };
     let mode = Mode { poisoned: false, primary: PrimaryState::Up, spare_up: true, read_only: false };
-    let view = Arc::new(View { map: Map::new(geometry.blocks()), mode, dense: Arc::default() });
+    let view = Arc::new(View {
+        geometry,
+        map: Map::new(geometry.blocks()),
+        mode,
+        dense: Arc::default(),
+        written: Arc::new(Written::new(CAPACITY)),
+    });
     let disks = disks.clone();
     let port = WorkerPort {
-        shard: Shard::new(index, geometry, view, Progress::new(CAPACITY)),
+        shard: Shard::new(index, view, Progress::new(CAPACITY)),
         reactor: Box::new(move || Ok(Box::new(disks.queue()))),
         inbox,
         healer,
@@ -225,7 +248,10 @@ pub(crate) struct Bench {
     pub(crate) device: BlkDevice,
     pub(crate) to_shard: Outbox<ToShard>,
     from_shard: Inbox<ToHealer>,
-    next_avail: u16,
+    base: u32,
+    format: RingFormat,
+    /// The driver's side, where the ring is packed.
+    pub(crate) packed: Option<PackedDriver>,
 }
 
 impl Bench {
@@ -240,7 +266,17 @@ impl Bench {
         let mut plane = DataPlane::new(worker, device.settings(), Arc::new(WorkerStatus::new()));
         let (done, _) = channel();
         plane.set_memory(&guest.map(), Default::default(), done);
-        Bench { guest, plane, disks, device, to_shard, from_shard, next_avail: 0 }
+        Bench {
+            guest,
+            plane,
+            disks,
+            device,
+            to_shard,
+            from_shard,
+            base: 0,
+            format: RingFormat::default(),
+            packed: None,
+        }
     }
 
     /// A device and places for its workers. Nobody plays the healer: reads are served, flushes are not.
@@ -249,6 +285,14 @@ impl Bench {
         let disks = MemoryDisks::new(&[CAPACITY * 512]);
         let ports = (0..count).map(|index| port(index, &device, &disks).0).collect();
         (Arc::new(device), ports)
+    }
+
+    /// As [`Bench::new`], for a packed ring.
+    pub(crate) fn packed(size: u16) -> Bench {
+        let mut bench = Bench::new(size);
+        bench.format.packed = true;
+        bench.packed = Some(bench.guest.packed());
+        bench
     }
 
     /// Start queue 0 where it stopped.
@@ -261,8 +305,8 @@ impl Bench {
             index: 0,
             addresses: self.guest.addresses(),
             size: self.guest.size,
-            next_avail: self.next_avail,
-            event_idx: false,
+            base: self.base,
+            format: self.format,
             inflight,
             kick: QueueKick::Caller,
             call: None,
@@ -288,23 +332,23 @@ impl Bench {
         }
     }
 
-    /// Begin to stop queue 0; its next avail entry comes when it has stopped.
-    pub(crate) fn begin_stop(&mut self, how: crate::vhost::worker::StopHow) -> Receiver<u16> {
+    /// Begin to stop queue 0; the place where it goes on comes when it has stopped.
+    pub(crate) fn begin_stop(&mut self, how: crate::vhost::worker::StopHow) -> Receiver<u32> {
         let (reply, stopped) = channel();
         self.plane.stop(0, how, reply);
         self.step();
         stopped
     }
 
-    /// Stop queue 0, whose requests have all ended; its next avail entry.
-    pub(crate) fn stop(&mut self, how: crate::vhost::worker::StopHow) -> Option<u16> {
+    /// Stop queue 0, whose requests have all ended; where it goes on.
+    pub(crate) fn stop(&mut self, how: crate::vhost::worker::StopHow) -> Option<u32> {
         let base = self.begin_stop(how).try_recv().ok()?;
-        self.next_avail = base;
+        self.base = base;
         Some(base)
     }
 
     /// Where queue 0 goes on when it is started again.
-    pub(crate) fn set_next_avail(&mut self, base: u16) {
-        self.next_avail = base;
+    pub(crate) fn set_base(&mut self, base: u32) {
+        self.base = base;
     }
 }

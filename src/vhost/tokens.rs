@@ -2,6 +2,7 @@
 
 use super::chain::StatusByte;
 use super::memory::RegionBits;
+use super::ring::Head;
 use crate::engine::request::Token;
 use crate::units::Time;
 
@@ -14,8 +15,8 @@ pub(crate) struct Taken {
     /// Queue of the device.
     pub(crate) queue: u16,
     /// Its chain.
-    pub(crate) head: u16,
-    /// Its place in the avail ring; `None` where it was found in the in-flight region.
+    pub(crate) head: Head,
+    /// Its place in what the driver offered; `None` where it was found in the in-flight region.
     pub(crate) position: Option<u16>,
     /// Where its status goes.
     pub(crate) status: StatusByte,

@@ -14,6 +14,7 @@ use super::drive::{Drive, TOKEN_FREE};
 use super::memory::{MemoryMap, RegionBits};
 use super::queue::{Kick, Queue, Stop};
 use super::request::{Parsed, S_IOERR, S_OK, parse};
+use super::ring::{Head, Ring};
 use super::status::WorkerStatus;
 use super::thread::spawn_worker;
 use super::tokens::{Taken, Tokens};
@@ -114,9 +115,9 @@ impl DataPlane {
         }
     }
 
-    /// Begin to stop a queue; `reply` gets the next avail entry when it has stopped. Nothing comes for a queue
-    /// that is not started.
-    pub fn stop(&mut self, index: u16, how: StopHow, reply: Sender<u16>) {
+    /// Begin to stop a queue; `reply` gets the place where it goes on (GET_VRING_BASE) when it has stopped. Nothing
+    /// comes for a queue that is not started.
+    pub fn stop(&mut self, index: u16, how: StopHow, reply: Sender<u32>) {
         let Some(queue) = self.queue(index) else { return };
         if how == StopHow::Discard {
             for head in std::mem::take(&mut queue.resubmit) {
@@ -228,7 +229,7 @@ impl DataPlane {
     fn take(&mut self, queue: &mut Queue, now: Time) {
         queue.disarm();
         while let Some(head) = queue.resubmit.pop_front() {
-            if queue.begin(head) {
+            if queue.take_again(head) {
                 self.serve(queue, head, None, now);
             }
         }
@@ -240,20 +241,20 @@ impl DataPlane {
 
     /// Make a request of a chain, or give the chain back at once.
     #[inline]
-    fn serve(&mut self, queue: &mut Queue, head: u16, position: Option<u16>, now: Time) {
-        let chain = match self.scatter.walk(&queue.ring, &self.memory, head) {
+    fn serve(&mut self, queue: &mut Queue, head: Head, position: Option<u16>, now: Time) {
+        let chain = match queue.walk(&mut self.scatter, &self.memory, head) {
             Ok(chain) => chain,
             Err(error) => {
-                self.drive.reject(&self.status, queue.index, head, false, &error.to_string());
+                self.drive.reject(&self.status, queue.index, head.id, false, &error.to_string());
                 return queue.give_back(head, 0);
             }
         };
         let Some(status) = chain.status_byte(&self.memory) else {
-            self.drive.reject(&self.status, queue.index, head, false, "it has no room for a status");
+            self.drive.reject(&self.status, queue.index, head.id, false, "it has no room for a status");
             return queue.give_back(head, 0);
         };
         let regions = chain.regions().union(queue.ring.regions());
-        match parse(&chain, &self.drive.disk, &mut self.pool) {
+        match parse(&chain, &self.drive.disk, &self.drive.shard.progress().reserve, &mut self.pool) {
             Parsed::Done { written } => {
                 status.write(S_OK);
                 if let Some(log) = &self.log {
@@ -263,7 +264,7 @@ impl DataPlane {
             }
             Parsed::Refused(refused) => {
                 if refused.status == S_IOERR {
-                    self.drive.reject(&self.status, queue.index, head, true, refused.cause);
+                    self.drive.reject(&self.status, queue.index, head.id, true, refused.cause);
                 }
                 status.write(refused.status);
                 if let Some(log) = &self.log {
@@ -371,9 +372,11 @@ impl DataPlane {
     fn dispose_of_withdrawn(&mut self, queue: &mut Queue, now: Time) -> bool {
         let stop = queue.stop.as_mut().expect("only stopping queues come here");
         let (how, mut withdrawn) = (stop.how, std::mem::take(&mut stop.withdrawn));
-        if how == StopHow::Drain {
+        if matches!(how, StopHow::Drain | StopHow::Suspend) {
             self.rewind(queue, &mut withdrawn);
-            if !queue.is_tracked() && !withdrawn.is_empty() {
+            // A guest that is migrated takes its memory along, and the in-flight region only if that was agreed upon.
+            let is_left_behind = queue.is_tracked() && (how == StopHow::Suspend || self.log.is_none());
+            if !is_left_behind && !withdrawn.is_empty() {
                 self.drive.shard.finish(queue.index, &mut self.drive.out);
                 for request in withdrawn {
                     self.drive.shard.submit(now, request, &mut self.drive.out);
@@ -390,24 +393,26 @@ impl DataPlane {
         false
     }
 
-    /// Take back the last requests of the avail ring, as if they had never been taken: as long as the newest
+    /// Take back the last requests that the driver offered, as if they had never been taken: as long as the newest
     /// one is among `withdrawn`. The others stay in the list, oldest first.
     fn rewind(&mut self, queue: &mut Queue, withdrawn: &mut Vec<Request>) {
-        let place = |tokens: &Tokens, request: &Request| tokens.taken(request.token).and_then(|taken| taken.position);
-        let end = queue.ring.next_avail();
-        // Distance back from the end; requests from the in-flight region have no place and are never rewound.
-        withdrawn.sort_by_key(|request| match place(&self.tokens, request) {
-            Some(position) => std::cmp::Reverse(u32::from(end.wrapping_sub(position))),
+        // How far back a request begins, and how far it reaches; those from the in-flight region have no place and are
+        // never rewound.
+        let extent = |tokens: &Tokens, ring: &Ring, request: &Request| {
+            let taken = tokens.taken(request.token)?;
+            Some((ring.ahead_of(taken.position?), taken.head.len))
+        };
+        withdrawn.sort_by_key(|request| match extent(&self.tokens, &queue.ring, request) {
+            Some((back, _)) => std::cmp::Reverse(u32::from(back)),
             None => std::cmp::Reverse(u32::MAX),
         });
         while let Some(request) = withdrawn.last() {
-            let last = queue.ring.next_avail().wrapping_sub(1);
-            if place(&self.tokens, request) != Some(last) {
+            if extent(&self.tokens, &queue.ring, request).is_none_or(|(back, len)| back != len) {
                 break;
             }
             let taken = self.tokens.remove(request.token);
             queue.forget(taken.head);
-            queue.ring.set_next_avail(last);
+            queue.ring.set_next_avail(taken.position.expect("it has an extent"));
             withdrawn.pop();
         }
     }
@@ -417,7 +422,7 @@ impl DataPlane {
         self.unwatch_kick(&queue);
         let stop = queue.stop.take().expect("only stopping queues come here");
         // The asker may have gone; nothing is to be done about that.
-        let _ = stop.reply.send(queue.ring.next_avail());
+        let _ = stop.reply.send(queue.ring.base());
     }
 
     /// Ask the drivers to kick. Returns whether there is something to take instead of waiting.

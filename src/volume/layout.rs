@@ -148,6 +148,14 @@ pub fn label_size(max_remaps: u32) -> u64 {
     align_up((FIXED_PAGES + u64::from(table_pages(max_remaps))) * PAGE_SIZE)
 }
 
+/// Bytes that a labelled primary of `size` bytes needs to take in a guest's disk of `guest_bytes`: as many as it
+/// has, or so many that its new label lies behind the old one, which counts until the new one is whole.
+pub fn grown_primary(size: u64, guest_bytes: u64, max_remaps: u32) -> u64 {
+    let (guest_end, end) = (guest_bytes.next_multiple_of(PAGE_SIZE), size / PAGE_SIZE * PAGE_SIZE);
+    let label = label_size(max_remaps);
+    if guest_end + label <= end { size } else { guest_end.max(end) + label }
+}
+
 impl Layout {
     /// The layout of a spare of `spare_size` bytes.
     ///
@@ -231,6 +239,11 @@ impl LabelLayout {
         Some(LabelLayout { start, table_pages: table_pages(max_remaps) })
     }
 
+    /// The byte behind it.
+    pub fn end(&self) -> u64 {
+        self.start + align_up((FIXED_PAGES + u64::from(self.table_pages)) * PAGE_SIZE)
+    }
+
     /// A superblock: `copy` is 0 or 1.
     pub fn superblock(&self, copy: u8) -> u64 {
         self.start + u64::from(copy) * PAGE_SIZE
@@ -261,6 +274,27 @@ mod tests {
             assert!(layout.slots_start.is_multiple_of(REGION_ALIGN) && layout.tail_start.is_multiple_of(REGION_ALIGN));
             assert!(layout.slots_start + u64::from(remaps) * BLOCK_SIZE <= layout.tail_start);
             assert!(layout.table(Place::Tail, Home::B, last) + PAGE_SIZE <= layout.spare_size);
+        }
+    }
+
+    #[test]
+    fn a_label_that_moves_lies_behind_the_old_one() {
+        let label = label_size(REMAPS_MIN);
+        let made = 64 * PAGE_SIZE + label;
+        for (size, guest, expected) in [
+            // It fits as it is.
+            (made, 64 * PAGE_SIZE, made),
+            (made + PAGE_SIZE + 512, 65 * PAGE_SIZE - 512, made + PAGE_SIZE + 512),
+            // By less than a label, and by more.
+            (made, 64 * PAGE_SIZE + 512, made + label),
+            (made + 512, 65 * PAGE_SIZE, made + label),
+            (made, 64 * PAGE_SIZE + label, made + label),
+            (made, 65 * PAGE_SIZE + label, 65 * PAGE_SIZE + 2 * label),
+        ] {
+            assert_eq!(grown_primary(size, guest, REMAPS_MIN), expected, "{size} {guest}");
+            let of = |size| LabelLayout::new(size, REMAPS_MIN).unwrap();
+            let (old, new) = (of(size), of(expected));
+            assert!(new.start >= guest && (new == old || new.start >= old.end()));
         }
     }
 

@@ -155,6 +155,20 @@ impl Map {
         Map { root: Arc::new(root), blocks, len: 0 }
     }
 
+    /// Speak of `blocks` blocks from now on, at least as many as before; those that are new are plain.
+    pub fn grow(&mut self, blocks: u64) {
+        let leaves_of = |node: u64| (blocks.div_ceil(LEAF_BLOCKS) - node * NODE_LEAVES).min(NODE_LEAVES);
+        let root = Arc::make_mut(&mut self.root);
+        // Only the last node may have had less than its share.
+        if let Some((Some(node), number)) = root.iter_mut().zip(0_u64..).last() {
+            let leaves = usize::try_from(leaves_of(number)).expect("a small number");
+            Arc::make_mut(node).leaves.resize(leaves, None);
+        }
+        let nodes = blocks.div_ceil(LEAF_BLOCKS * NODE_LEAVES);
+        root.resize(usize::try_from(nodes).expect("at most 2^20 nodes for 40-bit block numbers"), None);
+        self.blocks = blocks;
+    }
+
     /// Blocks the map speaks of, plain ones included.
     pub fn blocks(&self) -> u64 {
         self.blocks
@@ -285,6 +299,24 @@ mod tests {
         assert!(map.iter_from(Block(0)).eq(model.iter().map(|(b, s)| (*b, *s))));
         let half = Block(LEAF_BLOCKS);
         assert!(map.iter_from(half).eq(model.range(half..).map(|(b, s)| (*b, *s))));
+    }
+
+    #[test]
+    fn a_map_that_has_grown_takes_new_blocks_and_keeps_the_old_ones() {
+        let node = LEAF_BLOCKS * NODE_LEAVES;
+        for before in [1, 8, LEAF_BLOCKS, node - 1, node, node + 1] {
+            for after in [before, before + 1, before + LEAF_BLOCKS, before + node, before + 2 * node] {
+                let mut map = Map::new(before);
+                map.set(Block(before - 1), slot(1));
+                let old = map.clone();
+                map.grow(after);
+                assert_eq!((map.blocks(), old.blocks()), (after, before));
+                map.set(Block(after - 1), slot(2));
+                let last = if after == before { 2 } else { 1 };
+                assert_eq!((map.get(Block(before - 1)), map.get(Block(after - 1))), (slot(last), slot(2)));
+                assert_eq!(old.iter_from(Block(0)).collect::<Vec<_>>(), [(Block(before - 1), slot(1))]);
+            }
+        }
     }
 
     #[test]

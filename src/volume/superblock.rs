@@ -12,7 +12,7 @@
 //! | 72 | 1 | role: 1 spare, 2 primary |
 //! | 73 | 1 | place: 0 head, 1 tail, 2 label |
 //! | 74 | 1 | copy number, 0 or 1 |
-//! | 75 | 1 | flags: 1 closed cleanly, 2 primary has a label, 4 close stamp valid |
+//! | 75 | 1 | flags: 1 closed cleanly, 2 primary has a label, 4 close stamp valid, 8 stamp: its driver chose write-through |
 //! | 76 | 4 | retired places, a bit each |
 //! | 80 | 8 | generation |
 //! | 88 | 8 | capacity of the volume, sectors |
@@ -78,7 +78,8 @@ impl Seat {
 /// What lies in a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
-    /// 1 head place, 2 slots, 3 tail place, 4 guest data, 5 label.
+    /// 1 head place, 2 slots, 3 tail place, 4 guest data, 5 label, 6 old label: to be zeros before the capacity
+    /// takes it in. Programs that know no 6 change no capacity.
     pub kind: u32,
     /// 0 the primary, 1 the first spare.
     pub device: u32,
@@ -97,6 +98,9 @@ pub struct CloseStamp {
     pub mtime_ns: u64,
     /// CRC32C over those sampled blocks that could be read.
     pub sample_crc: u32,
+    /// Whether the guest that was served last has switched its cache to write-through: the one it is migrated to
+    /// goes on without saying so.
+    pub write_through: bool,
 }
 
 /// The content of a superblock, the same in all of its copies.
@@ -212,6 +216,11 @@ pub(super) fn page_crc(page: &[u8], at: usize) -> u32 {
 }
 
 impl Superblock {
+    /// What the last close said of its guest's cache; nothing after an unclean one.
+    pub fn closed_write_through(&self) -> Option<bool> {
+        self.stamp.filter(|_| self.clean).map(|stamp| stamp.write_through)
+    }
+
     /// The page for `seat`, copy 0 or 1.
     pub fn encode(&self, seat: Seat, copy: u8) -> [u8; PAGE] {
         let mut page = [0; PAGE];
@@ -224,7 +233,9 @@ impl Superblock {
         f.bytes(40, self.set.as_bytes());
         f.bytes(56, self.device.as_bytes());
         f.bytes(72, &seat.bytes());
-        let flags = u8::from(self.clean) | u8::from(self.labelled) << 1 | u8::from(self.stamp.is_some()) << 2;
+        let write_through = self.stamp.is_some_and(|stamp| stamp.write_through);
+        let flags = [self.clean, self.labelled, self.stamp.is_some(), write_through];
+        let flags = flags.iter().enumerate().fold(0, |flags, (bit, set)| flags | u8::from(*set) << bit);
         f.bytes(74, &[copy, flags]);
         f.u32(76, self.retired);
         f.u64(80, self.generation);
@@ -248,7 +259,7 @@ impl Superblock {
             f.u64(248 + 16 * i, *generation);
             f.u32(256 + 16 * i, *crc);
         }
-        assert!(self.regions.len() <= REGIONS, "a volume of format 1 has five regions");
+        assert!(self.regions.len() <= REGIONS, "a volume of format 1 has five regions, and an old label at most");
         f.u32(376, u32::try_from(self.regions.len()).expect("at most 32"));
         for (i, region) in self.regions.iter().enumerate() {
             let at = 384 + 24 * i;
@@ -295,7 +306,7 @@ impl Superblock {
         field(f.u64(120) <= SECONDS_MAX && f.u64(1152) <= SECONDS_MAX, "time")?;
         let wwn: [u8; 64] = f.array(184);
         let wwn_len = wwn.iter().position(|b| *b == 0).unwrap_or(64);
-        Ok(Superblock {
+        let superblock = Superblock {
             features: [f.u64(16), f.u64(24), f.u64(32)],
             set: Uuid::from_bytes(f.array(40)),
             device: Uuid::from_bytes(f.array(56)),
@@ -314,6 +325,7 @@ impl Superblock {
                 size: f.u64(152),
                 mtime_ns: f.u64(160),
                 sample_crc: f.u32(168),
+                write_through: flags & 8 != 0,
             }),
             sampled: if flags & 4 == 0 { 0 } else { u16::from_le_bytes(f.array(172)) },
             primary_inode: f.u64(176),
@@ -329,7 +341,9 @@ impl Superblock {
                 })
                 .collect(),
             stamped: f.u64(1152),
-        })
+        };
+        field(superblock.old_labels().all(|old| superblock.may_be_zeros(old)), "old label")?;
+        Ok(superblock)
     }
 
     /// The superblock of the next generation, with this one at the head of its history.
@@ -354,7 +368,7 @@ impl Superblock {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     pub(in crate::volume) fn sample() -> Superblock {
@@ -373,7 +387,7 @@ mod tests {
             logical_block: 512,
             created: 5,
             serial: *b"serial\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
-            stamp: Some(CloseStamp { size: 9, mtime_ns: 10, sample_crc: 11 }),
+            stamp: Some(CloseStamp { size: 9, mtime_ns: 10, sample_crc: 11, write_through: true }),
             sampled: 0xfffe,
             primary_inode: 12,
             primary_wwn: "naa.5000".into(),

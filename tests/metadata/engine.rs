@@ -30,7 +30,7 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn new(healer: Healer) -> Engine {
-        let shard = Shard::new(0, healer.geometry(), healer.view(), healer.progress());
+        let shard = Shard::new(0, healer.view(), healer.progress());
         Engine {
             healer,
             shard,
@@ -243,7 +243,7 @@ impl Engine {
             Reply::Settled(Err(why)) => return Ok(Err(why)),
             reply => panic!("{reply:?}"),
         };
-        let stamp = CloseStamp { size: rig.shape.sizes()[0], mtime_ns: MTIME, sample_crc };
+        let stamp = CloseStamp { size: rig.shape.sizes()[0], mtime_ns: MTIME, sample_crc, write_through: false };
         match self.order(rig, Order::Seal(stamp))? {
             Reply::Done(result) => Ok(result.map(drop)),
             reply => panic!("{reply:?}"),

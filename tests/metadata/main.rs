@@ -23,6 +23,8 @@ mod lost;
 mod matrix;
 mod order;
 mod poison;
+mod resize;
+mod resize_fails;
 mod returns;
 mod rig;
 mod seat;

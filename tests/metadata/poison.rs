@@ -1,12 +1,12 @@
 //! What happens beside a failed flush of the primary: who is told when, and what is written no more (F2).
 
 use vhost_remap::device::OpKind;
-use vhost_remap::engine::healer::Order;
+use vhost_remap::engine::healer::{Order, Reply};
 use vhost_remap::engine::request::Status;
 
 use crate::commits::{MOVED, SMALL, bad_block, begun, new};
 use crate::engine::Engine;
-use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig, SPARE, range_of};
+use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig, SPARE, Shape, pattern, range_of};
 
 /// Its read has failed, and its next write is verified.
 const PENDING: u64 = 5;
@@ -100,4 +100,28 @@ fn a_write_that_was_parked_at_a_fence_when_the_volume_was_poisoned_is_not_begun(
     rig.held = None;
     engine.settle(&mut rig).unwrap();
     assert_eq!((engine.answer(token), writes_of(&rig, PLAIN)), (Some(Status::IoErr), 0));
+}
+
+/// F2: a volume that grows beyond 16 GiB has larger regions; those written before are among them.
+#[test]
+fn what_was_written_is_known_while_a_volume_grows() {
+    let shape = Shape { capacity: (1 << 25) - 8, max_remaps: 16, labelled: false };
+    let mut rig = Rig::new(shape);
+    rig.create().unwrap().unwrap();
+    let mut engine = rig.open().unwrap();
+    let written = [2048 * 5, 2048 * 16_383];
+    for sector in written {
+        assert_eq!(engine.write(&mut rig, sector, &pattern(sector, 8, 1)), Ok(Status::Ok));
+    }
+    let grown = Shape { capacity: 1 << 26, ..shape };
+    rig.disks.extend(PRIMARY, grown.sizes()[0]);
+    let order = Order::Resize { capacity: grown.capacity, primary_size: grown.sizes()[0] };
+    assert!(matches!(engine.order(&mut rig, order).unwrap(), Reply::Resized(Ok(_))));
+    let last = grown.capacity - 8;
+    assert_eq!(engine.write(&mut rig, last, &pattern(last, 8, 1)), Ok(Status::Ok));
+    rig.bad_flushes = [1, 0];
+    assert_eq!(engine.flush(&mut rig), Ok(Status::IoErr));
+    let ranges = engine.status(&mut rig).poison.expect("poisoned").ranges;
+    let region = |sector: u64| (sector >> 13 << 13, 1 << 13);
+    assert_eq!(ranges, [region(written[0]), region(written[1]), region(last)]);
 }

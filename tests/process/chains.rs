@@ -10,6 +10,7 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const GET_LIFETIME: u32 = 10;
 const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
 
@@ -105,11 +106,12 @@ impl Chains {
             28..30 => self.segments(DISCARD, 34),
             30..33 => self.segments(WRITE_ZEROES, 6),
             33 => {
-                let len = self.pick(&[0, 1, 19, 20, 21, 64, 4096]);
-                transfer(GET_ID, 0, &[], len)
+                let kind = self.pick(&[GET_ID, GET_LIFETIME]);
+                let len = self.pick(&[0, 1, 5, 6, 19, 20, 21, 64, 4096]);
+                transfer(kind, 0, &[], len)
             }
             34 => {
-                let kind = self.pick(&[2, 3, 5, 7, 9, 10, 12, 14, 15, 0xdead, u32::MAX]);
+                let kind = self.pick(&[2, 3, 5, 7, 9, 12, 14, 15, 0xdead, u32::MAX]);
                 let (payload, len) = (self.pick(&[0, 16, 512]), self.pick(&[0, 7, 512]));
                 transfer(kind, sector, &vec![0xff; payload], len)
             }

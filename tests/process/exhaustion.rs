@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use crate::guest::{Failed, Io};
 use crate::model::{Model, pattern};
-use crate::server::{Server, Volume};
+use crate::server::{Server, TRANSPORTS, Volume};
 
 /// The fewest a volume can have.
-const SLOTS: u64 = 16;
+pub(crate) const SLOTS: u64 = 16;
 
 /// Fill the spare: blocks 1000, 1008, ... fail, and each is written once.
-fn fill(server: &Server) -> (crate::guest::Guest, Model) {
+pub(crate) fn fill(server: &Server) -> (crate::guest::Guest, Model) {
     let mut guest = server.guest(1);
     let mut model = Model::written(&mut guest, 960, 512, 1);
     server.fault(&["--ops", "write", "--sectors", "1000-1199"]);
@@ -75,6 +75,42 @@ fn a_filling_spare_is_announced_however_fast_it_fills() {
     assert_eq!(announced(), [event("warn", 14, 87)]);
     guest.write(1112, pattern(1112, 2 * 8, 1)).unwrap();
     assert_eq!(announced(), [event("warn", 14, 87), event("error", 16, 100)]);
+}
+
+/// What GET_LIFETIME answers: how much of the reserve is used, from 1 (less than 80 %) to 3 (90 % and more).
+#[track_caller]
+fn check_lifetime(guest: &mut crate::guest::Guest, pre_eol_info: u8) {
+    let get_lifetime = Io::Raw { kind: 10, sector: 0, readable: Vec::new(), writable: 6 };
+    assert_eq!(guest.queue().one(get_lifetime), Ok(vec![pre_eol_info, 0, 0, 0, 0, 0]));
+}
+
+/// E2, as the guest sees it, by the shares at which the operator is warned.
+#[test]
+fn a_guest_is_told_how_far_the_spare_is_used() {
+    for transport in TRANSPORTS {
+        let volume = Volume::create(32, u32::try_from(SLOTS).unwrap());
+        let server = volume.serve(&["--transport", transport]);
+        let mut guest = server.guest(1);
+        assert_ne!(guest.features & 1 << 15, 0, "VIRTIO_BLK_F_LIFETIME");
+        check_lifetime(&mut guest, 1);
+        server.fault(&["--ops", "write", "--sectors", "1000-1199"]);
+        for (blocks, pre_eol_info) in [(12, 1), (1, 2), (1, 2), (1, 3), (1, 3)] {
+            let sector = 1000 + 8 * server.status().blocks.remapped;
+            guest.write(sector, pattern(sector, 8 * blocks, 1)).unwrap();
+            check_lifetime(&mut guest, pre_eol_info);
+        }
+        // Without a slot that is free all the more.
+        assert_eq!(guest.write(1128, pattern(1128, 8, 1)), Err(Failed::IoErr));
+        check_lifetime(&mut guest, 3);
+        server.no_faults();
+        server.order(&["release", "1000-1015"]);
+        check_lifetime(&mut guest, 2);
+        drop(guest);
+        server.stop();
+        for options in [&[][..], &["--read-only"]] {
+            check_lifetime(&mut volume.serve(&[options, &["--transport", transport]].concat()).guest(1), 2);
+        }
+    }
 }
 
 /// Scenario 10, where the operator prefers waiting guests.

@@ -123,7 +123,17 @@ impl Guest {
 
     /// Connect with these features of virtio-blk only.
     pub(crate) fn connect_with(socket: &Path, queues: usize, wanted_of_blk: VirtioBlkFeatureFlags) -> Guest {
-        let wanted = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
+        Guest::connect_over(socket, queues, wanted_of_blk, VirtioFeatureFlags::RING_EVENT_IDX)
+    }
+
+    /// Connect with rings of that kind. Of packed ones the driver takes no requests that fail.
+    pub(crate) fn connect_over(
+        socket: &Path,
+        queues: usize,
+        wanted_of_blk: VirtioBlkFeatureFlags,
+        of_rings: VirtioFeatureFlags,
+    ) -> Guest {
+        let wanted = VirtioFeatureFlags::VERSION_1 | of_rings;
         let path = socket.to_str().expect("a UTF-8 path");
         let mut transport = Transport::new(path, wanted.bits() | wanted_of_blk.bits()).expect("a vhost-user back-end");
         let features = transport.get_features();

@@ -189,7 +189,7 @@ fn serve_refuses_what_is_no_volume() {
         ("--primary link --spare disk.img", "disk.img: is the primary itself; name another spare".into()),
         (
             "--primary zeros --spare disk.img.spare",
-            "zeros with spare disk.img.spare: the primary has 8388608 bytes and the volume was made with 5242880; shrink it back"
+            "zeros with spare disk.img.spare: the primary has 8388608 bytes and the volume was made with 5242880, and no label lies where it did; shrink it back, or name the right one"
                 .into(),
         ),
         (

@@ -130,7 +130,7 @@ fn an_inherited_listener_is_served() {
 }
 
 /// Each client command with sectors, levels and numbers that would be taken.
-const CLIENT_COMMANDS: [&str; 17] = [
+const CLIENT_COMMANDS: [&str; 18] = [
     "status",
     "status --proc",
     "status --json",
@@ -147,6 +147,7 @@ const CLIENT_COMMANDS: [&str; 17] = [
     "verify 8",
     "release 8-15",
     "save",
+    "resize",
     "ping",
 ];
 

@@ -62,9 +62,18 @@ fn halves_of_another_size_are_refused() {
             &format!("the primary has {size} bytes and the volume was made with {PRIMARY}; {back}"),
         );
     }
+    // It has room to grow, and was looked at when it was closed.
     for size in [PRIMARY + 512, 2 * PRIMARY] {
-        let line = format!("the primary has {size} bytes and the volume was made with {PRIMARY}; shrink it back");
-        check("disk.img", size, &line);
+        let ground = Ground::with_volume();
+        set_len(&ground.path("disk.img"), size);
+        for more in ["", " --read-only"] {
+            let line = format!(
+                "disk.img with spare disk.img.spare: the primary has {size} bytes and had {PRIMARY} at the last clean close, and 1 blocks are remapped; serve it with --accept-external if that was wanted"
+            );
+            ground.refuses(&format!("serve --socket-path s --primary disk.img{more}"), &line);
+        }
+        ground.volume.serve(&["--accept-external"]).stop();
+        ground.still_serves();
     }
     for size in [SPARE - 512, SPARE / 2] {
         check(

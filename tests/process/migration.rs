@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread;
 
@@ -21,7 +22,7 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const GET_ID: u32 = 8;
 
-fn log_file() -> File {
+pub(crate) fn log_file() -> File {
     let memfd = memfd_create("dirty-log", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&memfd, LOG_START + LOG_BYTES).unwrap();
     File::from(memfd)
@@ -36,7 +37,7 @@ fn take_dirty(log: &File) -> Vec<u64> {
 }
 
 /// One request, whose status lies in the third page of the ring's area and whose data at `data`.
-fn request(front_end: &mut FrontEnd, kind: u32, sector: u64, data: u64, len: u32) -> u8 {
+pub(crate) fn request(front_end: &mut FrontEnd, kind: u32, sector: u64, data: u64, len: u32) -> u8 {
     let ring = &mut front_end.rings[0];
     let (header, status) = (ring.area(), ring.area() + 2 * PAGE);
     ring.write(header, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
@@ -51,12 +52,17 @@ fn request(front_end: &mut FrontEnd, kind: u32, sector: u64, data: u64, len: u32
 /// Data, status and used ring, exactly; and nothing once it is over.
 #[test]
 fn pages_that_the_device_writes_are_in_the_dirty_log() {
+    check_dirty_log(FrontEnd::connect);
+    check_dirty_log(FrontEnd::packed);
+}
+
+fn check_dirty_log(connect: fn(&Path, Setup) -> FrontEnd) {
     let volume = Volume::create(32, 64);
     let server = volume.serve(&[]);
-    let mut front_end = FrontEnd::connect(&server.socket, SETUP);
+    let mut front_end = connect(&server.socket, SETUP);
     let log = log_file();
     let area = front_end.rings[0].area();
-    let used = front_end.rings[0].used_ring() / PAGE;
+    let used = front_end.rings[0].device_pages();
     let status = area / PAGE + 2;
     // Its last bytes are in the next region of guest memory.
     let data = (MEMORY_END / 3) - 5 * PAGE - 512;
@@ -69,17 +75,21 @@ fn pages_that_the_device_writes_are_in_the_dirty_log() {
     front_end.log_to(&log, LOG_START);
     take_dirty(&log);
     assert_eq!(request(&mut front_end, IN, 0, data, 8 * 4096), 0);
-    assert_eq!(take_dirty(&log), sorted(pages(data, 9).chain([status, used]).collect()), "a read");
+    assert_eq!(take_dirty(&log), sorted(pages(data, 9).chain([status]).chain(used.clone()).collect()), "a read");
     assert_eq!(request(&mut front_end, OUT, 0, data, 8 * 4096), 0);
-    assert_eq!(take_dirty(&log), sorted(vec![status, used]), "a write");
+    assert_eq!(take_dirty(&log), sorted([&[status], &used[..]].concat()), "a write");
     assert_eq!(request(&mut front_end, GET_ID, 0, data, 20), 0);
-    assert_eq!(take_dirty(&log), sorted(vec![data / PAGE, status, used]), "an identity");
+    assert_eq!(take_dirty(&log), sorted([&[data / PAGE, status], &used[..]].concat()), "an identity");
     assert_eq!(request(&mut front_end, IN, u64::MAX, data, 512), 1);
-    assert_eq!(take_dirty(&log), sorted(vec![status, used]), "a request that is refused");
+    assert_eq!(take_dirty(&log), sorted([&[status], &used[..]].concat()), "a request that is refused");
     // Two blocks fail for good, and the sectors before them were read.
     server.fault(&["--ops", "read", "--sectors", "16-31"]);
     assert_eq!(request(&mut front_end, IN, 0, data, 8 * 4096), 1);
-    assert_eq!(take_dirty(&log), sorted(pages(data, 9).chain([status, used]).collect()), "a read that fails");
+    assert_eq!(
+        take_dirty(&log),
+        sorted(pages(data, 9).chain([status]).chain(used.clone()).collect()),
+        "a read that fails"
+    );
     front_end.log_no_more();
     take_dirty(&log);
     assert_eq!(request(&mut front_end, IN, 512, data, 4096), 0);
@@ -87,7 +97,7 @@ fn pages_that_the_device_writes_are_in_the_dirty_log() {
     // A front-end that goes takes its log with it.
     front_end.log_to(&log, LOG_START);
     drop(front_end);
-    let mut front_end = FrontEnd::connect(&server.socket, SETUP);
+    let mut front_end = connect(&server.socket, SETUP);
     take_dirty(&log);
     assert_eq!(request(&mut front_end, IN, 512, data, 4096), 0);
     assert_eq!(take_dirty(&log), [] as [u64; 0], "the next front-end");
@@ -97,10 +107,15 @@ fn pages_that_the_device_writes_are_in_the_dirty_log() {
 /// stopped: then the copy has all that the device wrote.
 #[test]
 fn a_copy_of_memory_by_the_dirty_log_misses_nothing() {
+    check_copy(FrontEnd::connect);
+    check_copy(FrontEnd::packed);
+}
+
+fn check_copy(connect: fn(&Path, Setup) -> FrontEnd) {
     const REQUESTS: u64 = 4000;
     let volume = Volume::create(32, 64);
     let server = volume.serve(&[]);
-    let mut front_end = FrontEnd::connect(&server.socket, SETUP);
+    let mut front_end = connect(&server.socket, SETUP);
     let log = log_file();
     let area = front_end.rings[0].area();
     let data = area + 16 * PAGE;
@@ -136,9 +151,8 @@ fn a_copy_of_memory_by_the_dirty_log_misses_nothing() {
     copy_dirty(&mut copy);
     let mut now = vec![0; MEMORY_END as usize];
     memory.read_exact_at(&mut now, 0).unwrap();
-    let used = front_end.rings[0].used_ring();
-    for (what, start, len) in [("data", data, 128 * 512), ("status", area + 2 * PAGE, PAGE), ("used ring", used, PAGE)]
-    {
+    let rings = front_end.rings[0].device_pages().into_iter().map(|page| ("ring", page * PAGE, PAGE));
+    for (what, start, len) in rings.chain([("data", data, 128 * 512), ("status", area + 2 * PAGE, PAGE)]) {
         let range = start as usize..(start + len) as usize;
         assert!(copy[range.clone()] == now[range], "the copy of the {what} is old");
     }

@@ -88,6 +88,9 @@ fn passthrough_serves_any_file_as_it_is() {
     model.check(guest.queue(), 1004, 200);
     let status = server.status();
     assert_eq!((status.blocks.remapped, status.blocks.remaps_max, status.counters.guest_errors), (0, 0, 2));
+    // There is no reserve that could be used up.
+    let get_lifetime = Io::Raw { kind: 10, sector: 0, readable: Vec::new(), writable: 6 };
+    assert_eq!(guest.queue().one(get_lifetime), Ok(vec![0; 6]));
     server.no_faults();
     model.check_all(guest.queue());
     drop(guest);

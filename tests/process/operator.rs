@@ -195,7 +195,7 @@ fn ten_connections_after_each_other_leave_no_descriptor_behind() {
     let volume = Volume::create(32, 64);
     let server = volume.serve(&[]);
     let descriptors = || fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count();
-    let mut counts = Vec::new();
+    let mut first = None;
     let mut model = Model::zeros(960, 256);
     for run in 0..10 {
         let mut guest = server.guest(1 + usize::try_from(run % 4).unwrap());
@@ -206,10 +206,11 @@ fn ten_connections_after_each_other_leave_no_descriptor_behind() {
         drop(guest);
         // The next connection begins when this one has ended; its memory and eventfds are gone by then.
         let next = server.guest(1);
-        counts.push(descriptors());
+        // An operator's connection may be a moment from its end.
+        let most = *first.get_or_insert_with(descriptors);
+        crate::server::eventually("no more descriptors than after the first", || descriptors() <= most);
         drop(next);
     }
-    assert_eq!(counts[1..].iter().collect::<std::collections::BTreeSet<_>>().len(), 1, "{counts:?}");
     server.stop();
 }
 

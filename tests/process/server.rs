@@ -126,6 +126,16 @@ fn program_to_serve() -> PathBuf {
     named.map_or_else(|| env!("CARGO_BIN_EXE_vhost-remap").into(), PathBuf::from)
 }
 
+/// Wait until that holds.
+#[track_caller]
+pub(crate) fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}");
+        std::thread::yield_now();
+    }
+}
+
 /// Run the program with these words.
 pub(crate) fn vhost_remap(words: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));

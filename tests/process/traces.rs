@@ -14,7 +14,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::frontend::{F_EVENT_IDX, F_INDIRECT, INDIRECT, NEXT, Raw, Ring, WRITE, guest_memory};
+use crate::frontend::{F_INDIRECT, F_PACKED, INDIRECT, NEXT, Raw, Ring, WRITE, guest_memory};
 use crate::guest::ANSWER_LIMIT;
 use crate::model::pattern;
 use crate::server::{Server, Volume, done, vhost_remap};
@@ -31,6 +31,9 @@ const CAPACITY: u64 = 32 << 11;
 const SECTOR: u64 = 1000;
 const SPAN: u64 = 4096;
 const COUNT: u64 = 8;
+
+/// Where a packed ring begins: at its first descriptor, with both wrap counters set.
+const PACKED_START: u32 = 0x8000_8000;
 
 /// What happens next.
 #[derive(Clone, Debug)]
@@ -64,7 +67,11 @@ pub(crate) struct Vm<'a> {
     _memory: Arc<GuestMemoryMmap>,
     pub(crate) rings: Vec<Ring>,
     err: EventFd,
+    /// The end that the device gets, and ours.
+    channel: (UnixStream, UnixStream),
     inflight: Option<(Vec<u8>, File)>,
+    /// Where each ring went on when it was last stopped, as QEMU says it of packed ones.
+    bases: Vec<u32>,
     /// What was last written on each ring.
     stamps: Vec<u64>,
     next_stamp: u64,
@@ -74,14 +81,31 @@ pub(crate) struct Vm<'a> {
 impl Vm<'_> {
     pub(crate) fn new<'a>(trace: &'a Trace, reference: &[u8]) -> Vm<'a> {
         let (file, memory) = guest_memory();
-        let event_idx = trace.features & F_EVENT_IDX != 0;
-        let mut rings: Vec<_> =
-            (0..trace.rings).map(|index| Ring::new(memory.clone(), index, trace.size, event_idx)).collect();
+        let ring = |index| Ring::new(memory.clone(), index, trace.size, trace.features);
+        let mut rings: Vec<_> = (0..trace.rings).map(ring).collect();
         rings.iter_mut().for_each(|ring| ring.restart_at(0));
         let stamps = vec![0; trace.rings];
         let err = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        let channel = UnixStream::pair().expect("sockets");
         let reference = reference.to_vec();
-        Vm { trace, file, _memory: memory, rings, err, inflight: None, stamps, next_stamp: 1, reference }
+        let bases = vec![PACKED_START; trace.rings];
+        Vm {
+            trace,
+            file,
+            _memory: memory,
+            rings,
+            err,
+            channel,
+            inflight: None,
+            bases,
+            stamps,
+            next_stamp: 1,
+            reference,
+        }
+    }
+
+    fn is_packed(&self) -> bool {
+        self.trace.features & F_PACKED != 0
     }
 
     fn ring(&self, index: u32) -> &Ring {
@@ -105,6 +129,9 @@ impl Vm<'_> {
             Body::Empty => Vec::new(),
             Body::Word(word) => words(&[word]),
             Body::State(ring, number) => halves(&[ring, number]),
+            Body::Base(ring, _) if self.is_packed() => {
+                halves(&[ring, self.bases[usize::try_from(ring).expect("small")]])
+            }
             Body::Base(ring, Index::Used) => halves(&[ring, self.ring(ring).used_idx().into()]),
             Body::Base(ring, Index::Avail) => halves(&[ring, self.ring(ring).avail_idx().into()]),
             Body::Ring(ring) => {
@@ -138,6 +165,7 @@ impl Vm<'_> {
             Fd::Kick(ring) => of_ring(ring).0,
             Fd::Call(ring) => of_ring(ring).1,
             Fd::Err => self.err.as_raw_fd(),
+            Fd::Channel => self.channel.0.as_raw_fd(),
             Fd::Memory => self.file.as_raw_fd(),
             Fd::Inflight => self.inflight.as_ref().map_or(self.err.as_raw_fd(), |(_, file)| file.as_raw_fd()),
         }
@@ -162,12 +190,12 @@ impl Vm<'_> {
             Answer::Word(word) => words(&[word]),
             Answer::Base => {
                 let ring = u32::from_le_bytes(payload[..4].try_into().expect("a state"));
-                let base = if usize::try_from(ring).expect("small") < self.rings.len() {
-                    self.ring(ring).used_idx()
-                } else {
-                    0
-                };
-                halves(&[ring, base.into()])
+                let index = usize::try_from(ring).expect("small");
+                let base = if index < self.rings.len() { self.rings[index].used_base() } else { 0 };
+                if self.is_packed() {
+                    self.bases[index] = base;
+                }
+                halves(&[ring, base])
             }
             Answer::Config => {
                 let half = |at: usize| u32::from_le_bytes(payload[at..at + 4].try_into().expect("four bytes"));
@@ -176,9 +204,10 @@ impl Vm<'_> {
                 [payload[..12].to_vec(), part.collect()].concat()
             }
             Answer::Inflight => {
-                // 16 bytes a queue and as many an entry, in cache lines.
+                // 16 bytes a queue and as many an entry, or 32 for packed rings, in cache lines.
+                let unit = if self.is_packed() { 32 } else { 16 };
                 let [rings, size] = [16, 18].map(|at| u64::from(u16::from_le_bytes([payload[at], payload[at + 1]])));
-                let len = rings * (16 + 16 * size).next_multiple_of(64);
+                let len = rings * (unit + unit * size).next_multiple_of(64);
                 // Behind the fields is padding, which carries what it may.
                 [words(&[len, 0]), payload[16..20].to_vec(), answer[20..].to_vec()].concat()
             }
@@ -366,7 +395,10 @@ impl<'a> Replay<'a> {
                 vm.expect_on_disk(ring);
             }
             Step::Dropped(ring) => vm.expect_on_disk(ring),
-            Step::Driver => vm.rings.iter_mut().for_each(|ring| ring.restart_at(0)),
+            Step::Driver => {
+                vm.rings.iter_mut().for_each(|ring| ring.restart_at(0));
+                vm.bases.fill(PACKED_START);
+            }
             Step::HangUp => *socket = None,
             Step::Crash => {
                 self.server.kill();

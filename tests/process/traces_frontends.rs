@@ -1,11 +1,11 @@
 //! The table of front-ends: what each says, as their sources have it, to a back-end that offers what this one does.
 
-use crate::frontend::{F_EVENT_IDX, F_INDIRECT};
+use crate::frontend::{F_EVENT_IDX, F_INDIRECT, F_PACKED};
 use crate::traces::Step;
 use crate::traces_messages::{
     ADD_MEM_REG, Answer, Body, F_FLUSH, Fd, GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD, GET_MAX_MEM_SLOTS,
     GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_VRING_BASE, Index, Message, NEED_REPLY, OFFERED, PLAIN, PROTOCOL_OFFERED,
-    REM_MEM_REG, RESET_DEVICE, SET_CONFIG, SET_FEATURES, SET_INFLIGHT_FD, SET_MEM_TABLE, SET_OWNER,
+    REM_MEM_REG, RESET_DEVICE, SET_BACKEND_REQ_FD, SET_CONFIG, SET_FEATURES, SET_INFLIGHT_FD, SET_MEM_TABLE, SET_OWNER,
     SET_PROTOCOL_FEATURES, SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_ERR,
     SET_VRING_KICK, SET_VRING_NUM,
 };
@@ -109,12 +109,13 @@ impl Qemu {
         let mut steps = vec![
             ask(GET_FEATURES, Body::Empty, Answer::Word(OFFERED)),
             ask(GET_PROTOCOL_FEATURES, Body::Empty, Answer::Word(PROTOCOL_OFFERED)),
-            tell(SET_PROTOCOL_FEATURES, Body::Word(PROTOCOL_OFFERED)),
+            // Up to 10 it knows no more than twenty of them, and later ones take GET_VRING_BASE_INFLIGHT if told to.
+            tell(SET_PROTOCOL_FEATURES, Body::Word(PROTOCOL_OFFERED & 0xf_ffff)),
             ask(GET_QUEUE_NUM, Body::Empty, Answer::Word(64)),
             ask(GET_MAX_MEM_SLOTS, Body::Empty, Answer::Word(509)),
-            tell(SET_OWNER, Body::Empty),
-            ask(GET_FEATURES, Body::Empty, Answer::Word(OFFERED)),
         ];
+        steps.extend(needing_replies(vec![tell_with(SET_BACKEND_REQ_FD, Body::Empty, vec![Fd::Channel])]));
+        steps.extend([tell(SET_OWNER, Body::Empty), ask(GET_FEATURES, Body::Empty, Answer::Word(OFFERED))]);
         steps.extend(calls);
         steps
     }
@@ -169,6 +170,15 @@ impl Qemu {
         steps
     }
 
+    /// The same by a front-end that keeps the in-flight region. A reset that the back-end does not hear of is none.
+    fn reset_with_region(self) -> Vec<Step> {
+        if self.release < 10 {
+            return Vec::new();
+        }
+        let reset = vec![tell(RESET_DEVICE, Body::Empty), Step::Driver];
+        [self.stop(), reset, self.start(false, true)].concat()
+    }
+
     /// The connection or the server goes while a request is held, which the next session takes from the region.
     fn reconnect(self, goes: &[Step]) -> Vec<Step> {
         let io = vec![Step::Held(0), Step::Io(0)];
@@ -197,6 +207,35 @@ fn qemu_7_2() -> Trace {
         vec![Step::HangUp],
     ];
     Trace { name: "QEMU 7.2", rings: 2, size: 128, features, memory: PC, steps: steps.concat() }
+}
+
+/// `packed=on`. After a kill of the server QEMU says of a packed ring what it knew before.
+fn qemu_packed(release: u32, name: &'static str) -> Trace {
+    let features = BLK | F_EVENT_IDX | F_INDIRECT | F_PACKED;
+    // Chains of three descriptors and one begin everywhere in such a ring.
+    let qemu = Qemu { release, rings: 2, size: 16, features };
+    let io = vec![Step::Io(0), Step::Io(1), Step::Long(0, 40), Step::Io(0)];
+    let steps = [
+        qemu.realize(),
+        qemu.start(true, false),
+        io.clone(),
+        qemu.stop(),
+        qemu.start(false, true),
+        io.clone(),
+        qemu.reconnect(&[Step::HangUp, Step::Return]),
+        io.clone(),
+        qemu.reconnect(&[Step::Crash]),
+        io.clone(),
+        qemu.reset(),
+        io.clone(),
+        qemu.reset_with_region(),
+        io.clone(),
+        qemu.reconnect(&[Step::Crash]),
+        io,
+        qemu.stop(),
+        vec![Step::HangUp],
+    ];
+    Trace { name, rings: 2, size: 16, features, memory: PC, steps: steps.concat() }
 }
 
 fn qemu_10() -> Trace {
@@ -440,5 +479,7 @@ fn libblkio() -> Trace {
 }
 
 pub(crate) fn traces() -> Vec<Trace> {
-    vec![qemu_7_2(), qemu_10(), windows(), cloud_hypervisor(), crosvm(), firecracker(), libblkio()]
+    let packed = [qemu_packed(7, "QEMU 7.2, packed"), qemu_packed(10, "QEMU 10, packed")];
+    let others = [qemu_7_2(), qemu_10(), windows(), cloud_hypervisor(), crosvm(), firecracker(), libblkio()];
+    packed.into_iter().chain(others).collect()
 }

@@ -19,8 +19,8 @@ use crate::server::{Server, Volume};
 use crate::traces::{Step, Vm, configuration};
 use crate::traces_frontends::{Trace, traces};
 use crate::traces_messages::{
-    GET_CONFIG, GET_FEATURES, GET_PROTOCOL_FEATURES, Message, NEED_REPLY, PLAIN, REM_MEM_REG, SET_FEATURES, SET_OWNER,
-    SET_PROTOCOL_FEATURES, SET_VRING_NUM, connect, framed, receive, words,
+    GET_CONFIG, GET_FEATURES, GET_PROTOCOL_FEATURES, Message, NEED_REPLY, PLAIN, REM_MEM_REG, SET_BACKEND_REQ_FD,
+    SET_FEATURES, SET_OWNER, SET_PROTOCOL_FEATURES, SET_VRING_NUM, connect, framed, receive, words,
 };
 
 /// What is wrong with one message.
@@ -85,7 +85,9 @@ impl Fault {
             Fault::Request(request) => !HARMLESS.contains(&request),
             // The protocol lets removals come with a descriptor, or without one.
             Fault::NoFiles | Fault::MoreFiles => message.request != REM_MEM_REG,
-            Fault::Shorter | Fault::Longer | Fault::Claims(_) | Fault::CutHeader | Fault::CutPayload => true,
+            // The crate takes this one with any payload, and looks at none.
+            Fault::Longer => message.request != SET_BACKEND_REQ_FD,
+            Fault::Shorter | Fault::Claims(_) | Fault::CutHeader | Fault::CutPayload => true,
             Fault::LeftOut | Fault::Twice | Fault::Late | Fault::OtherFiles | Fault::Zeros | Fault::Ones => false,
         }
     }

@@ -26,6 +26,7 @@ pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
 pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
 pub(crate) const GET_QUEUE_NUM: u32 = 17;
 pub(crate) const SET_VRING_ENABLE: u32 = 18;
+pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
 pub(crate) const GET_CONFIG: u32 = 24;
 pub(crate) const SET_CONFIG: u32 = 25;
 pub(crate) const GET_INFLIGHT_FD: u32 = 31;
@@ -42,10 +43,12 @@ pub(crate) const NEED_REPLY: u32 = 9;
 const REPLY: u32 = 5;
 
 /// Features of the device, all of them: those of virtio-blk are SIZE_MAX, SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY,
-/// CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES; then LOG_ALL, INDIRECT_DESC, EVENT_IDX, PROTOCOL_FEATURES, VERSION_1.
-pub(crate) const OFFERED: u64 = 0x1_7400_7e46;
-/// MQ, LOG_SHMFD, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
-pub(crate) const PROTOCOL_OFFERED: u64 = 0xb20b;
+/// CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES, LIFETIME; then LOG_ALL, INDIRECT_DESC, EVENT_IDX, PROTOCOL_FEATURES,
+/// VERSION_1, RING_PACKED.
+pub(crate) const OFFERED: u64 = 0x5_7400_fe46;
+/// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, DEVICE_STATE,
+/// GET_VRING_BASE_INFLIGHT.
+pub(crate) const PROTOCOL_OFFERED: u64 = 0x18_b22b;
 pub(crate) const F_FLUSH: u64 = 1 << 9;
 
 /// One message.
@@ -98,6 +101,8 @@ pub(crate) enum Fd {
     Err,
     Memory,
     Inflight,
+    /// Where the device may speak.
+    Channel,
 }
 
 /// What must come back.

@@ -16,7 +16,7 @@ use vhost_remap::runtime::report::{Counters, ListEntry};
 use vhost_remap::volume::layout::Layout;
 
 use crate::chains::{Chain, Chains};
-use crate::frontend::{AREA, F_EVENT_IDX, F_INDIRECT, F_LOG_ALL, FrontEnd, Ring, Setup};
+use crate::frontend::{AREA, F_EVENT_IDX, F_INDIRECT, F_LOG_ALL, F_PACKED, FrontEnd, Ring, Setup};
 use crate::model::{Model, Random, pattern};
 use crate::server::{Server, TRANSPORTS, Volume, done, vhost_remap};
 
@@ -257,9 +257,13 @@ fn remains(server: &Server, guest: &mut Guest<'_>, outcomes: Vec<Outcome>) -> Re
             event.kind, event.device, event.sector, event.sectors, event.cause, event.action
         )
     };
-    // The framework tracks no requests, and logs no writes.
-    let features = guest.front_end().features & !F_LOG_ALL;
-    let own = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::LOG_SHMFD;
+    // The framework tracks no requests, logs no writes, carries no state, and says nothing unasked.
+    let features = guest.front_end().features & !F_LOG_ALL & !F_PACKED;
+    let own = VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::DEVICE_STATE
+        | VhostUserProtocolFeatures::BACKEND_REQ;
     let protocol_features = (guest.front_end().protocol_features - own).bits();
     let (list, counters) = (server.list(), server.status().counters);
     // Workers and healer report beside each other.

@@ -7,6 +7,7 @@
 //! makes it durable.
 
 mod image;
+mod size;
 mod store;
 mod torn;
 mod trouble;
@@ -132,10 +133,6 @@ impl Disk {
             missed: Vec::new(),
             torn_tables: 0,
         }
-    }
-
-    pub(crate) fn bytes(&self) -> u64 {
-        (self.current.len() * SECTOR) as u64
     }
 
     /// The one of the two that is this device's.

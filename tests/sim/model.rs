@@ -73,6 +73,8 @@ impl SectorState {
 pub(crate) struct Model {
     tick: Tick,
     initial: Value,
+    /// From that sector on there were zeros at first.
+    zeros_from: u64,
     /// By sector: its place in the list plus one, or 0 where nothing has happened.
     places: Vec<u32>,
     states: Vec<SectorState>,
@@ -92,7 +94,24 @@ pub(crate) enum Crash {
 
 impl Model {
     pub(crate) fn new(initial: Value) -> Model {
-        Model { tick: 0, initial, places: Vec::new(), states: Vec::new(), unflushed: Vec::new(), distrusted_until: 0 }
+        Model {
+            tick: 0,
+            initial,
+            zeros_from: u64::MAX,
+            places: Vec::new(),
+            states: Vec::new(),
+            unflushed: Vec::new(),
+            distrusted_until: 0,
+        }
+    }
+
+    /// The volume has no more sectors than that yet.
+    pub(crate) fn ends_at(&mut self, capacity: u64) {
+        self.zeros_from = capacity;
+    }
+
+    fn initial(&self, sector: u64) -> Value {
+        if sector < self.zeros_from { self.initial } else { 0 }
     }
 
     /// The place of a sector's state, if anything has happened to it.
@@ -107,7 +126,7 @@ impl Model {
             if at >= self.places.len() {
                 self.places.resize(at + 1, 0);
             }
-            self.states.push(SectorState::new(self.initial, self.distrusted_until));
+            self.states.push(SectorState::new(self.initial(sector), self.distrusted_until));
             self.places[at] = u32::try_from(self.states.len()).expect("small volumes");
             self.states.len() - 1
         })
@@ -178,7 +197,7 @@ impl Model {
     pub(crate) fn read(&mut self, sector: u64, start: Tick, bytes: &[u8]) -> Result<(), String> {
         debug_assert_eq!(bytes.len(), SECTOR);
         let value = value_of(sector, bytes).map_err(|what| format!("sector {sector} reads as {what}"))?;
-        if value == self.initial && self.place(sector).is_none() {
+        if value == self.initial(sector) && self.place(sector).is_none() {
             return Ok(());
         }
         let state = self.state(sector);

@@ -24,6 +24,7 @@ pub(crate) fn take(world: &mut World, shape: usize) {
         (own.no_zeroes, own.no_discard) = (no_zeroes, no_discard);
     }
     world.model = Model::new(VALUE);
+    world.model.ends_at(world.config.capacity);
     world.next_value = VALUE + 1;
 }
 

@@ -15,6 +15,9 @@ const REQUESTS_MIN: u64 = 200;
 /// Faults of a run, at least.
 const FAULTS_MIN: usize = 3;
 
+/// Makes another seed of a seed.
+const GROWING: u64 = 0x6772_6f77_6772_6f77;
+
 /// What the guest asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Ask {
@@ -46,6 +49,11 @@ pub(crate) enum Deed {
     Fault(Trouble),
     /// The operator orders.
     Order(Order),
+    /// The operator has the disk grow by so many blocks.
+    Resize(u64),
+    /// The guest writes, or reads, sectors by which the disk has grown, if it has: so many from there on, as far as
+    /// there are any.
+    Beyond { write: bool, at: u64, count: u64, queue: u16 },
     /// A queue stops: its parked requests come back, and with `finish` are served to their end.
     Reset { queue: u16, finish: bool },
     /// Until everything is answered.
@@ -69,7 +77,12 @@ impl Script {
         let mut rng = Rng::new(seed);
         let config = Config::of(&mut rng);
         let mut author = Author { config: &config, rng };
-        let deeds = author.deeds();
+        let mut deeds = author.deeds();
+        // By a chance of its own: what else a seed does is what it did before disks grew.
+        author.rng = Rng::new(seed ^ GROWING);
+        if author.rng.percent(15) {
+            author.grow(&mut deeds);
+        }
         Script { config, deeds }
     }
 }
@@ -129,6 +142,23 @@ impl Author<'_> {
             deeds.insert(at, fault);
         }
         deeds
+    }
+
+    /// Let the disk grow here and there, by less or more than a label takes, and be used where it has.
+    fn grow(&mut self, deeds: &mut Vec<Deed>) {
+        for _ in 0..=self.rng.below(2) {
+            let (at, few) = (self.rng.index(deeds.len()), self.rng.percent(50));
+            let blocks = if few { 1 + self.rng.below(8) } else { 200 + self.rng.below(400) };
+            deeds.insert(at, Deed::Resize(blocks));
+        }
+        let first = deeds.iter().position(|deed| matches!(deed, Deed::Resize(_))).expect("just put there");
+        for _ in 0..20 + self.rng.below(40) {
+            let (write, far) = (self.rng.percent(60), self.rng.percent(50));
+            let (at, count) = (self.rng.below(if far { 4096 } else { 16 }), 1 + self.rng.below(16));
+            let beyond = Deed::Beyond { write, at, count, queue: self.queue() };
+            let place = first + 1 + self.rng.index(deeds.len() - first);
+            deeds.insert(place, beyond);
+        }
     }
 
     /// How a session ends; the last one of a run crashes in any case.

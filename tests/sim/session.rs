@@ -172,6 +172,7 @@ impl World {
             }
             self.start(healer, poisoned);
             self.retired = !self.status().retired_places.is_empty();
+            self.check_capacity();
         }))
     }
 
@@ -220,7 +221,7 @@ impl World {
     }
 
     /// Go on until `done`.
-    fn serve_until(&mut self, mut done: impl FnMut(&mut World) -> bool) {
+    pub(crate) fn serve_until(&mut self, mut done: impl FnMut(&mut World) -> bool) {
         let (began, since) = (self.step, self.now);
         while !done(self) {
             if !self.advance() {
@@ -287,7 +288,8 @@ impl World {
             return self.crash(false);
         };
         self.model.flushed(submitted);
-        let stamp = CloseStamp { size: self.disks[0].bytes(), mtime_ns: self.disks[0].mtime, sample_crc };
+        let stamp =
+            CloseStamp { size: self.disks[0].bytes(), mtime_ns: self.disks[0].mtime, sample_crc, write_through: false };
         self.done = None;
         self.order(Order::Seal(stamp));
         self.settle_down();
@@ -329,6 +331,8 @@ impl World {
                 }
                 Deed::Fault(trouble) => trouble.strike(self),
                 Deed::Order(order) => self.order(order.clone()),
+                Deed::Resize(blocks) => self.resize(*blocks),
+                Deed::Beyond { write, at, count, queue } => self.ask_beyond(*write, *at, *count, *queue),
                 Deed::Reset { queue, finish } => self.reset_queue(*queue, *finish),
                 Deed::Settle => self.settle_down(),
                 Deed::Return => self.check_return(),
@@ -443,7 +447,9 @@ impl World {
         let after = self.guest_errors();
         assert_eq!(errors, after, "what was rewritten and flushed reads");
         self.check_quiet();
-        if self.config.labelled && self.rng.percent(30) {
+        // The label is looked for at the end of the primary, which may have been extended for nothing.
+        let at_end = self.status().primary_size == self.disks[0].bytes();
+        if self.config.labelled && at_end && self.rng.percent(30) {
             self.lose_spare();
         }
         self.abandon_flights();

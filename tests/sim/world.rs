@@ -3,6 +3,7 @@
 mod late;
 mod operator;
 mod requests;
+mod resize;
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -22,6 +23,8 @@ use crate::every_io::plan::Plan;
 use crate::guest::{SECTOR, Value};
 use crate::model::{Model, Tick};
 use crate::rng::Rng;
+
+pub(crate) use resize::Growth;
 
 /// Queues of a shard.
 pub(crate) const QUEUES: u16 = 2;
@@ -65,6 +68,9 @@ enum Ordered {
     /// [`Order::Remap`] or [`Order::Release`].
     Move,
     Save,
+    PrepareResize,
+    /// With the capacity.
+    Resize(u64),
     /// [`Order::Settle`] or [`Order::Seal`].
     Close,
 }
@@ -102,6 +108,7 @@ pub(crate) struct World {
     pub(crate) next_value: Value,
     orders: BTreeMap<OrderId, Ordered>,
     next_order: u64,
+    pub(crate) growth: Growth,
     pub(crate) model: Model,
     pub(crate) step: u64,
     errors_answered: u64,
@@ -181,6 +188,7 @@ impl World {
             next_value: 1,
             orders: BTreeMap::new(),
             next_order: 0,
+            growth: Growth::of(config.capacity),
             model: Model::new(0),
             step: 0,
             errors_answered: 0,
@@ -221,9 +229,7 @@ impl World {
 
     /// The volume has been opened.
     pub(crate) fn start(&mut self, healer: Healer, poisoned: bool) {
-        let shards = (0..self.config.shards)
-            .map(|index| Shard::new(index, healer.geometry(), healer.view(), healer.progress()))
-            .collect();
+        let shards = (0..self.config.shards).map(|index| Shard::new(index, healer.view(), healer.progress())).collect();
         self.to_healer = (0..self.config.shards).map(|_| VecDeque::new()).collect();
         self.to_shard = (0..self.config.shards).map(|_| VecDeque::new()).collect();
         self.engine = Some(Engine { healer, shards });

@@ -1,4 +1,4 @@
-//! Kills a server at a moment that neither it nor the driver knows.
+//! Ends a server at a moment that neither it nor the driver knows.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::slow_disk::SlowDisks;
 /// Longest a connection may be broken before it shows that the server was killed.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// The server was killed: whatever was begun with it is over.
+/// The server was ended: whatever was begun with it is over.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Killed;
 
@@ -44,8 +44,8 @@ pub(crate) struct Killer {
 }
 
 impl Killer {
-    /// For `pid`, a child that is not waited for before this is joined.
-    pub(crate) fn arm(pid: u32, disks: Option<Arc<SlowDisks>>) -> Killer {
+    /// For `pid`, a child that is not waited for before this is joined; with that signal.
+    pub(crate) fn arm(pid: u32, signal: Signal, disks: Option<Arc<SlowDisks>>) -> Killer {
         let has_killed = Arc::new(AtomicBool::new(false));
         let flag = has_killed.clone();
         let (orders, received) = mpsc::channel::<When>();
@@ -65,7 +65,7 @@ impl Killer {
             }
             let at = Instant::now();
             flag.store(true, Ordering::Release);
-            kill_process(pid, Signal::KILL).expect("our child");
+            kill_process(pid, signal).expect("our child");
             // The successor's I/O is not held, so that it is not this that keeps it waiting.
             Some(Kill { at, in_kernel: disks.map_or(0, |disks| disks.hold_no_more()) })
         });

@@ -12,6 +12,7 @@
 //! - [`ring`] and [`workload`] are the driver, whose memory outlives the servers; [`trouble`] is what goes wrong.
 //! - [`killer`] kills; [`spare`] sees from the spare what that has interrupted; [`slow_disk`] keeps I/O in the kernel.
 //! - [`run`] puts them together, [`counts`] adds up.
+//! - [`upgrade`] ends servers as an operator does who has a newer program.
 
 mod counts;
 mod expected;
@@ -22,6 +23,9 @@ mod killer;
 #[expect(dead_code, reason = "only the dice are needed")]
 #[path = "../process/model.rs"]
 mod model;
+#[expect(dead_code, reason = "the unit tests of the library use the rest")]
+#[path = "../../src/vhost/testing/packed.rs"]
+mod packed_ring;
 mod ring;
 mod run;
 mod sector;
@@ -31,6 +35,7 @@ mod server;
 mod slow_disk;
 mod spare;
 mod trouble;
+mod upgrade;
 mod workload;
 
 use std::io::{self, Write};

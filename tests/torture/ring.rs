@@ -16,6 +16,8 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::packed_ring::{PackedDriver, PackedParts};
+
 /// Longest wait for an answer of the protocol.
 const PROTOCOL_LIMIT: Duration = Duration::from_secs(30);
 
@@ -44,6 +46,7 @@ const USER: u64 = 0x5500_0000_0000;
 
 const F_INDIRECT: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
+const F_PACKED: u64 = 1 << 34;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -76,6 +79,8 @@ pub(crate) struct Answer {
 
 /// A queue.
 pub(crate) struct Ring {
+    /// The ring, where it is a packed one. Buffer ids are then what heads are otherwise.
+    packed: Option<PackedDriver>,
     memory: Arc<GuestMemoryMmap>,
     base: u64,
     avail: u16,
@@ -104,7 +109,9 @@ pub(crate) struct Device {
 pub(crate) struct Session(#[expect(dead_code, reason = "held for its socket")] Frontend);
 
 impl Device {
-    pub(crate) fn new(queues: usize, tracked: bool, event_idx: bool) -> Device {
+    /// Where a packed ring has come to only the in-flight region says.
+    pub(crate) fn new(queues: usize, tracked: bool, event_idx: bool, packed: bool) -> Device {
+        assert!(tracked || !packed, "a packed ring is tracked");
         let fd = rustix::fs::memfd_create("guest-memory", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd");
         let file = Arc::new(File::from(fd));
         // Two regions: some request's buffers cross from one into the other.
@@ -114,7 +121,12 @@ impl Device {
         let part = |start| (GuestAddress(start), len, Some(FileOffset::from_arc(file.clone(), start)));
         let memory = GuestMemoryMmap::from_ranges_with_files([part(0), part(region_len)]);
         let memory = Arc::new(memory.expect("mappings"));
+        let driver = |base| {
+            let parts = PackedParts { descriptors: base, driver: base + AVAIL, device: base + USED };
+            PackedDriver::new(memory.clone(), parts, SIZE)
+        };
         let ring = |index| Ring {
+            packed: packed.then(|| driver(index as u64 * QUEUE_LEN)),
             memory: memory.clone(),
             base: index as u64 * QUEUE_LEN,
             avail: 0,
@@ -130,7 +142,7 @@ impl Device {
             let readable = EpollEvent::new(EventSet::IN, 0);
             called.ctl(ControlOperation::Add, ring.call.as_raw_fd(), readable).expect("an eventfd can be watched");
         }
-        let without = if event_idx { 0 } else { F_EVENT_IDX };
+        let without = if event_idx { 0 } else { F_EVENT_IDX } | if packed { 0 } else { F_PACKED };
         Device { memory_file: file, region_len, rings, tracked, inflight: None, without, called }
     }
 
@@ -142,7 +154,8 @@ impl Device {
         let mut session = Frontend::from_stream(stream, self.rings.len() as u64);
         session.set_owner()?;
         let features = session.get_features()?;
-        assert!(features & F_INDIRECT != 0 && features & F_EVENT_IDX != 0, "{features:x}");
+        let needed = (F_INDIRECT | F_EVENT_IDX | F_PACKED) & !self.without;
+        assert!(features & needed == needed, "{features:x}");
         session.set_features(features & !self.without)?;
         let mut protocol_features = session.get_protocol_features()?;
         if !self.tracked {
@@ -196,8 +209,8 @@ impl Ring {
         };
         session.set_vring_num(queue, SIZE)?;
         session.set_vring_addr(queue, &config)?;
-        // As QEMU does when the back-end that it could have asked is gone.
-        session.set_vring_base(queue, self.used_idx())?;
+        // As QEMU does when the back-end that it could have asked is gone. Of a packed ring nothing can be said.
+        session.set_vring_base(queue, if self.packed.is_some() { 0 } else { self.used_idx() })?;
         session.set_vring_call(queue, &self.call)?;
         session.set_vring_kick(queue, &self.kick)?;
         session.set_vring_enable(queue, true)
@@ -230,10 +243,10 @@ impl Ring {
     }
 
     fn descriptors(&self, at: u64, descriptors: &[Descriptor]) {
+        let (flags_at, next_at) = if self.packed.is_some() { (112, 96) } else { (96, 112) };
         let bytes = descriptors.iter().flat_map(|&(addr, len, flags, next)| {
-            let len = len as u128;
-            let word = u128::from(addr) | len << 64 | u128::from(flags) << 96 | u128::from(next) << 112;
-            word.to_le_bytes()
+            let word = u128::from(addr) | (len as u128) << 64;
+            (word | u128::from(flags) << flags_at | u128::from(next) << next_at).to_le_bytes()
         });
         self.write(at, &bytes.collect::<Vec<_>>());
     }
@@ -267,32 +280,47 @@ impl Ring {
             self.descriptors(at + TABLE, &chain);
             chain = vec![(at + TABLE, 16 * chain.len(), INDIRECT, 0)];
         }
-        self.descriptors(self.base + 16 * u64::from(head), &chain);
+        if self.packed.is_none() {
+            self.descriptors(self.base + 16 * u64::from(head), &chain);
+        }
         let before = self.under_way[slot].replace((wire.writable, wire.skew));
         assert!(before.is_none(), "slot {slot} is in use");
-        self.offer(head);
+        if self.offer(head, &chain) {
+            self.kick.write(1).expect("an eventfd takes a write");
+        }
     }
 
-    fn offer(&mut self, head: u16) {
+    /// Make a chain available; whether the device wants to be kicked for it.
+    fn offer(&mut self, head: u16, chain: &[Descriptor]) -> bool {
+        if let Some(driver) = &self.packed {
+            let element =
+                |&(addr, len, flags, _): &Descriptor| (addr, u32::try_from(len).expect("short"), flags & !NEXT);
+            let before = driver.avail_place();
+            driver.offer(head, &chain.iter().map(element).collect::<Vec<_>>());
+            fence(Ordering::SeqCst);
+            return driver.wants_kick(before, self.event_idx);
+        }
         self.store(self.base + AVAIL + 4 + 2 * u64::from(self.avail % SIZE), head);
         self.avail = self.avail.wrapping_add(1);
         self.store(self.base + AVAIL + 2, self.avail);
         // What the device asks for is read after it can see the entry.
         fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
+        if self.event_idx {
             // virtio 1.3 §2.7.10: the entry just made available is the one asked for.
             self.load(self.base + USED + 4 + 8 * u64::from(SIZE)) == self.avail.wrapping_sub(1)
         } else {
             self.load(self.base + USED) & 1 == 0
-        };
-        if wanted {
-            self.kick.write(1).expect("an eventfd takes a write");
         }
     }
 
     /// Ask for a notification of the next answer; false if there is one already.
     fn arm(&self) -> bool {
         let _ = self.call.read();
+        if let Some(driver) = &self.packed {
+            driver.want_interrupt(self.event_idx);
+            fence(Ordering::SeqCst);
+            return driver.shown_place() == driver.used_place();
+        }
         if self.event_idx {
             self.store(self.base + AVAIL + 4 + 2 * u64::from(SIZE), self.used);
         }
@@ -304,7 +332,10 @@ impl Ring {
     /// The answers that are there.
     pub(crate) fn answers(&mut self) -> Vec<Answer> {
         let mut answers = Vec::new();
-        while self.used_idx() != self.used {
+        while let Some((id, len)) = self.packed.as_ref().and_then(PackedDriver::take_used) {
+            answers.push(self.answer(id.into(), len));
+        }
+        while self.packed.is_none() && self.used_idx() != self.used {
             let at = self.base + USED + 4 + 8 * u64::from(self.used % SIZE);
             self.used = self.used.wrapping_add(1);
             let word = |at| u32::from_le_bytes(self.read(at, 4).try_into().expect("four bytes"));

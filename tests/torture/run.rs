@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use tempfile::TempDir;
 use uuid::Uuid;
 use vhost_remap::control::api::ListPage;
@@ -112,7 +113,7 @@ impl Torture {
             plan,
             random,
             expected: Expected::zeros(run, 0..SECTORS),
-            guest: Workload::new(1, true, true),
+            guest: Workload::new(1, true, true, true),
             sequence: 0,
             given_up: Vec::new(),
             stage: Stage::Opening,
@@ -145,7 +146,8 @@ impl Torture {
     fn new_guest(&mut self) {
         let queues = 2 + usize::try_from(self.plan.below(3)).expect("small");
         let (tracked, event_idx) = (!self.chance(3), !self.chance(4));
-        let before = std::mem::replace(&mut self.guest, Workload::new(queues, tracked, event_idx));
+        let packed = tracked && self.chance(2);
+        let before = std::mem::replace(&mut self.guest, Workload::new(queues, tracked, event_idx, packed));
         self.given_up.extend(before.give_up());
         self.counts.guests += 1;
     }
@@ -175,7 +177,7 @@ impl Torture {
     fn round(&mut self, started: Started) -> Started {
         let Started { starting, dir: _dir, on_slow } = started;
         let disks = self.disks.clone().filter(|_| on_slow);
-        let killer = Killer::arm(starting.server.pid(), disks);
+        let killer = Killer::arm(starting.server.pid(), Signal::KILL, disks);
         if self.chance(5) {
             let after = self.within_ms(if on_slow { 400 } else { 150 });
             killer.order(When { after, hold_before: None });
@@ -377,7 +379,7 @@ impl Torture {
     /// The last server lives, and closes cleanly; what it leaves is compared once more, through another driver.
     fn finish(&mut self, started: Started) {
         let Started { starting, dir: _dir, .. } = started;
-        let killer = Killer::arm(starting.server.pid(), None);
+        let killer = Killer::arm(starting.server.pid(), Signal::KILL, None);
         let server = starting.wait().unwrap_or_else(|output| panic!("{output:?}"));
         let client = Client::new(&server.ctl).expect("an event loop");
         self.guest.connect(&server.socket, &killer).expect("nobody kills it");

@@ -74,9 +74,9 @@ pub(crate) struct Workload {
 pub(crate) struct Unread(pub(crate) Range<u64>);
 
 impl Workload {
-    pub(crate) fn new(queues: usize, tracked: bool, event_idx: bool) -> Workload {
+    pub(crate) fn new(queues: usize, tracked: bool, event_idx: bool, packed: bool) -> Workload {
         let under_way = (0..queues).map(|_| std::array::from_fn(|_| None)).collect();
-        Workload { device: Device::new(queues, tracked, event_idx), under_way, session: None, answered: 0 }
+        Workload { device: Device::new(queues, tracked, event_idx, packed), under_way, session: None, answered: 0 }
     }
 
     pub(crate) fn connect(&mut self, socket: &Path, killer: &Killer) -> Result<(), Killed> {

@@ -1,5 +1,6 @@
-# boot.sh first|second: on a system that was started from the disk under test. First its root file system is
-# written to while blocks of it take no writes, then the machine is cut off, and everything must be there.
+# boot.sh first|second|uefi: on a system that was started from the disk under test. First its root file system is
+# written to while blocks of it take no writes, then the machine is cut off, and everything must be there. Under UEFI
+# it is only looked at, and written to a little.
 # shellcheck shell=bash source=tests/vm/common.sh
 . ./common.sh
 start=$(</sys/class/block/vda3/start)
@@ -9,6 +10,14 @@ sums() {
 }
 
 grep -q '^/dev/vda3 / ext4 rw,' /proc/mounts || fail "the root file system is not the disk's"
+if [[ $1 == uefi ]]; then
+    [[ -d /sys/firmware/efi ]] || fail "it was not started by UEFI firmware"
+    files /root/uefi
+    must sync
+    must_see_no_error
+    exit 0
+fi
+[[ ! -d /sys/firmware/efi ]] || fail "it was started by UEFI firmware"
 if [[ $1 == first ]]; then
     must dd if=/dev/urandom of=/root/data bs=1M count=2 2>/dev/null
     files /root/before

@@ -2,7 +2,10 @@
 # all back between rounds and compares it with its checksums.
 # shellcheck shell=bash source=tests/vm/common.sh
 . ./common.sh
-host_say running
+# The 35th of the features that were negotiated is VIRTIO_F_RING_PACKED.
+read -r features </sys/block/vda/device/features
+rings=(split packed)
+host_say "running on ${rings[${features:34:1}]} rings"
 queues=$(find /sys/block/vda/mq -mindepth 1 -maxdepth 1 | wc -l)
 ((queues == 4)) || fail "the disk has $queues queues"
 if [[ ! ${1:-} ]]; then

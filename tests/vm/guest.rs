@@ -15,7 +15,7 @@ const MEMORY_MIB: &str = "448";
 /// Exit status of `vm-images/run` where a guest cannot be started at all.
 const NEVER_STARTED: i32 = 126;
 
-fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -61,6 +61,16 @@ pub(crate) fn debian_disk() -> Option<PathBuf> {
     Some(Path::new(folder.trim_end()).join("disk.img"))
 }
 
+/// Whether guests can be started by UEFI firmware; where they cannot, the reason is printed.
+pub(crate) fn has_uefi() -> bool {
+    let look = Command::new("bash").args(["-c", ". ci/debs.sh && ovmf_path"]).current_dir(root()).output();
+    let found = look.expect("bash").status.success();
+    if !found {
+        writeln!(std::io::stdout(), "SKIP uefi: OVMF is missing; run: ci/setup test").expect("standard output");
+    }
+    found
+}
+
 /// A guest with one disk, and the line to its script.
 pub(crate) struct Guest {
     child: Child,
@@ -77,7 +87,8 @@ impl Guest {
         let (console, channel) = (server.dir().join("console"), server.dir().join("channel"));
         let output = File::create(&console).expect("a file for the console");
         // An image that starts from a disk starts from this one.
-        let disk = format!("{},num-queues={},reconnect=1,bootindex=1", server.socket().display(), server.queues());
+        let (socket, queues, rings) = (server.socket(), server.queues(), server.rings());
+        let disk = format!("{},num-queues={queues},{rings},reconnect=1,bootindex=1", socket.display());
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "TERM"]).arg(root().join("vm-images/run"));
         command.arg("--script").arg(folder.join(script)).args(args.iter().flat_map(|arg| ["--arg", arg]));

@@ -4,8 +4,11 @@
 
 mod area;
 mod boot;
+mod cloud_hypervisor;
 mod full;
 mod guest;
+mod migrate;
+mod resize;
 mod server;
 mod unreadable;
 
@@ -93,7 +96,7 @@ fn four_queues_keep_every_write_while_faults_come_and_go() {
     let Some(_turn) = guests() else { return };
     let server = Server::start("512M", 4);
     let mut guest = Guest::start(&server, "fio.sh", &["12"], &["--smp", "4"], Duration::from_secs(150));
-    assert_eq!(guest.line(), "running");
+    assert_eq!(guest.line(), "running on split rings");
     let mut dice = Dice(7);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -107,14 +110,10 @@ fn four_queues_keep_every_write_while_faults_come_and_go() {
 }
 
 /// O3. `make torture` kills more often.
-#[test]
-fn a_server_killed_again_and_again_under_a_guest_is_not_noticed() {
-    let Some(_turn) = guests() else { return };
-    let kills = std::env::var("VHOST_REMAP_VM_KILLS").map_or(4, |kills| kills.parse().expect("a number of kills"));
-    let mut server = Server::start("512M", 4);
+fn check_kills(mut server: Server, rings: &str, kills: u64) {
     let limit = Duration::from_secs(150 + 10 * kills);
     let mut guest = Guest::start(&server, "fio.sh", &[], &["--smp", "4"], limit);
-    assert_eq!(guest.line(), "running");
+    assert_eq!(guest.line(), format!("running on {rings} rings"));
     let mut dice = Dice(11);
     for _ in 0..kills {
         for _ in 0..8 {
@@ -131,6 +130,22 @@ fn a_server_killed_again_and_again_under_a_guest_is_not_noticed() {
     guest.finish();
     server.assert_unnoticed();
     println!("{kills} kills under a guest, {} blocks remapped", server.remapped().len());
+}
+
+fn kills() -> u64 {
+    std::env::var("VHOST_REMAP_VM_KILLS").map_or(4, |kills| kills.parse().expect("a number of kills"))
+}
+
+#[test]
+fn a_server_killed_again_and_again_under_a_guest_is_not_noticed() {
+    let Some(_turn) = guests() else { return };
+    check_kills(Server::start("512M", 4), "split", kills());
+}
+
+#[test]
+fn a_server_killed_under_a_guest_with_packed_rings_is_not_noticed() {
+    let Some(_turn) = guests() else { return };
+    check_kills(Server::start("512M", 4).with_packed_rings(), "packed", kills().div_ceil(2));
 }
 
 /// Sets `stop` however a scope is left, so that its thread ends and the failure is seen.

@@ -13,7 +13,10 @@ const START_MAX: Duration = Duration::from_secs(30);
 /// One volume, and the server that serves it unless it was ended.
 pub(crate) struct Server {
     dir: TempDir,
+    primary: PathBuf,
     queues: u16,
+    /// Whether its guest is to have packed rings.
+    packed: bool,
     /// Further options of `serve`.
     options: Vec<String>,
     child: Option<Child>,
@@ -37,7 +40,7 @@ impl Server {
     pub(crate) fn adopt(image: &Path, queues: u16) -> Server {
         let mut server = Server::stopped(queues, &[]);
         let mut copy = Command::new("cp");
-        copy.args(["--reflink=auto", "--sparse=always"]).arg(image).arg(server.primary());
+        copy.args(["--reflink=auto", "--sparse=always"]).arg(image).arg(&server.primary);
         assert!(copy.status().expect("cp").success(), "{} cannot be copied", image.display());
         server.make(&["adopt"]);
         server.run();
@@ -46,17 +49,29 @@ impl Server {
 
     fn stopped(queues: u16, options: &[&str]) -> Server {
         let dir = tempfile::tempdir().expect("a folder for the disks");
-        Server { dir, queues, options: options.iter().map(ToString::to_string).collect(), child: None }
+        let primary = dir.path().join("disk.img");
+        let options = options.iter().map(ToString::to_string).collect();
+        Server { dir, primary, queues, packed: false, options, child: None }
+    }
+
+    /// The same server for a guest with packed rings.
+    pub(crate) fn with_packed_rings(mut self) -> Server {
+        self.packed = true;
+        self
+    }
+
+    /// Another server for the same volume, which awaits its guest.
+    pub(crate) fn incoming(other: &Server) -> Server {
+        let mut server = Server::stopped(other.queues, &["--incoming"]);
+        server.primary.clone_from(&other.primary);
+        server.run();
+        server
     }
 
     fn make(&self, words: &[&str]) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
-        let output = command.args(words).arg("--primary").arg(self.primary()).output().expect("the program was built");
+        let output = command.args(words).arg("--primary").arg(&self.primary).output().expect("the program was built");
         assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
-    }
-
-    fn primary(&self) -> PathBuf {
-        self.dir.path().join("disk.img")
     }
 
     /// Serve the volume (again).
@@ -67,7 +82,7 @@ impl Server {
         // It must not outlive the test, whatever happens to that.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", env!("CARGO_BIN_EXE_vhost-remap"), "serve", "--fault-injection"]);
-        command.arg("--primary").arg(self.primary()).arg("--socket-path").arg(self.socket());
+        command.arg("--primary").arg(&self.primary).arg("--socket-path").arg(self.socket());
         command.arg("--num-queues").arg(self.queues.to_string()).args(&self.options);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
         self.child = Some(command.spawn().expect("setpriv is part of every Linux"));
@@ -113,6 +128,11 @@ impl Server {
     /// Queues it offers.
     pub(crate) fn queues(&self) -> u16 {
         self.queues
+    }
+
+    /// The property of QEMU's device that says what rings the guest has.
+    pub(crate) fn rings(&self) -> &'static str {
+        if self.packed { "packed=on" } else { "packed=off" }
     }
 
     /// A folder for what belongs to this test.

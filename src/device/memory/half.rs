@@ -40,6 +40,13 @@ impl Half {
         self.len
     }
 
+    /// Have `len` bytes from now on, at least as many as before.
+    pub(super) fn extend(&mut self, len: usize) {
+        assert!(len >= self.len, "a disk does not shrink");
+        self.chunks.resize(len.div_ceil(CHUNK), None);
+        self.len = len;
+    }
+
     /// Chunk number, range within the chunk, and range within the `len` bytes asked for.
     fn pieces(&self, offset: usize, len: usize) -> impl Iterator<Item = (usize, Range<usize>, Range<usize>)> + use<> {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "a range beyond the end of the disk");

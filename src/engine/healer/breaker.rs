@@ -197,10 +197,10 @@ impl Core {
     async fn probe_once(self: &Rc<Self>, device: DeviceIndex) -> Result<(), Errno> {
         self.io.identify(device).await?;
         let size = match device {
-            DeviceIndex::PRIMARY => self.geometry.capacity * 512,
+            DeviceIndex::PRIMARY => self.geometry().capacity * 512,
             _ => self.layout.spare_size,
         };
-        let unit = u64::from(self.geometry.logical_block);
+        let unit = u64::from(self.geometry().logical_block);
         let last = (size / unit).saturating_sub(1) * unit;
         let places: [u64; PLACES] = [0, last / 2 / unit * unit, last];
         let len = usize::try_from(unit).expect("512 or 4096");
@@ -236,7 +236,7 @@ impl Core {
             *storm = (0, Vec::new());
         }
         storm.0 += 1;
-        let apart = STORM_APART.min(self.geometry.capacity / 4).max(1);
+        let apart = STORM_APART.min(self.geometry().capacity / 4).max(1);
         let start = range.start.0;
         if storm.1.len() < STORM_REGIONS && storm.1.iter().all(|region| region.abs_diff(start) >= apart) {
             storm.1.push(start);

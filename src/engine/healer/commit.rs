@@ -209,7 +209,7 @@ impl Core {
                     state.in_doubt = true;
                     state.doubt |= mask;
                 });
-                let range = self.geometry.sectors_of(*block);
+                let range = self.geometry().sectors_of(*block);
                 let cause = "a write or flush of the commit failed";
                 self.event(
                     Severity::Error,

@@ -194,24 +194,25 @@ impl Core {
         self.view_stale.set(true);
     }
 
-    /// Wait until every shard knows what is allowed now, or for as long as a fence may take.
-    pub(super) async fn tell_mode_everywhere(&self) {
+    /// Wait until every shard works with the view as it is now, or for as long as a fence may take; whether they do.
+    pub(super) async fn tell_everywhere(&self) -> bool {
         let ack = self.adoptions.next.get();
         self.adoptions.next.set(ack + 1);
         if self.shards == 0 {
-            return;
+            return true;
         }
         let (all, awaited) = promise();
         self.adoptions.waiting.borrow_mut().insert(ack, (self.shards, all));
         self.publish_lifting(Vec::new(), Some(ack));
         let deadline = self.io.now().plus_secs(FENCE_SECONDS);
-        let _ = first_of(awaited, self.io.sleep_until(deadline)).await;
+        first_of(awaited, self.io.sleep_until(deadline)).await.is_ok()
     }
 
     fn publish_lifting(&self, lift: Vec<FenceId>, ack: Option<u64>) {
         if self.view_stale.replace(false) {
             let dense = self.pending.borrow().dense();
-            let view = View { map: self.map.borrow().clone(), mode: self.mode.get(), dense };
+            let (geometry, map, mode) = (self.geometry(), self.map.borrow().clone(), self.mode.get());
+            let view = View { geometry, map, mode, dense, written: self.flushes.written() };
             *self.view.borrow_mut() = Arc::new(view);
         }
         for shard in 0..self.shards {

@@ -10,6 +10,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::failure::Failure;
@@ -17,9 +18,9 @@ use super::{Core, Handed, OnLoss, Severity};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::{Outcome, Refusal};
 use crate::engine::task::{Permits, Promise, join_all, promise};
-use crate::engine::view::PrimaryState;
+use crate::engine::view::{PrimaryState, Regions, Written};
 use crate::units::SectorRange;
-use crate::volume::layout::{PAGE, Place};
+use crate::volume::layout::{LabelLayout, PAGE, Place};
 use crate::volume::sidecar::Poison;
 use crate::volume::superblock::Seat;
 
@@ -38,8 +39,10 @@ pub(super) struct Flushes {
     volume: Round,
     /// [`crate::engine::view::Progress::slot_writes`] as of the start of the spare's last good flush.
     flushed_slot_writes: Cell<u64>,
+    /// Where shards note what they wrote; while a volume grows, some may still do that in an earlier one.
+    written: RefCell<Vec<Arc<Written>>>,
     /// Regions taken by a volume flush under way.
-    taken: RefCell<Option<Vec<u64>>>,
+    taken: RefCell<Option<Regions>>,
     poison: RefCell<Poison>,
     /// Held while the note of a poison, or of its end, is written: one after the other.
     note: Permits,
@@ -63,17 +66,48 @@ pub struct PoisonReport {
 }
 
 impl Flushes {
-    pub(super) fn new(poison: Poison) -> Flushes {
+    pub(super) fn new(poison: Poison, capacity: u64) -> Flushes {
         Flushes {
             devices: Default::default(),
             turns: [Permits::new(1), Permits::new(1)],
             volume: Round::default(),
             flushed_slot_writes: Cell::new(0),
+            written: RefCell::new(vec![Arc::new(Written::new(capacity))]),
             taken: RefCell::default(),
             poison: RefCell::new(poison),
             note: Permits::new(1),
             persistent: Cell::new(true),
         }
+    }
+
+    /// Where to note what was written.
+    pub(super) fn written(&self) -> Arc<Written> {
+        self.written.borrow().last().expect("there is always one").clone()
+    }
+
+    /// The volume has grown to `capacity` sectors, which the shards hear of with the next publication.
+    pub(super) fn grow(&self, capacity: u64) {
+        self.written.borrow_mut().push(Arc::new(Written::new(capacity)));
+    }
+
+    /// Every shard has heard of it.
+    pub(super) fn grown(&self) {
+        self.gather();
+        let mut written = self.written.borrow_mut();
+        let earlier = written.len() - 1;
+        written.drain(..earlier);
+    }
+
+    fn gather(&self) {
+        let written = self.written();
+        let earlier = |other: &&Arc<Written>| !Arc::ptr_eq(other, &written);
+        self.written.borrow().iter().filter(earlier).for_each(|other| written.restore(&other.take()));
+    }
+
+    /// Take the regions written since the last good flush, leaving none.
+    fn take_written(&self) -> Regions {
+        self.gather();
+        self.written().take()
     }
 }
 
@@ -118,7 +152,7 @@ impl Core {
     }
 
     async fn flush_both(self: &Rc<Self>) -> Result<(), Failure> {
-        *self.flushes.taken.borrow_mut() = Some(self.progress.written.take());
+        *self.flushes.taken.borrow_mut() = Some(self.flushes.take_written());
         let mut devices = vec![DeviceIndex::PRIMARY];
         if self.spare_is_dirty() {
             devices.push(DeviceIndex::SPARE);
@@ -127,7 +161,7 @@ impl Core {
         let result: Result<(), Failure> = results.into_iter().collect();
         // On failure `poison` has already taken the bits; what is left belongs to a failure without poison.
         if let (Some(bits), Err(_)) = (self.flushes.taken.borrow_mut().take(), &result) {
-            self.progress.written.restore(&bits);
+            self.flushes.written().restore(&bits);
         }
         result
     }
@@ -256,18 +290,19 @@ impl Core {
     /// taken: write that down everywhere before anybody is told.
     async fn poison(self: &Rc<Self>, device: DeviceIndex, errno: Errno) {
         self.flushes.note.acquire().await;
-        self.tell_mode_everywhere().await;
+        self.tell_everywhere().await;
         if let Some(taken) = self.flushes.taken.borrow_mut().take() {
-            self.progress.written.restore(&taken);
+            self.flushes.written().restore(&taken);
         }
+        let Regions { shift, words } = self.flushes.take_written();
         let page = Poison {
             sequence: self.flushes.poison.borrow().sequence + 1,
             poisoned: true,
             device: device.0,
             errno: errno.0,
             time: self.wall_seconds(),
-            shift: self.progress.written.shift(),
-            regions: self.progress.written.take(),
+            shift,
+            regions: words,
         };
         let kept = self.write_poison(&page).await;
         *self.flushes.poison.borrow_mut() = page;
@@ -284,11 +319,22 @@ impl Core {
     async fn write_poison(self: &Rc<Self>, page: &Poison) -> usize {
         let pages = Place::ALL.map(|place| (self.layout.poison(place), page.encode(self.set, Seat::Spare(place))));
         let mut kept = self.flush_note(DeviceIndex::SPARE, &pages).await.unwrap_or(0);
-        if let Some(label) = self.label {
-            let pages = [(label.poison(), page.encode(self.set, Seat::Label))];
+        let labels = [self.label.get(), self.places.next_label.get()].into_iter().flatten();
+        let pages: Vec<_> = labels.map(|label| (label.poison(), page.encode(self.set, Seat::Label))).collect();
+        if !pages.is_empty() {
             kept += self.flush_note(DeviceIndex::PRIMARY, &pages).await.unwrap_or(0);
         }
         kept
+    }
+
+    /// Write to a label that may become the volume's what is noted; from then on it gets every note.
+    pub(super) async fn copy_note(&self, label: LabelLayout) -> Result<(), Errno> {
+        self.flushes.note.acquire().await;
+        let page = self.flushes.poison.borrow().encode(self.set, Seat::Label);
+        let copied = self.io.write(DeviceIndex::PRIMARY, label.poison(), &page).await;
+        self.places.next_label.set(copied.is_ok().then_some(label));
+        self.flushes.note.release();
+        copied
     }
 
     /// Write pages of a note, flush, and count those that were taken. The volume is poisoned: the flush vouches for
@@ -316,7 +362,7 @@ impl Core {
             ranges: poison
                 .ranges()
                 .into_iter()
-                .map(|(start, count)| (start, count.min(self.geometry.capacity.saturating_sub(start))))
+                .map(|(start, count)| (start, count.min(self.geometry().capacity.saturating_sub(start))))
                 .collect(),
         })
     }

@@ -2,19 +2,21 @@
 //! requests that shards hand to it.
 //!
 //! Each kind of work has its file: `fence` keeps shards away from blocks under repair, `flush` is the
-//! only one to flush, `commit` the only one to write table pages, `place` the other metadata,
+//! only one to flush, `commit` the only one to write table pages, `place` and `label` the other metadata,
 //! `breaker` tells a bad medium from a gone device, `read` and `write` are the two ladders,
-//! `operator` does what people ask for.
+//! `operator` does what people ask for, `resize` among it.
 
 mod breaker;
 mod commit;
 mod failure;
 mod fence;
 mod flush;
+mod label;
 mod operator;
 mod pending;
 mod place;
 mod read;
+mod resize;
 mod write;
 
 use std::cell::{Cell, RefCell};
@@ -44,6 +46,7 @@ use failure::Failure;
 pub use flush::PoisonReport;
 pub use operator::{HealerStatus, Order, OrderId, Reply};
 use read::Budget;
+pub use resize::NotResized;
 
 /// Repairs under way at a time, at most. Others wait in order; each holds at most [`CHUNK_SECTORS`] of
 /// data, so this bounds the healer's memory too.
@@ -113,6 +116,8 @@ pub(super) struct Opened {
     pub(super) layout: Layout,
     pub(super) label: Option<LabelLayout>,
     pub(super) superblock: Superblock,
+    /// Bytes that the primary has.
+    pub(super) primary_size: u64,
     pub(super) table: Table,
     pub(super) map: Map,
     pub(super) superseded: Vec<crate::units::Slot>,
@@ -122,6 +127,10 @@ pub(super) struct Opened {
     pub(super) read_only: bool,
     /// There is no spare, and what has moved is known from a label written then (seconds since the epoch).
     pub(super) stamped: Option<u64>,
+    /// The superblock's generation before this opening began a new one.
+    pub(super) found_generation: u64,
+    /// What the last close said of its guest's cache, where there was one.
+    pub(super) closed_write_through: Option<bool>,
     pub(super) tally: Tally,
     pub(super) events: Vec<Event>,
 }
@@ -133,6 +142,9 @@ impl Opened {
             geometry,
             layout,
             label: None,
+            found_generation: superblock.generation,
+            closed_write_through: superblock.closed_write_through(),
+            primary_size: superblock.primary_size,
             superblock,
             table,
             map,
@@ -151,9 +163,9 @@ impl Opened {
 /// State shared by the healer's tasks, all on one thread.
 pub(super) struct Core {
     pub(super) io: Rc<Io>,
-    geometry: Geometry,
+    geometry: Cell<Geometry>,
     layout: Layout,
-    label: Option<LabelLayout>,
+    label: Cell<Option<LabelLayout>>,
     set: Uuid,
     policy: Policy,
     /// Seconds since the epoch at time 0 of the clock.
@@ -225,18 +237,20 @@ pub struct HealerParams {
 
 impl Healer {
     pub(super) fn new(executor: Executor, io: Rc<Io>, opened: Opened, params: &HealerParams) -> Healer {
-        let Opened { geometry, layout, label, superblock, table, map, superseded, .. } = opened;
+        let Opened { geometry, layout, label, superblock, primary_size, table, map, superseded, .. } = opened;
         let mode = Mode {
             poisoned: opened.poison.poisoned,
             primary: PrimaryState::Up,
             spare_up: opened.stamped.is_none(),
             read_only: opened.read_only,
         };
-        let view = Arc::new(View { map: map.clone(), mode, dense: Arc::default() });
+        let flushes = flush::Flushes::new(opened.poison, geometry.capacity);
+        let written = flushes.written();
+        let view = Arc::new(View { geometry, map: map.clone(), mode, dense: Arc::default(), written });
         let core = Rc::new(Core {
-            geometry,
+            geometry: Cell::new(geometry),
             layout,
-            label,
+            label: Cell::new(label),
             set: superblock.set,
             policy: params.policy,
             epoch: params.epoch,
@@ -250,7 +264,7 @@ impl Healer {
             view_stale: Cell::new(false),
             fences: fence::Fences::default(),
             adoptions: fence::Adoptions::default(),
-            flushes: flush::Flushes::new(opened.poison),
+            flushes,
             commits: commit::Commits::default(),
             breaker: breaker::Breaker::default(),
             places: place::Places::new(opened.saved, opened.saved_sequence),
@@ -268,13 +282,14 @@ impl Healer {
             events: RefCell::new(opened.events),
             io,
         });
-        core.start(superseded);
+        core.start(superseded, primary_size);
+        core.tell_reserve();
         Healer { core, executor }
     }
 
-    /// The fixed facts, for the shards.
+    /// The volume's measures.
     pub fn geometry(&self) -> Geometry {
-        self.core.geometry
+        self.core.geometry()
     }
 
     /// The first view, for the shards.
@@ -338,6 +353,8 @@ impl Healer {
 
     fn turn(&mut self, out: &mut HealerOut) {
         self.executor.run();
+        // Before the answers that tell of it.
+        self.core.tell_reserve();
         self.core.io.take_ops(&mut out.ops);
         out.to_shards.append(&mut self.core.to_shards.borrow_mut());
         out.replies.append(&mut self.core.replies.borrow_mut());
@@ -345,9 +362,14 @@ impl Healer {
     }
 }
 
+/// Slots that no block can move to: in use, or retired.
+fn used_slots(table: &Table) -> u64 {
+    u64::from(table.max_remaps()) - table.available() as u64
+}
+
 impl Core {
     /// Background work of a freshly opened volume.
-    fn start(self: &Rc<Self>, superseded: Vec<crate::units::Slot>) {
+    fn start(self: &Rc<Self>, superseded: Vec<crate::units::Slot>, primary_size: u64) {
         if self.mode.get().read_only || self.policy.passthrough {
             return;
         }
@@ -356,6 +378,17 @@ impl Core {
         }
         let core = self.clone();
         self.spawn(async move { core.keep_sidecars_fresh().await });
+        let core = self.clone();
+        self.spawn(async move { core.finish_resize(primary_size).await });
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.geometry.get()
+    }
+
+    fn tell_reserve(&self) {
+        let used = used_slots(&self.table.borrow());
+        self.progress.reserve.set_used((used * 100).checked_div(u64::from(self.geometry().slots)));
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {

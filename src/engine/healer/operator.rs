@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use super::commit::Commit;
 use super::flush::PoisonReport;
-use super::{Core, Severity, Tally};
+use super::{Core, NotResized, Severity, Tally};
 use crate::device::DeviceIndex;
 use crate::engine::task::join_all;
 use crate::engine::view::{Mode, PrimaryState};
@@ -37,6 +37,15 @@ pub enum Order {
     Release(SectorRange),
     /// Save counters and the label's table.
     Save,
+    /// See that a primary of so many bytes can be extended: to be given before that is done for [`Order::Resize`].
+    PrepareResize(u64),
+    /// Grow the volume on a primary that has grown.
+    Resize {
+        /// Sectors that the guest is to see.
+        capacity: u64,
+        /// Bytes that the primary has.
+        primary_size: u64,
+    },
     /// Everything durable, before closing.
     Settle,
     /// The last write of a clean close.
@@ -48,6 +57,12 @@ pub enum Order {
 pub struct HealerStatus {
     /// What is allowed.
     pub mode: Mode,
+    /// Sectors the guest sees.
+    pub capacity: u64,
+    /// Bytes of the primary, as recorded.
+    pub primary_size: u64,
+    /// Why no order is taken now that changes something, if so.
+    pub refusal: Option<String>,
     /// A failed flush.
     pub poison: Option<PoisonReport>,
     /// Why the spare is down, if it is.
@@ -91,6 +106,8 @@ pub enum Reply {
     List(Vec<(Block, BlockState, u8)>),
     /// To [`Order::Settle`]: a checksum over sampled blocks.
     Settled(Result<u32, String>),
+    /// To [`Order::Resize`].
+    Resized(Result<String, NotResized>),
     /// To everything else.
     Done(Result<String, String>),
 }
@@ -120,6 +137,10 @@ impl Core {
                 Order::Remap(range) => Reply::Done(core.remap_blocks(range).await),
                 Order::Release(range) => Reply::Done(core.release_blocks(range).await),
                 Order::Save => Reply::Done(core.save().await),
+                Order::PrepareResize(size) => {
+                    Reply::Done(core.prepare_resize(size).await.map(|()| "prepared".to_owned()))
+                }
+                Order::Resize { capacity, primary_size } => Reply::Resized(core.resize(capacity, primary_size).await),
                 Order::Settle => Reply::Settled(core.settle().await.map_err(|failure| failure.cause)),
                 Order::Seal(stamp) => {
                     let sealed = core.seal(stamp).await;
@@ -133,7 +154,7 @@ impl Core {
 
     /// Once the volume is being closed no order begins, and none begins another block. It is not waited for those
     /// under way: what they wait for may be workers that have ended.
-    fn refuse_closing(&self) -> Result<(), String> {
+    pub(super) fn refuse_closing(&self) -> Result<(), String> {
         if self.closing.get() { Err("the volume is being closed".into()) } else { Ok(()) }
     }
 
@@ -154,6 +175,9 @@ impl Core {
         let places = self.live_places();
         HealerStatus {
             mode: self.mode.get(),
+            capacity: self.geometry().capacity,
+            primary_size: self.superblock.borrow().primary_size,
+            refusal: self.may_write().err(),
             poison: self.poison_report(),
             spare_down: self.spare_down_cause(),
             retired_places: crate::volume::layout::Place::ALL
@@ -209,8 +233,8 @@ impl Core {
     }
 
     fn blocks_of(&self, range: SectorRange) -> Result<BlockRange, String> {
-        if range.is_empty() || !self.geometry.contains(range) {
-            let last = self.geometry.capacity - 1;
+        if range.is_empty() || !self.geometry().contains(range) {
+            let last = self.geometry().capacity - 1;
             let count = range.count;
             return Err(format!(
                 "{count} sectors from {} are not all on the disk; its last sector is {last}",
@@ -220,7 +244,7 @@ impl Core {
         Ok(range.blocks())
     }
 
-    fn may_write(&self) -> Result<(), String> {
+    pub(super) fn may_write(&self) -> Result<(), String> {
         self.refuse_closing()?;
         let mode = self.mode.get();
         if mode.read_only {
@@ -293,8 +317,8 @@ impl Core {
                 "the block at sector {sector} has lost, pending or doubtful sectors: rewrite it first"
             ));
         }
-        let bytes = usize::try_from(self.geometry.sectors_of(block).bytes()).expect("at most a block");
-        let offset = self.geometry.slot_offset(slot);
+        let bytes = usize::try_from(self.geometry().sectors_of(block).bytes()).expect("at most a block");
+        let offset = self.geometry().slot_offset(slot);
         let (read, _) = self.io.read(DeviceIndex::SPARE, offset, bytes).await;
         let data = read.map_err(|errno| format!("spare, slot {slot}: {errno}"))?;
         let primary = |errno| format!("primary, sector {sector}: {errno}; the block stays on the spare");
@@ -310,7 +334,7 @@ impl Core {
         let commit = Commit { changes: vec![Change { slot, entry: Entry::FREE }], blocks: vec![(block, 0)] };
         self.commit(commit).await.map_err(|failure| failure.cause)?;
         self.update_map(block, |state| *state = BlockState::default());
-        let range = self.geometry.sectors_of(block);
+        let range = self.geometry().sectors_of(block);
         let (cause, action) = ("the operator's order", format!("moved back from slot {slot}"));
         self.event(Severity::Info, "released", Some(DeviceIndex::PRIMARY), range, cause, action);
         self.resume_held(super::failure::Hold::SpareFull);

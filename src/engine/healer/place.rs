@@ -1,5 +1,4 @@
-//! The metadata beside the table: superblocks, retired places, the spare's going and coming, saved
-//! counters and the label's stamped copy.
+//! The metadata beside the table: superblocks, retired places, the spare's going and coming, and saved counters.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -9,8 +8,7 @@ use super::{Core, Severity, Tally};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
 use crate::engine::open;
-use crate::engine::task::{Permits, join_all};
-use crate::engine::view::Geometry;
+use crate::engine::task::Permits;
 use crate::units::SectorRange;
 use crate::volume::layout::{Home, LabelLayout, PAGE, Place};
 use crate::volume::sidecar::SavedCounters;
@@ -28,11 +26,15 @@ pub(super) struct Places {
     base: Vec<u64>,
     saved_sequence: Cell<u64>,
     /// Commits when the label was last stamped.
-    stamped_commits: Cell<Option<u64>>,
-    /// Held while the label is written: one after the other.
-    label: Permits,
+    pub(super) stamped_commits: Cell<Option<u64>>,
+    /// Held while the label is written, or the capacity: one after the other.
+    pub(super) label: Permits,
+    /// Where the label lies by a superblock that was written and may not be durable: a poison is noted there too.
+    pub(super) next_label: Cell<Option<LabelLayout>>,
+    /// A resize is under way.
+    pub(super) resizing: Cell<bool>,
     /// Refreshes of the label that failed.
-    label_failures: Cell<u64>,
+    pub(super) label_failures: Cell<u64>,
     returning: Cell<bool>,
     /// Why the spare is down.
     down_cause: RefCell<String>,
@@ -51,6 +53,8 @@ impl Places {
             saved_sequence: Cell::new(saved_sequence),
             stamped_commits: Cell::new(None),
             label: Permits::new(1),
+            next_label: Cell::new(None),
+            resizing: Cell::new(false),
             label_failures: Cell::new(0),
             returning: Cell::new(false),
             down_cause: RefCell::default(),
@@ -336,91 +340,6 @@ impl Core {
         saved_somewhere
     }
 
-    /// Refresh the label: its superblock and its copy of the table, where commits came since the last
-    /// time. Off the path; a failure is only counted.
-    pub(super) async fn stamp_label(self: &Rc<Self>) {
-        let Some(label) = self.label else { return };
-        self.places.label.acquire().await;
-        self.stamp_in_turn(label).await;
-        self.places.label.release();
-    }
-
-    async fn stamp_in_turn(self: &Rc<Self>, label: LabelLayout) {
-        let commits = self.tally.borrow().commits;
-        // While the volume is poisoned nothing is flushed, and nothing moves either.
-        let impossible = self.refuse_gone(DeviceIndex::PRIMARY).is_err() || self.mode.get().poisoned;
-        if impossible || self.places.stamped_commits.get() == Some(commits) {
-            return;
-        }
-        match self.write_label(label).await {
-            Ok(()) => self.places.stamped_commits.set(Some(commits)),
-            Err(_) => self.places.label_failures.set(self.places.label_failures.get() + 1),
-        }
-    }
-
-    /// Write the label's copy of the table. While that is half done, which a power cut could leave so, both
-    /// superblocks of the label say that its list has no date, and nobody goes by it: a block whose entry moved
-    /// from one page to another might be on neither.
-    async fn write_label(self: &Rc<Self>, label: LabelLayout) -> Result<(), Failure> {
-        let primary = DeviceIndex::PRIMARY;
-        let stamp = self.wall_seconds();
-        let pages: Vec<_> = (0..label.table_pages)
-            .map(|number| {
-                let table = self.table.borrow();
-                let page = table.page_with(number, table.page(number).sequence, &[]);
-                (label.table(number), page.encode(self.set, number, PageSeat::Label))
-            })
-            .collect();
-        let superblocks = self.label_superblocks(label).await;
-        self.date_label(label, &superblocks, 0).await?;
-        self.flush(primary).await?;
-        let writes = pages.iter().map(|(offset, bytes)| self.io.write(primary, *offset, bytes));
-        let written: Result<(), Errno> = join_all(writes).await.into_iter().collect();
-        written.map_err(|errno| Failure::errno(primary, errno))?;
-        self.flush(primary).await?;
-        self.date_label(label, &superblocks, stamp).await
-    }
-
-    /// What belongs into the two superblocks of the label: this generation's, and in the other copy what it has,
-    /// or this generation's too where it cannot be read.
-    async fn label_superblocks(&self, label: LabelLayout) -> [(u8, Superblock); 2] {
-        let current = self.superblock.borrow().clone();
-        let copy = Superblock::copy_for(current.generation);
-        let other = self.io.read_page(DeviceIndex::PRIMARY, label.superblock(1 - copy)).await.ok();
-        let other = other.and_then(|page| Superblock::decode(&page, Seat::Label, 1 - copy).ok());
-        let other = other.filter(|other| other.set == self.set).unwrap_or_else(|| current.clone());
-        [(copy, current), (1 - copy, other)]
-    }
-
-    /// Write both superblocks of the label with the time at which its table was true, one after the other: a
-    /// power cut tears one of them at most. One that fails is done without, as long as it does not read as one
-    /// that gives the list a date which it has no more.
-    async fn date_label(
-        self: &Rc<Self>,
-        label: LabelLayout,
-        superblocks: &[(u8, Superblock); 2],
-        stamped: u64,
-    ) -> Result<(), Failure> {
-        let primary = DeviceIndex::PRIMARY;
-        let mut dated = Err(Errno(libc::EIO));
-        for (copy, superblock) in superblocks {
-            if dated.is_ok() {
-                self.flush(primary).await?;
-            }
-            let superblock = Superblock { stamped, ..superblock.clone() };
-            let written = self.io.write(primary, label.superblock(*copy), &superblock.encode(Seat::Label, *copy)).await;
-            if let Err(errno) = written
-                && stamped == 0
-                && let Ok(page) = self.io.read_page(primary, label.superblock(*copy)).await
-                && Superblock::decode(&page, Seat::Label, *copy).is_ok_and(|old| old.stamped != 0)
-            {
-                return Err(Failure::errno(primary, errno));
-            }
-            dated = dated.or(written);
-        }
-        dated.map_err(|errno| Failure::errno(primary, errno))
-    }
-
     /// Close the volume: everything durable, counters and label current. What is left to write is the
     /// stamp of the primary as it is then, by [`Core::seal`].
     pub(super) async fn settle(self: &Rc<Self>) -> Result<u32, Failure> {
@@ -437,9 +356,9 @@ impl Core {
         {
             self.event(Severity::Warn, "close", failure.device, none, failure.cause, "counters are not saved");
         }
-        self.places.stamped_commits.set(None);
+        self.label_is_old();
         self.stamp_label().await;
-        if self.label.is_some() {
+        if self.label.get().is_some() {
             self.flush(DeviceIndex::PRIMARY).await?;
         }
         Ok(self.sample_primary().await)
@@ -447,7 +366,9 @@ impl Core {
 
     /// A checksum over blocks spread over the primary; those that can be read are noted for the seal.
     pub(super) async fn sample_primary(&self) -> u32 {
-        let Geometry { capacity, logical_block, .. } = self.geometry;
+        // Of the capacity that who opens next goes by: a resize may have ended between the two.
+        let capacity = self.superblock.borrow().capacity;
+        let logical_block = self.geometry().logical_block;
         let (crc, readable) = open::sample(&self.io, capacity, logical_block, open::ALL_SAMPLES).await;
         self.places.sampled.set(readable);
         crc
@@ -458,18 +379,29 @@ impl Core {
         if self.mode.get().read_only {
             return Err(Failure::refused(Refusal::ReadOnly));
         }
+        let sampled = self.places.sampled.get();
+        self.change_superblock(|last| (last.clean, last.stamp, last.sampled) = (true, Some(stamp), sampled)).await
+    }
+
+    /// Make a superblock of the next generation durable, as `change` makes it.
+    pub(super) async fn change_superblock(self: &Rc<Self>, change: impl Fn(&mut Superblock)) -> Result<(), Failure> {
+        self.places.turn.acquire().await;
+        let changed = self.change_superblock_in_turn(change).await;
+        self.places.turn.release();
+        changed
+    }
+
+    async fn change_superblock_in_turn(self: &Rc<Self>, change: impl Fn(&mut Superblock)) -> Result<(), Failure> {
         // Of a spare that is down nobody knows what it holds.
         self.refuse_gone(DeviceIndex::SPARE)?;
-        self.places.turn.acquire().await;
-        let sampled = self.places.sampled.get();
-        let written = self.write_next_superblock(self.live_places(), |last| {
-            (last.clean, last.stamp, last.sampled) = (true, Some(stamp), sampled);
-        });
-        let written = match written.await {
-            Ok(last) => self.flush(DeviceIndex::SPARE).await.map(|()| self.use_superblock(last, "not taken")),
-            Err(failure) => Err(failure),
-        };
-        self.places.turn.release();
-        written
+        let next = self.write_next_superblock(self.live_places(), change).await?;
+        self.flush(DeviceIndex::SPARE).await?;
+        self.use_superblock(next, "not taken");
+        Ok(())
+    }
+
+    /// Whether a superblock was tried that may count at the next open, and is not the volume's.
+    pub(super) fn superblock_is_in_doubt(&self) -> bool {
+        self.places.tried.get() > self.superblock.borrow().generation
     }
 }

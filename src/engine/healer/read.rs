@@ -85,7 +85,7 @@ impl Core {
         failed_before: Option<Errno>,
         budget: &Budget,
     ) -> Result<Ladder, Failure> {
-        let unit = usize::try_from(self.geometry.logical_block).expect("512 or 4096");
+        let unit = usize::try_from(self.geometry().logical_block).expect("512 or 4096");
         let mut ladder =
             Ladder { data: AlignedBuf::zeroed(len), bad: Vec::new(), recovered: Vec::new(), errno: failed_before };
         let mut failing: Vec<(usize, usize)> = failed_before.map(|_| (0, len)).into_iter().collect();
@@ -167,7 +167,7 @@ impl Core {
         self.refuse_doubted(range, false)?;
         let map = self.map.borrow().clone();
         let mut unreadable: Option<Failure> = None;
-        for run in runs(&map, &self.geometry, range) {
+        for run in runs(&map, &self.geometry(), range) {
             self.refuse_gone(run.device)?;
             let failed = failed.filter(|failed| failed.device == run.device).map(|failed| failed.errno);
             let read = self.read_run(run, failed, budget).await?;
@@ -200,7 +200,7 @@ impl Core {
 
     /// Read a run of the guest's sectors, widened to logical blocks, and note what that proves.
     async fn read_run(self: &Rc<Self>, run: Run, failed: Option<Errno>, budget: &Budget) -> Result<ReadRun, Failure> {
-        let unit = u64::from(self.geometry.logical_block);
+        let unit = u64::from(self.geometry().logical_block);
         let start = run.offset / unit * unit;
         let end = (run.offset + run.range.bytes()).next_multiple_of(unit);
         let len = usize::try_from(end - start).expect("a chunk fits");
@@ -274,7 +274,7 @@ impl Core {
         if state.primary_stale || self.refuse_gone(DeviceIndex::PRIMARY).is_err() || budget.is_spent() {
             return Ok(None);
         }
-        let unit = u64::from(self.geometry.logical_block);
+        let unit = u64::from(self.geometry().logical_block);
         let start = sector.bytes() / unit * unit;
         let len = usize::try_from(unit).expect("512 or 4096");
         let ladder = self.read_ladder(DeviceIndex::PRIMARY, start, len, None, budget).await?;
@@ -297,7 +297,7 @@ impl Core {
             return Ok(());
         }
         let range = SectorRange { start: Sector(start / SECTOR_SIZE), count: data.len() as u64 / SECTOR_SIZE };
-        let offset = self.geometry.slot_offset(slot) + start - block.bytes();
+        let offset = self.geometry().slot_offset(slot) + start - block.bytes();
         let len = data.len();
         if range.mask_in(block) & !state.lost != 0 {
             // The slot's other sectors are newer than the primary's.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::commit::Commit;
 use super::failure::Failure;
 use super::read::{Budget, innermost, sectors_of_mask};
-use super::{Core, Severity};
+use super::{Core, Severity, used_slots};
 use crate::device::buffer::{AlignedBuf, Iovecs};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
@@ -120,7 +120,7 @@ impl Core {
     }
 
     fn widen(&self, range: SectorRange) -> SectorRange {
-        let unit = u64::from(self.geometry.logical_block) / SECTOR_SIZE;
+        let unit = u64::from(self.geometry().logical_block) / SECTOR_SIZE;
         let start = range.start.0 / unit * unit;
         SectorRange { start: Sector(start), count: range.end().0.next_multiple_of(unit) - start }
     }
@@ -342,7 +342,7 @@ impl Core {
         let flush_failures = self.spare_flush_failures();
         let writes = blocks.iter().map(|(block, slot)| {
             let part = range.within(*block);
-            let offset = self.geometry.slot_offset(*slot) + u64::from(part.start.within_block()) * SECTOR_SIZE;
+            let offset = self.geometry().slot_offset(*slot) + u64::from(part.start.within_block()) * SECTOR_SIZE;
             let (from, len) = (copied.offset(part.start), copied.bytes(part).len());
             async move { self.io.write_part(DeviceIndex::SPARE, offset, &copied.data, from, len).await.0 }
         });
@@ -369,7 +369,7 @@ impl Core {
             if !self.is_pending(*block) {
                 continue;
             }
-            let offset = self.geometry.slot_offset(*slot) + u64::from(part.start.within_block()) * SECTOR_SIZE;
+            let offset = self.geometry().slot_offset(*slot) + u64::from(part.start.within_block()) * SECTOR_SIZE;
             let expected = copied.bytes(part);
             match self.io.read(DeviceIndex::SPARE, offset, expected.len()).await.0 {
                 Ok(data) if *data == *expected => self.note_good(part),
@@ -403,7 +403,7 @@ impl Core {
     /// Read the sectors of a block that are not in `written`, from where it lives.
     pub(super) async fn rescue(self: &Rc<Self>, block: Block, written: u8) -> Result<Placement, Failure> {
         let state = self.map.borrow().get(block);
-        let exists = self.geometry.sectors_of(block);
+        let exists = self.geometry().sectors_of(block);
         let rest = sector_mask(0, exists.count) & !written;
         let mut placement = Placement {
             block,
@@ -419,11 +419,11 @@ impl Core {
         }
         let (device, base) = match state.slot {
             None => (DeviceIndex::PRIMARY, block.bytes()),
-            Some(slot) => (DeviceIndex::SPARE, self.geometry.slot_offset(slot)),
+            Some(slot) => (DeviceIndex::SPARE, self.geometry().slot_offset(slot)),
         };
         self.refuse_gone(device)?;
         let budget = Budget::of_read();
-        let unit = self.geometry.logical_block;
+        let unit = self.geometry().logical_block;
         for (first, last) in extents(wanted, unit) {
             let (from, to) = (first * 512, last * 512);
             let ladder = self.read_ladder(device, base + from as u64, to - from, None, &budget).await?;
@@ -518,14 +518,14 @@ impl Core {
         let mut todo: Vec<usize> = (0..placements.len()).collect();
         for _ in 0..SLOT_TRIES {
             let writes = todo.iter().map(|i| {
-                let offset = self.geometry.slot_offset(reserved[*i]);
+                let offset = self.geometry().slot_offset(reserved[*i]);
                 self.io.write(DeviceIndex::SPARE, offset, &placements[*i].image)
             });
             let results = join_all(writes).await;
             let mut again = Vec::new();
             for (i, result) in todo.into_iter().zip(results) {
                 let Err(errno) = result else { continue };
-                let range = self.geometry.sectors_of(placements[i].block);
+                let range = self.geometry().sectors_of(placements[i].block);
                 self.diagnose(DeviceIndex::SPARE, errno, false, range).await?;
                 let Some(next) = self.table.borrow_mut().reserve() else { return Err(self.exhausted()) };
                 let slot = std::mem::replace(&mut reserved[i], next);
@@ -550,7 +550,7 @@ impl Core {
     }
 
     fn exhausted(&self) -> Failure {
-        Failure::spare_full(self.geometry.slots)
+        Failure::spare_full(self.geometry().slots)
     }
 
     /// The commit is durable: from now on the block lives in its slot.
@@ -570,7 +570,7 @@ impl Core {
         tally.remaps += 1;
         tally.lost += u64::from(newly_lost.count_ones());
         drop(tally);
-        let range = self.geometry.sectors_of(block);
+        let range = self.geometry().sectors_of(block);
         let failed = if before.slot.is_some() { "its slot failed" } else { "the block failed again" };
         let (severity, cause) = placement.order.map_or((Severity::Warn, failed), |order| (Severity::Info, order));
         self.event(severity, "remapped", Some(DeviceIndex::PRIMARY), range, cause, format!("moved to slot {slot}"));
@@ -585,7 +585,7 @@ impl Core {
     /// be passed without being met.
     fn warn_of_exhaustion(&self) {
         let table = self.table.borrow();
-        let (all, used) = (u64::from(table.max_remaps()), u64::from(table.max_remaps()) - table.available() as u64);
+        let (all, used) = (u64::from(table.max_remaps()), used_slots(&table));
         let shares = [(90, Severity::Error), (80, Severity::Warn)];
         let reached = shares.into_iter().find(|(percent, _)| used * 100 >= all * percent);
         let before = self.told_used.replace(reached.map_or(0, |(percent, _)| percent));

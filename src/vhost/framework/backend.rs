@@ -17,6 +17,7 @@ use crate::sync::{Mutex, MutexGuard};
 use crate::vhost::QUEUE_SIZE_MAX;
 use crate::vhost::command::wait;
 use crate::vhost::device::BlkDevice;
+use crate::vhost::inflight::INFLIGHT_MIGRATION;
 use crate::vhost::protocol;
 use crate::vhost::worker::StopHow;
 
@@ -95,9 +96,11 @@ impl VhostUserBackend for BlkBackend {
         self.device.negotiated(features);
     }
 
-    /// What our own transport offers, but for INFLIGHT_SHMFD, of which the daemon wants to know nothing.
+    /// What our own transport offers, but for what the daemon wants to know nothing of, and the channel, on which the
+    /// crate has no words for a changed configuration.
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        protocol::FEATURES - VhostUserProtocolFeatures::INFLIGHT_SHMFD - VhostUserProtocolFeatures::LOG_SHMFD
+        let own = INFLIGHT_MIGRATION | VhostUserProtocolFeatures::LOG_SHMFD | VhostUserProtocolFeatures::DEVICE_STATE;
+        protocol::FEATURES - own - VhostUserProtocolFeatures::BACKEND_REQ
     }
 
     fn reset_device(&self) {
@@ -242,6 +245,13 @@ mod tests {
             set_up();
         }
         assert!(backend.handle_event(9, EventSet::IN, &[vring], 0).is_ok());
+    }
+
+    /// Its rings are those of `virtio-queue`.
+    #[test]
+    fn packed_rings_are_not_offered() {
+        let (backend, _threads) = backend(1, GuestMemoryAtomic::new(GuestMemoryMmap::new()));
+        assert_eq!(backend.features() & 1 << 34, 0);
     }
 
     #[test]

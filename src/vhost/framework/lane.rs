@@ -23,7 +23,7 @@ use crate::vhost::drive::{Drive, TOKEN_FREE};
 use crate::vhost::memory::{MemoryMap, RegionBits};
 use crate::vhost::queue::HeadSet;
 use crate::vhost::request::{Parsed, S_IOERR, S_OK, parse};
-use crate::vhost::ring::Descriptor;
+use crate::vhost::ring::{Descriptor, Head};
 use crate::vhost::status::WorkerStatus;
 use crate::vhost::tokens::{Taken, Tokens};
 use crate::vhost::worker::{POOL_MAX, StopHow};
@@ -121,7 +121,7 @@ impl Lane {
         let shard = &mut self.drive.shard;
         let queue = self.queues.entry(vring.number).or_insert_with(|| {
             shard.resume(vring.number);
-            let heads = HeadSet::new(crate::vhost::QUEUE_SIZE_MAX);
+            let heads = HeadSet::new(u32::from(crate::vhost::QUEUE_SIZE_MAX));
             Queue { vring, heads, look: false, broken: false, given_back: false, stops: Vec::new() }
         });
         queue.look = true;
@@ -136,7 +136,7 @@ impl Lane {
         queue.stops.push(reply);
         // Nothing remembers requests that were given up, so GET_VRING_BASE waits for them.
         match how {
-            StopHow::Drain => self.drive.shard.finish(number, &mut self.drive.out),
+            StopHow::Drain | StopHow::Suspend => self.drive.shard.finish(number, &mut self.drive.out),
             StopHow::Leave | StopHow::Discard => self.drive.shard.withdraw(number, &mut self.drive.out),
         }
     }
@@ -246,7 +246,7 @@ impl Lane {
             queue.give_back(vring, head, 0);
             return Ok(());
         };
-        match parse(&chain, &self.drive.disk, &mut self.pool) {
+        match parse(&chain, &self.drive.disk, &self.drive.shard.progress().reserve, &mut self.pool) {
             Parsed::Done { written } => {
                 status.write(S_OK);
                 queue.give_back(vring, head, written);
@@ -260,6 +260,7 @@ impl Lane {
             }
             Parsed::Submit { op, written } => {
                 let regions = RegionBits::default();
+                let head = Head::of_split(head);
                 let taken = Taken { queue: number, head, position: None, status, written, started: now, regions };
                 let token = self.tokens.insert(taken);
                 let request = Request { token, queue: number, write_through: self.settings.write_through(), op };
@@ -294,7 +295,7 @@ impl Lane {
         taken.status.write(value);
         let queue = self.queues.get_mut(&taken.queue).expect("a queue stops only after its last answer");
         let shared = queue.vring.clone();
-        queue.give_back(&mut shared.vring.get_mut(), taken.head, written);
+        queue.give_back(&mut shared.vring.get_mut(), taken.head.id, written);
         if let RequestOp::Read { mut data, .. } | RequestOp::Write { mut data, .. } = answer.request.op
             && self.pool.len() < POOL_MAX
         {

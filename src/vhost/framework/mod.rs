@@ -25,9 +25,9 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use self::backend::BlkBackend;
 use self::lane::{Lane, Order};
 use super::device::BlkDevice;
-use super::server::{is_passing, wait_for};
 use super::status::{ServerStatus, WorkerStatus};
 use super::thread::{WorkerThread, spawn_worker};
+use super::wait::{is_passing, wait_for};
 use crate::runtime::worker::WorkerPort;
 
 /// The vhost-user side of one volume, on rust-vmm's daemon.

@@ -1,5 +1,6 @@
 //! A guest with one queue and a worker of its own, and somebody who sleeps on an eventfd.
 
+use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -13,7 +14,9 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::mpsc::channel;
 use crate::vhost::device::{BlkDevice, Settings};
 use crate::vhost::memory::RegionBits;
+use crate::vhost::ring::RingFormat;
 use crate::vhost::status::WorkerStatus;
+use crate::vhost::testing::packed::PackedDriver;
 use crate::vhost::testing::{DATA, Guest, chain_from, readable, writable};
 use crate::vhost::thread::WorkerThread;
 use crate::vhost::worker::{Command, QueueKick, StartQueue, StopHow, spawn};
@@ -64,13 +67,33 @@ pub(super) struct Driver {
     interrupts: Sleeper,
     /// Touched where another thread may go on.
     point: AtomicBool,
+    packed: Option<Packed>,
+}
+
+/// The driver's half of a packed ring.
+struct Packed {
+    driver: PackedDriver,
+    event_idx: bool,
+    /// The place of what was offered last.
+    offered: Cell<u16>,
+    /// Requests that came back and were not yet asked for.
+    back: RefCell<Vec<u16>>,
 }
 
 impl Driver {
     pub(super) fn new() -> Driver {
         let (kick, call) = (event(), event());
         let interrupts = Sleeper::on(call.as_fd());
-        Driver { guest: Guest::new(16), kick, call, data: DATA, interrupts, point: AtomicBool::new(false) }
+        let point = AtomicBool::new(false);
+        Driver { guest: Guest::new(16), kick, call, data: DATA, interrupts, point, packed: None }
+    }
+
+    /// One whose ring is packed.
+    pub(super) fn packed(event_idx: bool) -> Driver {
+        let mut driver = Driver::new();
+        let (half, offered) = (driver.guest.packed(), Cell::new(0));
+        driver.packed = Some(Packed { driver: half, event_idx, offered, back: RefCell::default() });
+        driver
     }
 
     fn place(number: u16) -> u64 {
@@ -103,7 +126,12 @@ impl Driver {
             Io::Flush => {}
         }
         buffers.push(writable(at + 16, 1));
-        self.guest.offer(chain_from(&self.guest, 3 * number, &buffers));
+        let Some(packed) = &self.packed else {
+            return self.guest.offer(chain_from(&self.guest, 3 * number, &buffers));
+        };
+        packed.offered.set(packed.driver.avail_place());
+        let elements: Vec<_> = buffers.iter().map(|&(at, len, write)| (at, len, if write { 2 } else { 0 })).collect();
+        packed.driver.offer(number, &elements);
     }
 
     /// Another thread may go on here.
@@ -114,7 +142,11 @@ impl Driver {
     /// Tell the device, unless it does not want to be told (virtio 1.3 §2.7.10).
     pub(super) fn notify(&self) {
         self.pause();
-        if self.guest.used_flags() & 1 == 0 {
+        let wanted = match &self.packed {
+            None => self.guest.used_flags() & 1 == 0,
+            Some(packed) => packed.driver.wants_kick(packed.offered.get(), packed.event_idx),
+        };
+        if wanted {
             sync::signal(self.kick.as_fd());
         }
     }
@@ -131,13 +163,35 @@ impl Driver {
 
     /// Sleep until the device has given back so many chains in all.
     pub(super) fn await_used(&self, count: u16) {
+        if let Some(packed) = &self.packed {
+            return self.await_used_packed(packed, usize::from(count));
+        }
         while self.guest.used_idx() != count {
             self.interrupts.sleep();
         }
     }
 
+    /// As [`Driver::await_used`], counted since they were last taken.
+    fn await_used_packed(&self, packed: &Packed, count: usize) {
+        loop {
+            packed.back.borrow_mut().extend(std::iter::from_fn(|| packed.driver.take_used()).map(|(id, _)| id));
+            if packed.back.borrow().len() == count {
+                return;
+            }
+            packed.driver.want_interrupt(packed.event_idx);
+            self.pause();
+            // What came before the device could see that is there now (virtio 1.3 §2.8.22).
+            if packed.driver.shown_place() == packed.driver.used_place() {
+                self.interrupts.sleep();
+            }
+        }
+    }
+
     /// Numbers of the requests given back since the last call, in order.
     pub(super) fn take_used(&self) -> Vec<u16> {
+        if let Some(packed) = &self.packed {
+            return packed.back.take();
+        }
         std::iter::from_fn(|| self.guest.take_used()).map(|(head, _)| u16::try_from(head / 3).unwrap()).collect()
     }
 
@@ -167,8 +221,11 @@ impl Driver {
             index: 0,
             addresses: self.guest.addresses(),
             size: self.guest.size,
-            next_avail,
-            event_idx: false,
+            base: u32::from(next_avail),
+            format: RingFormat {
+                packed: self.packed.is_some(),
+                event_idx: self.packed.as_ref().is_some_and(|packed| packed.event_idx),
+            },
             inflight: None,
             kick: QueueKick::Fd(self.kick.try_clone().unwrap()),
             call: Some(self.call.try_clone().unwrap()),
@@ -191,7 +248,7 @@ pub(super) fn serve(index: usize, port: WorkerPort, settings: Arc<Settings>, dri
 pub(super) fn drain(worker: &WorkerThread<Command>) -> Option<u16> {
     let (reply, stopped) = channel();
     worker.commands.send(Command::Stop { queue: 0, how: StopHow::Drain, reply });
-    stopped.recv().ok()
+    stopped.recv().ok().map(|base| u16::try_from(base).unwrap())
 }
 
 /// A device whose driver can flush.

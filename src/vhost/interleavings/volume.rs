@@ -178,13 +178,14 @@ impl Volume {
             Surroundings { clock, log: log.clone(), shards: to_shards },
         )
         .unwrap();
-        let info = DiskInfo { capacity: CAPACITY, logical_block_size: 512, read_only: false, serial: [0; 20] };
+        let capacity = opened.progress.capacity.clone();
+        let info = DiskInfo { capacity, logical_block_size: 512, read_only: false, serial: [0; 20] };
         let disk = Arc::new(info);
         let port = |(index, inbox)| {
             let (disks, failure) = (disks.clone(), failure.clone());
             WorkerPort {
                 reactor: Box::new(move || Ok(Slow::queue(&disks, failure, false))),
-                shard: Shard::new(index, opened.geometry, opened.view.clone(), opened.progress.clone()),
+                shard: Shard::new(index, opened.view.clone(), opened.progress.clone()),
                 inbox,
                 healer: healer.shards.clone(),
                 clock,
@@ -201,7 +202,7 @@ impl Volume {
     pub(super) fn close(self) {
         let Reply::Settled(settled) = self.order(Order::Settle) else { panic!("another answer") };
         let [DeviceFacts { size, mtime_ns, .. }, _] = both();
-        self.done(Order::Seal(CloseStamp { size, mtime_ns, sample_crc: settled.unwrap() }));
+        self.done(Order::Seal(CloseStamp { size, mtime_ns, sample_crc: settled.unwrap(), write_through: false }));
     }
 
     /// Give an order, as an operator's thread does.

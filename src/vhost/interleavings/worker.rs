@@ -11,17 +11,16 @@ use super::guest::{Driver, Io, REQUESTS, UNTOUCHED, drain, event, negotiate, ser
 use super::{explore, last_owner};
 use crate::device::open::{DeviceSet, OpenDevice, OpenOptions, open_file};
 use crate::device::threads::ThreadReactor;
-use crate::runtime::mailbox::Outbox;
 use crate::runtime::worker::WorkerPort;
 use crate::sync::mpsc::channel;
 use crate::sync::thread;
+use crate::vhost::crew::Crew;
 use crate::vhost::device::BlkDevice;
 use crate::vhost::memory::RegionBits;
 use crate::vhost::protocol::Session;
-use crate::vhost::status::WorkerStatus;
 use crate::vhost::testing::{Bench, CAPACITY};
 use crate::vhost::thread::WorkerThread;
-use crate::vhost::worker::{Command, StopHow, spawn};
+use crate::vhost::worker::{Command, StopHow};
 
 /// What each sector of the disk is filled with.
 fn content(sector: u64) -> u8 {
@@ -88,8 +87,8 @@ fn a_drain_ends_and_nothing_is_taken_after_it() {
 }
 
 /// A front-end whose guest has two regions of memory, the rings in the first of them.
-fn connect(device: Arc<BlkDevice>, workers: Vec<Outbox<Command>>, driver: &Driver) -> Session {
-    let mut session = Session::new(device, workers, 1);
+fn connect(device: Arc<BlkDevice>, crew: Arc<Crew>, driver: &Driver) -> Session {
+    let mut session = Session::new(device, crew, 1);
     let len = driver.guest.first_region_end();
     let region = |start| VhostUserMemoryRegion::new(start, len, start, start);
     let files = [driver.guest.file.try_clone().unwrap(), driver.guest.file.try_clone().unwrap()];
@@ -112,8 +111,9 @@ fn memory_that_was_given_back_is_used_by_nobody() {
         let mut driver = Driver::new();
         let second = driver.guest.first_region_end();
         driver.data = second;
-        let worker = spawn(0, port, negotiate(&device), Arc::new(WorkerStatus::new())).unwrap();
-        let mut session = connect(device, vec![worker.commands.clone()], &driver);
+        negotiate(&device);
+        let crew = Arc::new(Crew::new(device.clone(), 1, vec![port], None).unwrap());
+        let mut session = connect(device, crew.clone(), &driver);
         let memory: Arc<File> = driver.guest.file.clone();
         let places: Vec<u64> = (0..REQUESTS).map(|number| driver.data_of(number)).collect();
         let asking = ask(driver);
@@ -128,7 +128,7 @@ fn memory_that_was_given_back_is_used_by_nobody() {
         }
         let base = { session.get_vring_base(0).unwrap().num };
         assert_eq!(base, u32::from(REQUESTS));
-        drop((session, worker));
+        drop((session, crew));
         assert_eq!(driver.take_used().len(), usize::from(REQUESTS));
     });
 }
@@ -138,8 +138,9 @@ fn no_request_is_lost_where_kick_and_memory_change_under_a_live_queue() {
     explore(300, || {
         let (device, port) = port();
         let mut driver = Driver::new();
-        let worker = spawn(0, port, negotiate(&device), Arc::new(WorkerStatus::new())).unwrap();
-        let mut session = connect(device, vec![worker.commands.clone()], &driver);
+        negotiate(&device);
+        let crew = Arc::new(Crew::new(device.clone(), 1, vec![port], None).unwrap());
+        let mut session = connect(device, crew.clone(), &driver);
         let second = driver.guest.first_region_end();
         let file = driver.guest.file.clone();
         for number in [0, 1] {
@@ -169,7 +170,7 @@ fn no_request_is_lost_where_kick_and_memory_change_under_a_live_queue() {
         assert_eq!(driver.take_used().len(), usize::from(REQUESTS), "each chain comes back once");
         (0..REQUESTS).for_each(|number| check(&driver, number));
         session.close();
-        assert_eq!(drain(&worker), None);
+        drop((session, crew));
     });
 }
 
@@ -204,7 +205,7 @@ fn a_queue_that_is_to_stop_or_disabled_takes_nothing_more() {
         worker.commands.send(Command::Stop { queue: 0, how: StopHow::Drain, reply });
         settle(&worker, &driver);
         offer(3);
-        let base = stopped.recv().unwrap();
+        let base = u16::try_from(stopped.recv().unwrap()).unwrap();
         assert!(base <= 3, "a request is taken after the order to stop");
         assert_eq!(used_idx(), base);
         (0..base).for_each(|number| check(&driver, number));
@@ -236,4 +237,30 @@ fn a_worker_that_is_told_to_end_lets_go_of_everything() {
         drop(used_idx);
         assert!(last_owner(&driver.guest.memory), "its memory is held");
     });
+}
+
+/// Neither side of a packed ring sleeps while the other has something for it, whoever asks to be told and how.
+fn check_packed(event_idx: bool) {
+    let (device, port) = port();
+    let driver = Driver::packed(event_idx);
+    let worker = serve(0, port, negotiate(&device), &driver);
+    let asking = ask(driver);
+    let driver = asking.join().unwrap();
+    driver.await_used(REQUESTS);
+    assert_eq!(driver.take_used().len(), usize::from(REQUESTS), "each chain comes back once");
+    (0..REQUESTS).for_each(|number| check(&driver, number));
+    // One at a time, over the end of the ring.
+    for number in [1, 2] {
+        driver.offer(number, Io::Read(number.into()));
+        driver.notify();
+        driver.await_used(1);
+        assert_eq!(driver.take_used(), [number]);
+    }
+    drop(worker);
+}
+
+#[test]
+fn no_request_of_a_packed_ring_is_lost_between_kick_and_sleep() {
+    explore(200, || check_packed(false));
+    explore(200, || check_packed(true));
 }

@@ -10,10 +10,11 @@ use vhost_remap::engine::healer::Order;
 use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::vhost::worker::StopHow;
 
-use super::guest::{AREAS, QUEUES, Ring, UNTOUCHED};
+use super::guest::{AREAS, QUEUES, UNTOUCHED, bytes_of};
+use super::packed::{START, plus};
 use super::program::Program;
 use super::volume::CAPACITY;
-use super::world::{Bad, World};
+use super::world::{Bad, Queue, World};
 
 /// Operations of one input.
 const OPS_MAX: usize = 200;
@@ -29,25 +30,32 @@ impl World {
     fn obey(&mut self, program: &mut Program<'_>) {
         match program.u8() % 16 {
             0 => {
-                let (ring, index) = (self.ring(program), program.u8());
+                let (queue, index) = (program.below(QUEUES), program.u8());
                 let words = (address(program), length(program), flags(program), program.u16() & 0x1ff);
-                self.write_descriptor(ring, u16::from(index) % ring.size, words);
+                let index = u16::from(index) % self.queues[queue].ring.size;
+                self.write_descriptor(queue, index, words);
             }
             1 | 2 => self.request(program),
             3 => {
                 let (at, len) = (address(program), program.below(17));
                 let bytes = program.bytes(len);
                 // The device keeps its own count of what is used, and asks for kicks where it likes.
-                let parts: Vec<_> = self.queues.iter().map(|queue| queue.ring.device_part()).collect();
+                // What it reads of a packed ring it reads but once.
+                let split = self.queues.iter().filter(|queue| !queue.packed);
+                let parts: Vec<_> = split.flat_map(|queue| queue.ring.device_parts(false)).collect();
                 self.confused |= self.guest.write(at, bytes, &parts);
             }
             4 => {
                 let (index, head) = (program.below(QUEUES), program.u16());
-                self.guest.publish(self.queues[index].ring, head);
+                self.publish(index, head);
             }
             5 => {
                 let (index, idx) = (program.below(QUEUES), program.u16());
-                self.guest.set_avail_index(self.queues[index].ring, idx);
+                let queue = &mut self.queues[index];
+                match queue.packed {
+                    true => queue.driver = (idx & 0x8000) | ((idx & 0x7fff) % queue.ring.size),
+                    false => self.guest.set_avail_index(queue.ring, idx),
+                }
             }
             6 | 7 => {
                 let how = program.u8();
@@ -71,7 +79,12 @@ impl World {
             }
             11 => {
                 let (index, how) = (program.below(QUEUES), program.u8());
-                let base = if how < 192 { self.queues[index].next_avail } else { program.u16() };
+                let queue = &self.queues[index];
+                let base = match how {
+                    0..192 => u32::from(queue.next_avail) | u32::from(queue.used) << 16,
+                    192..224 => u32::from(program.u16()) * 0x1_0001,
+                    _ => u32::from(program.u16()) | u32::from(queue.used) << 16,
+                };
                 self.start(index, base, how & 1 != 0);
             }
             12 => self.change_memory(program.below(3)),
@@ -99,41 +112,57 @@ impl World {
         }
     }
 
-    fn ring(&self, program: &mut Program<'_>) -> Ring {
-        self.queues[program.below(QUEUES)].ring
+    /// Address, length, flags and, unless the ring is packed, where the chain goes on; there it is the buffer id.
+    fn write_descriptor(&mut self, queue: usize, index: u16, words: (u64, u32, u16, u16)) {
+        let Queue { ring, packed, .. } = self.queues[queue];
+        self.guest.write_ring_descriptor(ring, index, in_order(words, packed));
     }
 
-    fn write_descriptor(&mut self, ring: Ring, index: u16, words: (u64, u32, u16, u16)) {
-        self.guest.write(ring.start + 16 * u64::from(index), &descriptor(words), &[]);
+    fn publish(&mut self, queue: usize, head: u16) {
+        let queue = &mut self.queues[queue];
+        match queue.packed {
+            true => self.guest.publish_packed(queue),
+            false => self.guest.publish(queue.ring, head),
+        }
     }
 
     /// A request as a driver makes it, or with one thing wrong; it is offered at once.
     fn request(&mut self, program: &mut Program<'_>) {
-        let ring = self.ring(program);
+        let queue = program.below(QUEUES);
         let chain = self.chain(program);
+        let ring = self.queues[queue].ring;
         let first = u16::from(program.u8()) % ring.size;
+        self.offer(queue, first, &chain);
+    }
+
+    fn offer(&mut self, queue: usize, first: u16, chain: &[(u64, u32, u16)]) {
+        if self.queues[queue].packed {
+            return self.guest.offer_packed(&mut self.queues[queue], first, chain);
+        }
+        let ring = self.queues[queue].ring;
         let count = u16::try_from(chain.len()).expect("a few");
         for (at, (addr, len, flags)) in (first..).zip(chain) {
             let index = at % ring.size;
-            let flags = if at + 1 < first + count { flags | NEXT } else { flags };
-            self.write_descriptor(ring, index, (addr, len, flags, (index + 1) % ring.size));
+            let flags = if at + 1 < first + count { flags | NEXT } else { *flags };
+            self.write_descriptor(queue, index, (*addr, *len, flags, (index + 1) % ring.size));
         }
         self.guest.publish(ring, first);
     }
 
     /// The same with its descriptors in a table of their own.
     fn request_by_table(&mut self, program: &mut Program<'_>) {
-        let ring = self.ring(program);
+        let queue = program.below(QUEUES);
         let chain = self.chain(program);
+        let Queue { ring, packed, .. } = self.queues[queue];
         let (table, first) = (0x8000 + 0x200 * u64::from(program.u8() % 16), u16::from(program.u8()) % ring.size);
         let count = u16::try_from(chain.len()).expect("a few");
         for (index, (addr, len, flags)) in (0..).zip(chain) {
             let flags = if index + 1 < count { flags | NEXT } else { flags };
-            self.guest.write(table + 16 * u64::from(index), &descriptor((addr, len, flags, index + 1)), &[]);
+            let words = in_order((addr, len, flags, index + 1), packed);
+            self.guest.write(table + 16 * u64::from(index), &bytes_of(words), &[]);
         }
         let len = if program.u8() < 224 { u32::from(count) * 16 } else { program.u32() };
-        self.write_descriptor(ring, first, (table, len, INDIRECT, 0));
-        self.guest.publish(ring, first);
+        self.offer(queue, first, &[(table, len, INDIRECT)]);
     }
 
     /// Header, data in one or two pieces, status, as (address, length, flags).
@@ -203,21 +232,19 @@ impl World {
         self.confused = false;
         self.start(0, 0, false);
         let program = [0, 0, 1, 0, 1, 0];
-        let ring = self.queues[0].ring;
         let chain = self.chain(&mut Program::new(&program));
-        for (index, (addr, len, flags)) in (0..).zip(&chain) {
-            let flags = if usize::from(index) + 1 < chain.len() { flags | NEXT } else { *flags };
-            self.write_descriptor(ring, index, (*addr, *len, flags, index + 1));
-        }
-        self.guest.publish(ring, 0);
+        self.offer(0, 0, &chain);
         self.settle();
-        assert_eq!(self.guest.used_index(ring), 1, "the next driver is served");
+        let Queue { ring, packed, used, .. } = self.queues[0];
+        let used = if packed { used } else { self.guest.used_index(ring) };
+        let expected = if packed { plus(START, 3, ring.size) } else { 1 };
+        assert_eq!(used, expected, "the next driver is served");
     }
 }
 
-fn descriptor((addr, len, flags, next): (u64, u32, u16, u16)) -> Vec<u8> {
-    let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48;
-    [addr.to_le_bytes(), rest.to_le_bytes()].concat()
+/// The words of a descriptor as they lie in memory.
+fn in_order((addr, len, flags, next): (u64, u32, u16, u16), packed: bool) -> (u64, u32, u16, u16) {
+    if packed { (addr, len, next, flags) } else { (addr, len, flags, next) }
 }
 
 /// Somewhere in memory, at an edge of it, or nowhere.

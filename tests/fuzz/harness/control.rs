@@ -45,7 +45,7 @@ const ROUTES: [&str; 16] = [
     "/v1/log-level",
     "/proc",
     "/",
-    "/v1",
+    "/v1/resize",
     "/v1/faults/",
     "*",
 ];
@@ -75,7 +75,7 @@ const BODIES: [&str; 12] = [
     r#"{"device":"primary","ops":["read"],"errno":"EIO"}"#,
     r#"{"device":"spare","ops":["write","flush"],"errno":"EIO","sectors":[[0,8],[100,1]],"count":1,"delay_ms":5}"#,
     "{}",
-    "[]",
+    r#"{"size":1048576}"#,
     "null",
     r#"{"start":1e300,"count":-1}"#,
     "{\"a\\nb\":1}",
@@ -122,7 +122,7 @@ impl Volume for Noting {
         }
     }
 
-    fn list(&self, _filter: ListFilter, from: u64, limit: usize) -> Vec<ListEntry> {
+    fn list(&self, _filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused> {
         let sectors = (0..6).map(|block| if block < 5 { block * 8 } else { u64::MAX - 7 });
         let entries = sectors.filter(|sector| *sector >= from).take(limit).map(|sector| ListEntry {
             sector,
@@ -133,7 +133,7 @@ impl Volume for Noting {
             pending: Vec::new(),
             primary_stale: true,
         });
-        entries.collect()
+        Ok(entries.collect())
     }
 
     fn events(&self, after: u64, limit: usize) -> EventPage {

@@ -40,16 +40,23 @@ impl Ring {
         Ring { start, size }
     }
 
-    /// What the device writes: flags, index, entries, and when to kick.
-    pub(crate) fn device_part(self) -> Range<usize> {
-        let start = to_usize(self.start + USED);
-        start..start + 6 + 8 * usize::from(self.size)
+    /// What the device writes: flags, index, entries, and when to kick; of a packed ring, descriptors and when to
+    /// kick.
+    pub(crate) fn device_parts(self, packed: bool) -> impl Iterator<Item = Range<usize>> {
+        let (start, size) = (to_usize(self.start + USED), usize::from(self.size));
+        let descriptors = to_usize(self.start);
+        let descriptors = packed.then_some(descriptors..descriptors + 16 * size);
+        let used = if packed { start..start + 4 } else { start..start + 6 + 8 * size };
+        descriptors.into_iter().chain([used])
     }
 }
 
 /// A chain that was offered, as it was when the device took it.
 pub(crate) struct Offered {
+    /// Its first descriptor, or its buffer id.
     pub(crate) head: u16,
+    /// Entries that it takes up in what the driver offers.
+    pub(crate) count: u16,
     /// What the device may write, in the file.
     pub(crate) writable: Vec<Range<usize>>,
     /// Bytes of all device-writable buffers, also of those that are nowhere.
@@ -76,6 +83,19 @@ impl Offered {
         let own = usize::from(std::ptr::eq(self, other));
         self.writable.iter().filter(|range| range.contains(&status)).count() > own
     }
+}
+
+/// Address, length and the two words after them.
+fn words_of(word: u128) -> (u64, u32, u16, u16) {
+    let half = |shift: u32| u16::try_from(word >> shift & 0xffff).expect("masked");
+    let addr = u64::try_from(word & u128::from(u64::MAX)).expect("masked");
+    (addr, u32::from(half(64)) | u32::from(half(80)) << 16, half(96), half(112))
+}
+
+/// The inverse of [`words_of`].
+pub(crate) fn bytes_of((addr, len, third, fourth): (u64, u32, u16, u16)) -> Vec<u8> {
+    let rest = u64::from(len) | u64::from(third) << 32 | u64::from(fourth) << 48;
+    [addr.to_le_bytes(), rest.to_le_bytes()].concat()
 }
 
 pub(crate) struct Guest {
@@ -234,23 +254,57 @@ impl Guest {
                 bytes[to_usize(within.start)..to_usize(within.end)].copy_from_slice(&self.copy[file]);
             }
         }
-        let word = u128::from_le_bytes(bytes);
-        let half = |shift: u32| u16::try_from(word >> shift & 0xffff).expect("masked");
-        let addr = u64::try_from(word & u128::from(u64::MAX)).expect("masked");
-        (found == 16).then(|| (addr, u32::from(half(64)) | u32::from(half(80)) << 16, half(96), half(112)))
+        (found == 16).then(|| words_of(u128::from_le_bytes(bytes)))
     }
 
-    /// Follow a chain as far as it makes sense (virtio 1.3 §2.7.5).
-    pub(crate) fn walk(&self, ring: Ring, head: u16) -> Offered {
-        let mut offered = Offered {
+    fn offered(&self, head: u16, count: u16) -> Offered {
+        Offered {
             head,
+            count,
             writable: Vec::new(),
             len: 0,
             status: None,
             regions: [true, false, false],
             before: self.changes,
             loose_table: false,
-        };
+        }
+    }
+
+    /// A descriptor of the ring as it lies there, its last two words in that order.
+    pub(crate) fn ring_descriptor(&self, ring: Ring, index: u16) -> (u64, u32, u16, u16) {
+        let at = to_usize(ring.start) + 16 * usize::from(index);
+        let word = u128::from_le_bytes(self.copy[at..at + 16].try_into().expect("sixteen bytes"));
+        words_of(word)
+    }
+
+    pub(crate) fn write_ring_descriptor(&mut self, ring: Ring, index: u16, words: (u64, u32, u16, u16)) {
+        self.write(ring.start + 16 * u64::from(index), &bytes_of(words), &[]);
+    }
+
+    /// A list of descriptors that was taken from a packed ring, as far as it makes sense (virtio 1.3 §2.8.6, §2.8.7).
+    pub(crate) fn walk_list(&self, list: &[(u64, u32, u16, u16)]) -> Offered {
+        let id = list.last().expect("chains have a descriptor").2;
+        let mut offered = self.offered(id, u16::try_from(list.len()).expect("within a ring"));
+        for &(addr, len, _, flags) in list {
+            if flags & 4 == 0 {
+                self.add(&mut offered, addr, u64::from(len), flags & 2 != 0);
+                continue;
+            }
+            if list.len() > 1 {
+                break;
+            }
+            offered.loose_table = addr < TABLES.start || addr.saturating_add(u64::from(len)) > TABLES.end;
+            for entry in 0..u64::from(len / 16) {
+                let Some((addr, len, _, flags)) = self.descriptor(addr.saturating_add(16 * entry)) else { break };
+                self.add(&mut offered, addr, u64::from(len), flags & 2 != 0);
+            }
+        }
+        offered
+    }
+
+    /// Follow a chain as far as it makes sense (virtio 1.3 §2.7.5).
+    pub(crate) fn walk(&self, ring: Ring, head: u16) -> Offered {
+        let mut offered = self.offered(head, 1);
         let (mut table, mut entries, mut index) = (ring.start, u64::from(ring.size), head);
         let (mut left, mut indirect) = (entries, false);
         while left > 0 && u64::from(index) < entries {

@@ -48,6 +48,8 @@ const UNTOUCHED: u8 = 0xee;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+/// What makes a descriptor of a packed ring available in the first lap.
+const AVAIL_IN_PACKED: u16 = 1 << 7;
 
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
@@ -72,6 +74,9 @@ const REM_MEM_REG: u32 = 38;
 
 /// The front-end wants to know what is written to memory (VHOST_F_LOG_ALL).
 const F_LOG_ALL: u64 = 1 << 26;
+
+/// Rings are packed.
+const F_PACKED: u64 = 1 << 34;
 
 /// The protocol knows 1 to 44 or so.
 const CODES_END: usize = 48;
@@ -134,7 +139,7 @@ impl Bench {
         let device = Arc::new(BlkDevice::new(ports[0].disk.clone(), 64));
         let server = Server::new(None, device.clone(), ports).expect("threads are left");
         let null = File::options().read(true).write(true).open("/dev/null").expect("there is one");
-        let inflight = InflightRegion::create(64, QUEUE_SIZE).expect("memory is left");
+        let inflight = InflightRegion::create(64, QUEUE_SIZE, true).expect("memory is left");
         let (memory, short) = (memfd(MEMORY), memfd(0x1000));
         let bench = Bench { server, device, shutdown: event(), memory, short, null, inflight, event: event() };
         // Threads open what they need when they begin.
@@ -142,7 +147,7 @@ impl Bench {
         bench
     }
 
-    /// Fresh memory in which `count` requests are offered on each of four queues.
+    /// Fresh memory in which `count` requests are offered on each of four queues, of which the last is a packed one.
     fn reset(&self, count: u8, kind: u32) {
         let write = |at: u64, bytes: &[u8]| self.memory.write_all_at(bytes, at).expect("it has the room");
         write(0, &vec![0; usize::try_from(MEMORY).expect("small")]);
@@ -157,7 +162,11 @@ impl Bench {
                 let data = if kind == 0 { WRITE } else { 0 };
                 let chain = [(0, 16, NEXT), (0x100, 512, NEXT | data), (0x10, 1, WRITE)];
                 for (at, (offset, len, flags)) in (request * 3..).zip(chain) {
-                    let words = [(area + offset).to_le_bytes(), descriptor_rest(len, flags, at + 1)].concat();
+                    let rest = match queue {
+                        3 => descriptor_rest(len, request, flags | AVAIL_IN_PACKED),
+                        _ => descriptor_rest(len, flags, at + 1),
+                    };
+                    let words = [(area + offset).to_le_bytes(), rest].concat();
                     write(ring + 16 * u64::from(at), &words);
                 }
                 write(ring + AVAIL + 4 + 2 * u64::from(request), &(request * 3).to_le_bytes());
@@ -173,8 +182,8 @@ impl Bench {
     }
 }
 
-fn descriptor_rest(len: u32, flags: u16, next: u16) -> [u8; 8] {
-    (u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48).to_le_bytes()
+fn descriptor_rest(len: u32, third: u16, fourth: u16) -> [u8; 8] {
+    (u64::from(len) | u64::from(third) << 32 | u64::from(fourth) << 48).to_le_bytes()
 }
 
 fn words(numbers: &[u64]) -> Vec<u8> {
@@ -209,14 +218,14 @@ impl Message {
 }
 
 /// What a well-behaved front-end says to set up a queue.
-fn set_up(bench: &Bench, queue: u32, enable: bool) -> Vec<Message> {
+fn set_up(bench: &Bench, queue: u32, enable: bool, more: u64) -> Vec<Message> {
     let (index, ring) = (u64::from(queue), USER + u64::from(queue % 4) * QUEUE_SPAN);
     let message = Message::new;
     vec![
         message(SET_OWNER, Vec::new(), &[]),
         message(GET_FEATURES, Vec::new(), &[]),
-        message(SET_PROTOCOL_FEATURES, words(&[0xb20b]), &[]),
-        message(SET_FEATURES, words(&[bench.device.offered_features() | F_LOG_ALL]), &[]),
+        message(SET_PROTOCOL_FEATURES, words(&[0x18_b22b]), &[]),
+        message(SET_FEATURES, words(&[bench.device.offered_features() | F_LOG_ALL | more]), &[]),
         message(ADD_MEM_REG, words(&[0, 0, MEMORY, USER, 0]), &[bench.memory.as_raw_fd()]),
         message(SET_VRING_NUM, halves(&[queue, u32::from(QUEUE_SIZE)]), &[]),
         message(SET_VRING_BASE, halves(&[queue, 0]), &[]),
@@ -303,7 +312,8 @@ fn read_messages(bench: &Bench, program: &mut Program<'_>) -> (Vec<Message>, boo
     while !program.is_done() && messages.len() < MESSAGES_MAX {
         let how = program.u8();
         if how & 7 == 0 {
-            messages.extend(set_up(bench, program.pick(&INDICES), how & 8 == 0));
+            let packed = if how & 0x10 == 0 { 0 } else { F_PACKED };
+            messages.extend(set_up(bench, program.pick(&INDICES), how & 8 == 0, packed));
             continue;
         }
         if how & 7 == 1 {
@@ -386,7 +396,7 @@ fn session(bench: &Bench, messages: &[Message], until: impl FnOnce() + Send) -> 
 fn honest_session(bench: &Bench) {
     bench.reset(1, 0);
     let _ = rustix::io::write(&bench.event, &1_u64.to_ne_bytes());
-    let answers = session(bench, &set_up(bench, 0, true), || {
+    let answers = session(bench, &set_up(bench, 0, true, 0), || {
         let deadline = Instant::now() + PATIENCE;
         while bench.used_index() == 0 {
             assert!(Instant::now() < deadline, "the next front-end's request is not served");

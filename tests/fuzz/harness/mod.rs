@@ -15,6 +15,7 @@ mod control;
 mod guest;
 mod messages;
 mod metadata;
+mod packed;
 mod program;
 mod volume;
 mod world;

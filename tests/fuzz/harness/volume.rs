@@ -85,7 +85,8 @@ pub(crate) fn open(disks: &MemoryDisks, policy: Policy, workers: usize) -> (Keep
     let (healer, facts) = opening.finish(&params).expect("the volume is good");
     let (to_healer, from_shards) = mailbox().expect("descriptors are left");
     device.watch(from_shards.as_raw_fd(), 0);
-    let disk = DiskInfo { capacity: CAPACITY, logical_block_size: 512, read_only: false, serial: facts.serial };
+    let capacity = healer.progress().capacity.clone();
+    let disk = DiskInfo { capacity, logical_block_size: 512, read_only: false, serial: facts.serial };
     let (disk, log) = (Arc::new(disk), Arc::new(EventLog::new("memory".into(), 0.0)));
     let clock = Clock::start();
     let mut to_shards = Vec::new();
@@ -95,7 +96,7 @@ pub(crate) fn open(disks: &MemoryDisks, policy: Policy, workers: usize) -> (Keep
         let disks = disks.clone();
         WorkerPort {
             reactor: Box::new(move || Ok(Box::new(disks.queue()))),
-            shard: Shard::new(index, healer.geometry(), healer.view(), healer.progress()),
+            shard: Shard::new(index, healer.view(), healer.progress()),
             inbox,
             healer: to_healer.clone(),
             clock,

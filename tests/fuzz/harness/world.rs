@@ -10,10 +10,12 @@ use vhost_remap::engine::healer::{OnLoss, Policy};
 use vhost_remap::units::{Sector, Time};
 use vhost_remap::vhost::device::BlkDevice;
 use vhost_remap::vhost::memory::{MemoryMap, RegionBits};
+use vhost_remap::vhost::ring::RingFormat;
 use vhost_remap::vhost::status::WorkerStatus;
 use vhost_remap::vhost::worker::{DataPlane, QueueKick, StartQueue, StopHow};
 
 use super::guest::{Guest, Offered, QUEUES, RING_SPAN, Ring};
+use super::packed;
 use super::volume::{self, Keeper};
 
 /// Turns until everything has ended: the healer's longest timers end within a few dozen.
@@ -24,14 +26,17 @@ const TURNS_MAX: usize = 20_000;
 pub(super) struct Queue {
     pub(super) ring: Ring,
     pub(super) started: bool,
-    /// Its next avail entry comes when it has stopped.
-    pub(super) stopping: Option<(StopHow, Receiver<u16>)>,
+    /// Where it goes on comes when it has stopped.
+    pub(super) stopping: Option<(StopHow, Receiver<u32>)>,
     /// The driver broke its ring.
     pub(super) broken: bool,
-    /// The next avail entry the device takes.
+    pub(super) packed: bool,
+    /// The next avail entry the device takes, or the place of the next chain.
     pub(super) next_avail: u16,
-    /// Used entries seen.
+    /// Used entries seen, or the place of the next one.
     pub(super) used: u16,
+    /// The place where the driver writes its next chain into a packed ring.
+    pub(super) driver: u16,
     /// Taken and not given back.
     pub(super) out: Vec<Offered>,
 }
@@ -99,7 +104,7 @@ impl World {
         world.use_memory(RegionBits::default());
         for (index, size) in [8, [4, 16, 64, 256][usize::from(first >> 6)]].into_iter().enumerate() {
             let ring = Ring::at(u64::try_from(index).expect("small") * RING_SPAN, size);
-            world.queues[index].ring = ring;
+            (world.queues[index].ring, world.queues[index].packed) = (ring, first & 0x10 != 0);
             world.start(index, 0, first & 4 != 0);
         }
         world
@@ -111,7 +116,7 @@ impl World {
         ended
     }
 
-    pub(super) fn start(&mut self, index: usize, next_avail: u16, event_idx: bool) {
+    pub(super) fn start(&mut self, index: usize, base: u32, event_idx: bool) {
         let queue = &mut self.queues[index];
         if queue.started {
             return;
@@ -119,14 +124,21 @@ impl World {
         // A ring that is not in memory is refused; this one is when its region is there.
         queue.started = self.guest.has_rings();
         queue.broken = false;
-        queue.next_avail = next_avail;
-        queue.used = self.guest.used_index(queue.ring);
+        if queue.packed {
+            let places = self.guest.packed_base(queue.ring, base);
+            queue.started &= places.is_some();
+            (queue.next_avail, queue.used) = places.unwrap_or((packed::START, packed::START));
+            queue.driver = queue.next_avail;
+        } else {
+            queue.next_avail = u16::try_from(base & 0xffff).expect("masked");
+            queue.used = self.guest.used_index(queue.ring);
+        }
         self.plane.start(StartQueue {
             index: u16::try_from(index).expect("two"),
             addresses: self.guest.addresses(queue.ring),
             size: queue.ring.size,
-            next_avail,
-            event_idx,
+            base,
+            format: RingFormat { packed: queue.packed, event_idx },
             inflight: None,
             kick: QueueKick::Caller,
             call: None,
@@ -149,6 +161,10 @@ impl World {
         let mapped = self.guest.has_rings();
         for queue in self.queues.iter_mut() {
             if !queue.started || queue.broken || queue.stopping.is_some() || !mapped {
+                continue;
+            }
+            if queue.packed {
+                self.confused |= self.guest.take_packed(queue);
                 continue;
             }
             let count = self.guest.avail_index(queue.ring).wrapping_sub(queue.next_avail);
@@ -186,9 +202,10 @@ impl World {
 
     /// What the device did to guest memory since the last look.
     fn see(&mut self) {
-        let rings: Vec<_> = self.queues.iter().filter(|queue| queue.started).map(|queue| queue.ring).collect();
+        let started = self.queues.iter().filter(|queue| queue.started);
+        let rings: Vec<_> = started.flat_map(|queue| queue.ring.device_parts(queue.packed)).collect();
         let writable = self.queues.iter().flat_map(|queue| &queue.out).flat_map(|offered| offered.writable.clone());
-        let writable: Vec<_> = writable.chain(rings.iter().map(|ring| ring.device_part())).collect();
+        let writable: Vec<_> = writable.chain(rings).collect();
         let stray = self.guest.look(&writable);
         assert!(self.confused || stray.is_none(), "the device wrote to {:#x}", stray.unwrap_or(0));
         let mut back = Vec::new();
@@ -331,6 +348,13 @@ fn see_used(guest: &Guest, queue: &mut Queue, confused: bool, back: &mut Vec<(Of
         queue.out.clear();
         return;
     }
+    if queue.packed {
+        while let Some((offered, len)) = guest.see_used_packed(queue) {
+            assert!(u64::from(len) <= offered.len, "{len} bytes written to {}", offered.len);
+            back.push((offered, len));
+        }
+        return;
+    }
     let count = guest.used_index(queue.ring).wrapping_sub(queue.used);
     assert!(usize::from(count) <= queue.out.len(), "{count} chains given back, of {}", queue.out.len());
     for _ in 0..count {
@@ -347,11 +371,20 @@ fn see_used(guest: &Guest, queue: &mut Queue, confused: bool, back: &mut Vec<(Of
 fn see_stop(queue: &mut Queue, confused: bool) {
     let Some((how, stopped)) = &queue.stopping else { return };
     let Ok(base) = stopped.try_recv() else { return };
-    let back = queue.next_avail.wrapping_sub(base);
-    let rewound = if *how == StopHow::Drain { queue.out.len() } else { 0 };
-    assert!(confused || usize::from(back) == rewound, "the ring went back by {back} for {} chains", queue.out.len());
+    let next = u16::try_from(base & 0xffff).expect("masked");
+    let back = match queue.packed {
+        true => packed::since(queue.next_avail, next, queue.ring.size),
+        false => queue.next_avail.wrapping_sub(next),
+    };
+    let rewound = if *how == StopHow::Drain { queue.out.iter().map(|offered| offered.count).sum() } else { 0 };
+    assert!(confused || back == rewound, "the ring went back by {back} for {} chains", queue.out.len());
+    if queue.packed {
+        let used = u16::try_from(base >> 16).expect("sixteen bits are left");
+        assert!(confused || used == queue.used, "the next used place is {:#x}, not {used:#x}", queue.used);
+        queue.used = used;
+    }
     queue.out.clear();
-    queue.next_avail = base;
+    queue.next_avail = next;
     queue.started = false;
     queue.stopping = None;
 }

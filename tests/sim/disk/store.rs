@@ -78,6 +78,11 @@ impl Cache {
         Cache { places: vec![0; sectors], list: Vec::new() }
     }
 
+    /// Of so many sectors; those that go are at rest.
+    pub(super) fn resize(&mut self, sectors: usize) {
+        self.places.resize(sectors, 0);
+    }
+
     pub(super) fn len(&self) -> usize {
         self.list.len()
     }

@@ -106,3 +106,12 @@ pub(super) fn order(world: &mut World, order: Order) {
     world.order(order);
     world.settle_down();
 }
+
+/// Have the disk grow by so many blocks, and write where it has grown, if it has.
+pub(super) fn grow_and_use(world: &mut World, count: u64) {
+    world.resize(count);
+    world.settle_down();
+    world.ask_beyond(true, 0, 16, 0);
+    world.settle_down();
+    flush(world);
+}

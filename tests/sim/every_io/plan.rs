@@ -11,7 +11,7 @@ use crate::disk::{Disk, Effect};
 use crate::guest::Value;
 use crate::model::{Crash, Model, Tick};
 use crate::rng::Rng;
-use crate::world::{Owner, World, sectors, trace};
+use crate::world::{Growth, Owner, World, sectors, trace};
 
 /// What fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +114,8 @@ pub(crate) struct Snapshot {
     disks: [Disk; 2],
     model: Model,
     next_value: Value,
+    capacity: u64,
+    growth: Growth,
     /// A place was retired.
     pub(crate) retired: bool,
     /// A failed flush was noted durably.
@@ -161,6 +163,8 @@ impl Snapshot {
             disks,
             model: world.model.clone(),
             next_value: world.next_value,
+            capacity: world.config.capacity,
+            growth: world.growth.clone(),
             retired: world.retired,
             poisoned: world.poison_is_noted(),
             under_way,
@@ -185,7 +189,9 @@ impl Snapshot {
 
     /// A world in which only the image is left, not opened.
     pub(crate) fn world(&self, image: Option<&Image>, config: &Config, verbose: bool) -> World {
-        let mut world = World::on(self.disks.clone(), config.clone(), Rng::new(1), verbose);
+        let config = Config { capacity: self.capacity, ..config.clone() };
+        let mut world = World::on(self.disks.clone(), config, Rng::new(1), verbose);
+        world.growth.clone_from(&self.growth);
         (world.model, world.next_value, world.retired) = (self.model.clone(), self.next_value, self.retired);
         world.plan = Some(Plan { poisoned: self.poisoned, ..Plan::default() });
         world.disks.iter_mut().for_each(|disk| disk.effect = Some(Effect::Half));

@@ -5,7 +5,7 @@ use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::volume::layout::{Home, Place};
 
 use super::acts::{
-    ask_write, bad_blocks, bad_slots, bad_table, blocks, flush, layout, make, make_crowded, mark, open,
+    ask_write, bad_blocks, bad_slots, bad_table, blocks, flush, grow_and_use, layout, make, make_crowded, mark, open,
     open_with_bad_blocks, open_with_remaps, order, read, try_open, write,
 };
 use crate::config::Config;
@@ -53,7 +53,7 @@ const PLAIN: Scenario = Scenario {
 /// The first 60 slots are taken: what is committed from then on takes two sectors of its page.
 const CROWDED: Scenario = Scenario { blocks: 64, slots: 72, prepare: make_crowded, ..PLAIN };
 
-pub(crate) const TABLE: [Scenario; 31] = [
+pub(crate) const TABLE: [Scenario; 34] = [
     Scenario {
         name: "first remap",
         begin: |world| open_with_bad_blocks(world, 2, 1),
@@ -482,6 +482,33 @@ pub(crate) const TABLE: [Scenario; 31] = [
             flush(world);
             world.disks[1].failing_ns = 0;
             read(world, blocks(2, 3));
+        },
+        ..PLAIN
+    },
+    // Into where its label is.
+    Scenario {
+        name: "resize",
+        begin: |world| open_with_remaps(world, 2, 1),
+        act: |world| grow_and_use(world, 4),
+        ..PLAIN
+    },
+    Scenario {
+        name: "resize without a label",
+        labelled: false,
+        begin: |world| open_with_remaps(world, 2, 1),
+        act: |world| grow_and_use(world, 4),
+        ..PLAIN
+    },
+    // What the first attempt has left must not come to light with the second.
+    Scenario {
+        name: "resize after resize",
+        begin: |world| open_with_remaps(world, 2, 1),
+        act: |world| {
+            world.resize(1);
+            world.settle_down();
+            if world.engine.is_some() {
+                grow_and_use(world, 3);
+            }
         },
         ..PLAIN
     },

@@ -18,6 +18,8 @@ impl World {
             Order::Clear => Ordered::Clear(self.status().poison),
             Order::Remap(_) | Order::Release(_) => Ordered::Move,
             Order::Save => Ordered::Save,
+            Order::PrepareResize(_) => Ordered::PrepareResize,
+            Order::Resize { capacity, .. } => Ordered::Resize(*capacity),
             Order::Settle | Order::Seal(_) => Ordered::Close,
             Order::Status | Order::List { .. } => unreachable!("these are answered at once"),
         };
@@ -62,6 +64,7 @@ impl World {
                     self.model.distrust(known.as_ref().map(|report| &report.ranges[..]));
                 }
             }
+            (Ordered::Resize(capacity), Reply::Resized(result)) => self.resized(capacity, result),
             (_, Reply::Settled(settled)) => self.settled = Some(settled),
             (_, Reply::Done(done)) => self.done = Some(done),
             _ => {}
@@ -83,7 +86,7 @@ impl World {
         let mut states = [
             (State::Committing, flights().any(|flight| self.is_metadata_write(&flight.op))),
             (State::Flushing, flights().any(|flight| flight.op.kind == OpKind::Flush)),
-            (State::Moving, ordered(|order| matches!(order, Ordered::Move))),
+            (State::Moving, ordered(|order| matches!(order, Ordered::Move | Ordered::Resize(..)))),
             (State::Closing, ordered(|order| matches!(order, Ordered::Close))),
             (State::Stopping, !self.stopping.is_empty()),
             (State::Poisoned, mode.poisoned),
