@@ -13,7 +13,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Files with `unsafe` in their code, and why they need it. Tests make the same promises as the code they test.
-const UNSAFE: [(&str, &str); 31] = [
+const UNSAFE: [(&str, &str); 33] = [
     ("src/device/buffer.rs", "aligned allocations, and copies out of and into memory that others change"),
     ("src/device/buffer/tests.rs", "does with buffers what devices do"),
     ("src/device/fault.rs", "passes on the promise of `Device::submit`, and writes around bad sectors"),
@@ -37,8 +37,10 @@ const UNSAFE: [(&str, &str); 31] = [
     ("src/vhost/interleavings/volume.rs", "submits operations"),
     ("src/vhost/memory.rs", "maps guest memory"),
     ("src/vhost/ring.rs", "atomic accesses to rings in guest memory"),
+    ("tests/bench/machine.rs", "asks for the processor time of another process"),
     ("tests/conformance.rs", "submits operations"),
     ("tests/fuzz/harness/volume.rs", "submits operations"),
+    ("tests/instructions.rs", "is a device"),
     ("tests/metadata/rig.rs", "submits operations"),
     ("tests/process/guest.rs", "hands guest memory to the driver"),
     ("tests/process/seccomp.rs", "lets the kernel refuse a system call"),
