@@ -217,7 +217,7 @@ fn what_an_attempt_has_left_does_not_come_to_light_with_the_next_one() {
 #[test]
 fn what_the_guest_wrote_where_the_label_was_outlives_the_last_superblock() {
     let base = base(SMALL);
-    for lost in [None, Some(0), Some(1)] {
+    for (lost, label_too) in [(None, false), (Some(0), false), (Some(1), false), (Some(0), true), (Some(1), true)] {
         for closed in [false, true] {
             let mut rig = base.fork();
             let mut engine = rig.open().unwrap();
@@ -232,9 +232,11 @@ fn what_the_guest_wrote_where_the_label_was_outlives_the_last_superblock() {
             }
             drop(engine);
             rig.crash(|_, _| Keep::Drop);
-            let superblocks = seats(&rig.shape)
-                .into_iter()
-                .filter(|seat| seat.at != At::Label && lost.is_some_and(|copy| seat.kind == Kind::Superblock(copy)));
+            let superblocks = seats(&rig.shape).into_iter().filter(|seat| match seat.kind {
+                Kind::Superblock(_) if seat.at == At::Label => label_too,
+                Kind::Superblock(copy) => lost == Some(copy),
+                _ => false,
+            });
             superblocks.for_each(|seat| seat.write(&rig, &[0xa5; 4096]));
             for _ in 0..2 {
                 let mut engine = rig.open().unwrap();

@@ -9,6 +9,7 @@ use vhost_remap::volume::layout::Place;
 use vhost_remap::volume::superblock::CloseStamp;
 
 use crate::commits::{MOVED, SMALL, old};
+use crate::crash::at_every_operation;
 use crate::resize::{GROWN, Progress, base, check_old_data, check_resized, extend, resize, shapes};
 use crate::rig::{BLOCK, Bad, MTIME, PRIMARY, Reads, Rig, SPARE, Shape, pattern};
 
@@ -63,6 +64,38 @@ fn a_resize_that_the_spare_does_not_take_leaves_a_disk_that_opens() {
         println!("labelled {}: {outcomes:?} grown, not grown, not grown and as before", before.labelled);
         assert!(outcomes[0] > 0 && outcomes[1] > 0);
     }
+}
+
+/// F2, O1: the spare has said that its superblock did not land, and it did. The next attempt takes back what it says
+/// before it clears the place of its label.
+#[test]
+fn an_attempt_that_may_count_is_overtaken_before_its_label_goes() {
+    let base = base(SMALL);
+    let mut checked = 0;
+    let attempts = |rig: &mut Rig, has_failed: &mut bool| {
+        let mut engine = rig.try_open(rig.open_params())?.expect("opens");
+        engine.pass(rig, 0)?;
+        extend(rig, GROWN);
+        let so_far = rig.performed.iter().filter(|op| op.device == SPARE).count() as u64;
+        (rig.fails, rig.torn) = (Some((so_far, u64::MAX)), Some(1));
+        let failed = resize(&mut engine, rig, &GROWN)?.expect_err("the spare takes nothing");
+        assert!(!failed.is_as_before);
+        (rig.fails, rig.torn) = (None, None);
+        *has_failed = true;
+        match engine.order(rig, Order::PrepareResize(GROWN.sizes()[0]))? {
+            Reply::Done(Ok(_)) => Ok(()),
+            reply => panic!("{reply:?}"),
+        }
+    };
+    at_every_operation(&base, attempts, |mut after, has_failed| {
+        if !has_failed {
+            return;
+        }
+        checked += 1;
+        after.shape = GROWN;
+        check_resized(after, &[SMALL, GROWN], Progress { extended: true, ..Progress::default() }, &mut [0; 3]);
+    });
+    assert!(checked > 10);
 }
 
 /// A page of the primary that takes no writes.

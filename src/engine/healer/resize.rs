@@ -215,14 +215,16 @@ impl Core {
 
     /// Finish what earlier attempts began, as far as labels are concerned. The primary has `size` bytes.
     async fn settle_resize(self: &Rc<Self>, size: u64) -> Result<(), String> {
-        self.zero_old_labels(size).await?;
-        let has_old_labels = self.superblock.borrow().old_labels().next().is_some();
-        if has_old_labels || self.superblock_is_in_doubt() {
-            let keep = |next: &mut Superblock| next.grow(next.capacity, next.primary_size);
-            self.change_superblock(keep).await.map_err(cause)?;
+        if self.superblock_is_in_doubt() {
+            // It may say that the label lies where zeros are written next.
+            self.change_superblock(|_| ()).await.map_err(cause)?;
         }
         self.places.next_label.set(None);
-        Ok(())
+        self.zero_old_labels(size).await?;
+        if self.superblock.borrow().old_labels().next().is_none() {
+            return Ok(());
+        }
+        self.change_superblock(|next| next.grow(next.capacity, next.primary_size)).await.map_err(cause)
     }
 
     /// Do it for a volume that was just opened, on a primary of `size` bytes. Where that fails the next one tries
