@@ -17,7 +17,7 @@ use crate::sync::thread;
 use crate::vhost::crew::Crew;
 use crate::vhost::device::BlkDevice;
 use crate::vhost::memory::RegionBits;
-use crate::vhost::protocol::Session;
+use crate::vhost::session::Session;
 use crate::vhost::testing::{Bench, CAPACITY};
 use crate::vhost::thread::WorkerThread;
 use crate::vhost::worker::{Command, StopHow};
