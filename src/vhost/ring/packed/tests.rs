@@ -1,5 +1,3 @@
-use std::os::unix::fs::FileExt;
-
 use super::*;
 use crate::vhost::testing::packed::PackedDriver;
 use crate::vhost::testing::{DATA, Guest};
@@ -222,9 +220,12 @@ fn a_ring_goes_on_at_its_base() {
     }
 }
 
+/// Not under an interpreter, which maps no files.
+#[cfg(not(miri))]
 #[test]
-#[cfg_attr(miri, ignore = "an interpreter maps no files")]
 fn what_is_written_to_a_ring_is_in_the_dirty_log() {
+    use std::os::unix::fs::FileExt;
+
     const PAGES: u16 = 2;
     let mut bench = Bench::new(PAGES * 256, false);
     let file = tempfile::tempfile().unwrap();
