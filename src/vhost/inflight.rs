@@ -1,7 +1,7 @@
 //! The in-flight region (vhost-user protocol, "Inflight I/O tracking"): which requests a queue holds,
 //! in memory that the front-end keeps while this process may die.
 //!
-//! The layouts are those of QEMU's `docs/interop/vhost-user.rst`, of [`split`] and of [`packed`] rings. Numbers read
+//! The layouts are those of QEMU's `docs/interop/vhost-user.rst`, of `split` and of `packed` rings. Numbers read
 //! back are checked like guest input.
 
 mod packed;

@@ -1,4 +1,4 @@
-//! The messages of the vhost-user protocol, and what each does to a [`Session`].
+//! The messages of the vhost-user protocol, and what each does to a `Session`.
 //!
 //! Nothing here waits for the disk except the messages that promise it: GET_VRING_BASE, removals of memory,
 //! RESET_DEVICE, and the end of the connection.

@@ -1,5 +1,5 @@
-//! Virtqueues on host pointers that were translated and checked once: [`split`] ones (virtio 1.3 §2.7) and
-//! [`packed`] ones (virtio 1.3 §2.8).
+//! Virtqueues on host pointers that were translated and checked once: `split` ones (virtio 1.3 §2.7) and
+//! `packed` ones (virtio 1.3 §2.8).
 //!
 //! The guest may write any of this memory at any time. What is read here is read atomically and once, or copied
 //! out; nothing of it is an address. Only numbers below the queue size are used as indices.
