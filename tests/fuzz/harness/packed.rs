@@ -73,8 +73,15 @@ impl Guest {
         queue.driver = plus(queue.driver, 1, queue.ring.size);
     }
 
+    /// Whether what the driver wrote where the device has taken chains looks as if the device had given them back.
+    pub(crate) fn looks_used(&self, queue: &Queue) -> bool {
+        let size = queue.ring.size;
+        let under_way = since(queue.next_avail, queue.used, size);
+        (0..under_way).map(|ahead| plus(queue.used, ahead, size)).any(|at| self.has(queue.ring, at, used(at)))
+    }
+
     /// What the device takes in the turn that comes. Whether more may come of it than can be foreseen: a chain that is
-    /// no request comes back at once, before the next is taken; or what the driver wrote looks as if the device had.
+    /// no request comes back at once, before the next is taken.
     pub(crate) fn take_packed(&self, queue: &mut Queue) -> bool {
         let (ring, mut confused) = (queue.ring, false);
         let held = queue.out.len();
@@ -103,9 +110,7 @@ impl Guest {
             queue.next_avail = plus(queue.next_avail, offered.count, ring.size);
             queue.out.push(offered);
         }
-        let under_way = since(queue.next_avail, queue.used, ring.size);
         confused
-            || (0..under_way).map(|ahead| plus(queue.used, ahead, ring.size)).any(|at| self.has(ring, at, used(at)))
     }
 
     /// The next chain that came back, with its length.

@@ -160,11 +160,13 @@ impl World {
     fn take(&mut self) {
         let mapped = self.guest.has_rings();
         for queue in self.queues.iter_mut() {
-            if !queue.started || queue.broken || queue.stopping.is_some() || !mapped {
-                continue;
+            let takes = queue.started && !queue.broken && queue.stopping.is_none() && mapped;
+            if queue.started && queue.packed {
+                self.confused |= takes && self.guest.take_packed(queue);
+                // Also where nothing is taken any more: the driver writes there all the same.
+                self.confused |= self.guest.looks_used(queue);
             }
-            if queue.packed {
-                self.confused |= self.guest.take_packed(queue);
+            if !takes || queue.packed {
                 continue;
             }
             let count = self.guest.avail_index(queue.ring).wrapping_sub(queue.next_avail);
