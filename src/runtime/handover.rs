@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::devices::{Devices, facts};
 use super::handle::{FrontEndState, Refused, VolumeHandle};
-use super::options::{Cache, ServeOptions};
+use super::options::ServeOptions;
 use super::report::{
     BlockReport, Counters, DeviceReport, EventPage, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
 };
@@ -218,16 +218,17 @@ impl HeldVolume {
         if volume.handle().set() != self.set || kind(&found) != kind(shown) || sectors(&found) < sectors(shown) {
             return Err(HandoverError::Changed { disk: self.name(), shown: self.set, found: volume.handle().set() });
         }
-        match expected {
-            Some(generation) if generation != volume.found_generation() => Err(HandoverError::Other {
-                disk: self.name(),
-                came: self.set,
-                came_generation: generation,
-                is: self.set,
-                is_generation: volume.found_generation(),
-            }),
-            _ => Ok(()),
+        let is = (self.set, volume.found_generation());
+        expected.map_or(Ok(()), |generation| self.check_same((self.set, generation), is))
+    }
+
+    /// Refuse a guest that has used another volume, or another generation of it, than there is.
+    fn check_same(&self, came: (Uuid, u64), is: (Uuid, u64)) -> Result<(), HandoverError> {
+        if came == is {
+            return Ok(());
         }
+        let (disk, (came, came_generation), (is, is_generation)) = (self.name(), came, is);
+        Err(HandoverError::Other { disk, came, came_generation, is, is_generation })
     }
 
     /// Close the volume, if it is open: another server may open it then. No worker may run any more.
@@ -280,15 +281,7 @@ impl HeldVolume {
                 (seen.set, seen.generation)
             }
         };
-        if (came.volume, came.generation) != (set, generation) {
-            return Err(HandoverError::Other {
-                disk: self.name(),
-                came: came.volume,
-                came_generation: came.generation,
-                is: set,
-                is_generation: generation,
-            });
-        }
+        self.check_same((came.volume, came.generation), (set, generation))?;
         Ok(generation)
     }
 
@@ -348,7 +341,7 @@ impl HeldVolume {
             uptime_seconds: standing.clock.now().0 / 1_000_000_000,
             started: standing.epoch,
             io_engine: "none".into(),
-            cache: if self.options.cache == Cache::None { "none" } else { "writeback" }.into(),
+            cache: self.options.cache.name().into(),
             workers: self.workers,
             transport: self.options.transport.name().into(),
             connected: front_end.connected,

@@ -86,6 +86,16 @@ pub enum Cache {
     Writeback,
 }
 
+impl Cache {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Cache::None => "none",
+            Cache::Writeback => "writeback",
+        }
+    }
+}
+
 /// What speaks vhost-user and serves the rings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {

@@ -524,7 +524,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         devices,
         opened,
         standing: standing.clone(),
-        cache: if options.cache == Cache::None { "none" } else { "writeback" },
+        cache: options.cache.name(),
         workers,
         transport: options.transport.name(),
         resizing: Mutex::new(()),

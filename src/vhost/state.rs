@@ -5,7 +5,9 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
+
+use super::wait::poll;
 
 /// How long the other end may take for its next step.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -24,15 +26,8 @@ pub(super) enum StateError {
 }
 
 fn await_turn(channel: &File, wanted: PollFlags) -> Result<(), StateError> {
-    let limit = Timespec::try_from(PATIENCE).expect("some seconds");
-    loop {
-        match poll(&mut [PollFd::new(channel, wanted)], Some(&limit)) {
-            Ok(0) => return Err(StateError::Stuck),
-            Ok(_) => return Ok(()),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(io::Error::from(errno).into()),
-        }
-    }
+    let in_time = poll(&mut [PollFd::new(channel, wanted)], Some(PATIENCE))?;
+    if in_time { Ok(()) } else { Err(StateError::Stuck) }
 }
 
 /// Everything to the other end's close.

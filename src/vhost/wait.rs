@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 /// Wait until `fd` is readable; false if it is `shutdown` that is.
 pub(super) fn wait_for(fd: BorrowedFd<'_>, shutdown: BorrowedFd<'_>) -> io::Result<bool> {
@@ -18,13 +18,16 @@ pub(super) fn wait_until(
     shutdown: BorrowedFd<'_>,
     limit: Option<Duration>,
 ) -> io::Result<Option<bool>> {
-    let limit = limit.map(|limit| Timespec::try_from(limit).expect("some milliseconds"));
+    let mut fds = [PollFd::from_borrowed_fd(fd, wanted), PollFd::from_borrowed_fd(shutdown, PollFlags::IN)];
+    Ok(poll(&mut fds, limit)?.then(|| fds[1].revents().is_empty()))
+}
+
+/// Wait until something is to be said of one of the descriptors; false if nothing is in time. A signal is no reason.
+pub(super) fn poll(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> io::Result<bool> {
+    let limit = limit.map(|limit| Timespec::try_from(limit).expect("some seconds"));
     loop {
-        let mut fds = [PollFd::from_borrowed_fd(fd, wanted), PollFd::from_borrowed_fd(shutdown, PollFlags::IN)];
-        match poll(&mut fds, limit.as_ref()) {
-            Ok(0) => return Ok(None),
-            Ok(_) if !fds[1].revents().is_empty() => return Ok(Some(false)),
-            Ok(_) => return Ok(Some(true)),
+        match rustix::event::poll(fds, limit.as_ref()) {
+            Ok(ready) => return Ok(ready > 0),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
