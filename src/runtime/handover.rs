@@ -247,9 +247,9 @@ impl HeldVolume {
     /// # Errors
     /// As there.
     pub fn hand_over(&self, write_through: bool) -> Result<(), MakeError> {
-        let given = self.give(write_through);
+        self.give(write_through)?;
         self.note("handed-over", "the guest has stopped to leave", "closed, for another server to open");
-        given
+        Ok(())
     }
 
     /// What goes with the guest that has left. The volume must be away.

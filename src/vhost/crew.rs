@@ -80,7 +80,8 @@ impl Crew {
             self.device.set_writeback(false);
         }
         if let Err(error) = self.start(held.ports()) {
-            self.dismiss();
+            // Nobody serves it here.
+            self.let_go(held);
             return Err(error.into());
         }
         Ok(self.workers())
@@ -93,10 +94,14 @@ impl Crew {
             return true;
         }
         self.threads().clear();
+        self.let_go(held);
+        true
+    }
+
+    fn let_go(&self, held: &HeldVolume) {
         if let Err(error) = held.hand_over(!self.device.is_writeback()) {
             log::error!("{error}");
         }
-        true
     }
 
     /// The volume, where it can change hands.

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::net::UnixStream;
 
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tempfile::TempDir;
 
 use crate::frontend::{FrontEnd, Setup};
@@ -34,6 +35,12 @@ fn check(front_end: &mut FrontEnd, sector: u64, salt: u64) {
     let data = front_end.rings[0].area() + 0x1_0000;
     assert_eq!(request(front_end, IN, sector, data, 4096), 0);
     assert!(front_end.rings[0].read(data, 4096) == pattern(sector, 8, salt), "sector {sector}");
+}
+
+fn check_zeros(front_end: &mut FrontEnd) {
+    let data = front_end.rings[0].area() + 0x1_0000;
+    assert_eq!(request(front_end, IN, 0, data, 4096), 0);
+    assert!(front_end.rings[0].read(data, 4096) == [0; 4096]);
 }
 
 /// What a front-end does when its guest has left.
@@ -107,6 +114,29 @@ fn a_guest_that_comes_too_early_is_turned_away() {
     leave(&mut here);
     let mut there = FrontEnd::connect(&target.socket, SETUP);
     check(&mut there, 0, 2);
+}
+
+/// A host that is out of descriptors for a while, wherever in the opening that shows.
+#[test]
+fn a_guest_whose_workers_cannot_be_started_may_come_again() {
+    let volume = Volume::create(32, 64);
+    let (target, _dir) = await_guest(&volume, &[]);
+    let pid = Pid::from_raw(i32::try_from(target.pid()).unwrap());
+    let open = fs::read_dir(format!("/proc/{}/fd", target.pid())).unwrap().count() as u64;
+    let limit = |current| {
+        let maximum = Some(1024);
+        prlimit(pid, Resource::Nofile, Rlimit { current: Some(current), maximum }).unwrap();
+    };
+    let mut turned_away = 0;
+    for more in 8..32 {
+        limit(open + more);
+        let served = std::panic::catch_unwind(|| leave(&mut FrontEnd::connect(&target.socket, SETUP)));
+        turned_away += u32::from(served.is_err());
+    }
+    assert!(turned_away > 0);
+    assert!(target.log_text().contains("a worker cannot be started"), "{}", target.log_text());
+    limit(1024);
+    check_zeros(&mut FrontEnd::connect(&target.socket, SETUP));
 }
 
 /// A guest that is not migrated may stop and start its queues as often as it likes.
