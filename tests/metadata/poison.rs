@@ -103,6 +103,23 @@ fn a_write_that_was_parked_at_a_fence_when_the_volume_was_poisoned_is_not_begun(
 }
 
 /// F2: a volume that grows beyond 16 GiB has larger regions; those written before are among them.
+/// Each of two orders was given by somebody who had seen the same note. A flush for the second one could fail, and drop
+/// what was written after the first, without anybody to be told.
+#[test]
+fn a_clearing_is_for_the_note_that_was_seen() {
+    let (mut rig, mut engine) = with_pending_block();
+    poison(&mut rig, &mut engine);
+    rig.performed.clear();
+    let orders = [0; 2].map(|_| engine.begin_order(&mut rig, Order::Clear));
+    engine.settle(&mut rig).unwrap();
+    let answers = orders.map(|order| matches!(engine.reply(order), Some(Reply::Done(Ok(_)))));
+    assert_eq!((answers, engine.is_poisoned()), ([true, false], false));
+    let flushes = rig.performed.iter().filter(|op| op.kind == OpKind::Flush);
+    assert_eq!(flushes.count(), 4, "before and after the note, on both devices");
+    let Some(Reply::Done(Err(refusal))) = engine.reply(orders[1]) else { panic!("the second is answered") };
+    assert!(refusal.starts_with("what is to be cleared has changed"), "{refusal}");
+}
+
 #[test]
 fn what_was_written_is_known_while_a_volume_grows() {
     let shape = Shape { capacity: (1 << 25) - 8, max_remaps: 16, labelled: false };

@@ -367,14 +367,18 @@ impl Core {
         })
     }
 
-    /// The operator has looked: both devices must take a flush and the note, then writes are taken again.
-    pub(super) async fn clear_poison(self: &Rc<Self>) -> Result<(), String> {
+    /// The number of the note that stands.
+    pub(super) fn poison_sequence(&self) -> u64 {
+        self.flushes.poison.borrow().sequence
+    }
+
+    /// The operator has looked at the note of that number: both devices must take a flush and the next note, then
+    /// writes are taken again.
+    pub(super) async fn clear_poison(self: &Rc<Self>, seen: u64) -> Result<(), String> {
         self.flushes.note.acquire().await;
-        let poisoned = self.flushes.poison.borrow().poisoned;
-        let cleared = match poisoned {
+        let cleared = match self.poison_sequence() == seen {
             true => self.clear_in_turn().await,
-            // Somebody else was faster; a flush that has failed since then was not looked at.
-            false => Err("nothing to clear any more".to_owned()),
+            false => Err("what is to be cleared has changed meanwhile: see `status` and `clear` again".to_owned()),
         };
         self.flushes.note.release();
         cleared

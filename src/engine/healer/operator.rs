@@ -210,16 +210,17 @@ impl Core {
     async fn clear(self: &Rc<Self>) -> Result<String, String> {
         self.refuse_closing()?;
         let mode = self.mode.get();
+        let (poison, seen) = (self.poison_report(), self.poison_sequence());
         let mut done = Vec::new();
         if mode.primary == PrimaryState::Gone {
             self.clear_breaker().await?;
             done.push("the primary is used again".to_owned());
         }
-        if let Some(report) = self.poison_report() {
+        if let Some(report) = poison {
             if mode.read_only {
                 return Err("the volume is read-only: open it for writing to clear a failed flush".into());
             }
-            self.clear_poison().await?;
+            self.clear_poison(seen).await?;
             done.push(format!(
                 "writes are taken again; {} ranges were written since the last good flush: check them",
                 report.ranges.len()
