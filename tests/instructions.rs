@@ -11,6 +11,7 @@ use std::os::fd::RawFd;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use vhost_remap::device::{Completion, Device, Event, Op, Reactor, Tag, Wait};
 use vhost_remap::engine::shard::Shard;
@@ -136,6 +137,7 @@ fn worker(case: &str) -> (DataPlane, impl Sized) {
         clock: Clock::start(),
         disk,
         log: Arc::new(EventLog::new("a device that does nothing".into(), 0.0)),
+        polling: Duration::ZERO,
     };
     let plane = DataPlane::new(port.open().unwrap(), device.settings(), Arc::new(WorkerStatus::new()));
     (plane, (to_shard, from_shard))

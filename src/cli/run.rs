@@ -145,6 +145,7 @@ pub(super) fn serve_options(args: ServeArgs) -> Result<ServeOptions, CliError> {
         num_queues: args.num_queues,
         transport: args.transport,
         workers: args.workers,
+        poll_us: args.poll_us,
         incoming: args.incoming,
         read_only: args.read_only,
         create: args.size.filter(|_| args.create).map(|size| CreateIfAbsent { size, shape: new_shape }),

@@ -60,6 +60,9 @@ fn time(seconds: u64, format: fn(std::time::SystemTime) -> humantime::Rfc3339Tim
 fn io(report: &StatusReport) -> String {
     let workers = if report.workers == 1 { "worker" } else { "workers" };
     let mut text = format!("{}, cache {}, {} {workers}", report.io_engine, report.cache, report.workers);
+    if report.polling_us > 0 {
+        let _ = write!(text, " that poll up to {} µs", report.polling_us);
+    }
     if report.oldest_in_flight_ms > 0 {
         let _ = write!(text, ", oldest request in flight {} ms", report.oldest_in_flight_ms);
     }

@@ -160,6 +160,7 @@ fn serve_has_defaults_for_all_but_the_disk_and_the_socket() {
         control_path: Some("/run/s.ctl".into()),
         num_queues: 64,
         transport: Transport::Own,
+        poll_us: None,
         workers: None,
         read_only: false,
         create: None,

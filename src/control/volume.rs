@@ -212,6 +212,7 @@ pub(crate) mod scripted {
             io_engine: "io_uring".into(),
             cache: "none".into(),
             workers: 2,
+            polling_us: 0,
             transport: "own".into(),
             connected: true,
             oldest_in_flight_ms: 0,

@@ -44,6 +44,7 @@ pub(super) struct Served {
     pub(super) standing: Arc<Standing>,
     pub(super) cache: &'static str,
     pub(super) workers: u32,
+    pub(super) polling_us: u32,
     pub(super) transport: &'static str,
     /// Held by a resize: there is one at a time.
     pub(super) resizing: Mutex<()>,
@@ -106,6 +107,7 @@ impl VolumeHandle {
             io_engine: served.devices.engine.clone(),
             cache: served.cache.into(),
             workers: served.workers,
+            polling_us: served.polling_us,
             transport: served.transport.into(),
             connected: front_end.connected,
             oldest_in_flight_ms: front_end.oldest_in_flight_ms,

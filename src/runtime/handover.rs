@@ -343,6 +343,7 @@ impl HeldVolume {
             io_engine: "none".into(),
             cache: self.options.cache.name().into(),
             workers: self.workers,
+            polling_us: self.options.polling_us(self.workers),
             transport: self.options.transport.name().into(),
             connected: front_end.connected,
             oldest_in_flight_ms: front_end.oldest_in_flight_ms,

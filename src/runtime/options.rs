@@ -143,6 +143,8 @@ pub struct ServeOptions {
     pub transport: Transport,
     /// Worker threads; min(queues, cores) where absent.
     pub workers: Option<u16>,
+    /// Microseconds that a worker looks at its rings before it sleeps; see [`ServeOptions::polling_us`].
+    pub poll_us: Option<u32>,
     /// Whether a migrated guest is awaited, and the volume opened only when it comes.
     pub incoming: bool,
     /// Whether the disk only takes reads and neither device is written.
@@ -167,6 +169,18 @@ pub struct ServeOptions {
     pub on_spare_full: FailOrHold,
     /// How long to wait for another process to let go of the devices.
     pub lock_wait: Duration,
+}
+
+impl ServeOptions {
+    /// Microseconds that each of so many workers looks at its rings before it sleeps. Where nobody says: 32 (as QEMU's
+    /// I/O threads) if every worker and a virtual processor for it can have a core of their own and one is
+    /// left for the host; else not at all, as a worker that looks on would keep the others from theirs.
+    pub fn polling_us(&self, workers: u32) -> u32 {
+        self.poll_us.unwrap_or_else(|| {
+            let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+            if cores as u64 > 2 * u64::from(workers) { 32 } else { 0 }
+        })
+    }
 }
 
 impl FromStr for IoEngine {

@@ -41,6 +41,9 @@ pub struct StatusReport {
     pub cache: String,
     /// Worker threads.
     pub workers: u32,
+    /// Microseconds that each looks at its rings before it sleeps, at most.
+    #[serde(default)]
+    pub polling_us: u32,
     /// What speaks vhost-user: `own`, or `framework` for rust-vmm's daemon.
     #[serde(default)]
     pub transport: String,

@@ -516,6 +516,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
                 clock,
                 disk: disk.clone(),
                 log: log.clone(),
+                polling: Duration::from_micros(options.polling_us(workers).into()),
             }
         })
         .collect();
@@ -526,6 +527,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         standing: standing.clone(),
         cache: options.cache.name(),
         workers,
+        polling_us: options.polling_us(workers),
         transport: options.transport.name(),
         resizing: Mutex::new(()),
     }));

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::eventlog::EventLog;
 use super::mailbox::{Inbox, Outbox};
@@ -56,6 +57,8 @@ pub struct WorkerPort {
     pub disk: Arc<DiskInfo>,
     /// Where events go.
     pub log: Arc<EventLog>,
+    /// How long the worker may look at its rings, when nothing comes, before it sleeps.
+    pub polling: Duration,
 }
 
 /// A worker's parts, on its thread.
@@ -74,6 +77,8 @@ pub struct Worker {
     pub disk: Arc<DiskInfo>,
     /// Where events go.
     pub log: Arc<EventLog>,
+    /// How long it may look at its rings, when nothing comes, before it sleeps.
+    pub polling: Duration,
 }
 
 impl WorkerPort {
@@ -90,6 +95,7 @@ impl WorkerPort {
             clock: self.clock,
             disk: self.disk,
             log: self.log,
+            polling: self.polling,
         })
     }
 }

@@ -38,7 +38,7 @@ pub(crate) struct Drive {
 
 impl Drive {
     pub(crate) fn new(worker: Worker) -> Drive {
-        let Worker { shard, mut reactor, inbox, healer, clock, disk, log } = worker;
+        let Worker { shard, mut reactor, inbox, healer, clock, disk, log, polling: _ } = worker;
         reactor.watch(inbox.as_raw_fd(), TOKEN_HEALER);
         Drive {
             shard,

@@ -4,6 +4,7 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -234,6 +235,7 @@ fn port(index: usize, device: &BlkDevice, disks: &MemoryDisks) -> (WorkerPort, O
         clock: Clock::start(),
         disk: Arc::new(device.disk().clone()),
         log: Arc::new(EventLog::new("a disk in memory".into(), 0.0)),
+        polling: Duration::ZERO,
     };
     (port, to_shard, from_shard)
 }

@@ -12,6 +12,7 @@ use super::device::Settings;
 use super::dirty::MaybeLog;
 use super::drive::{Drive, TOKEN_FREE};
 use super::memory::{MemoryMap, RegionBits};
+use super::polling::Polling;
 use super::queue::{Kick, Queue, Stop};
 use super::request::{Parsed, S_IOERR, S_OK, parse};
 use super::ring::{Head, Ring};
@@ -62,6 +63,7 @@ pub struct DataPlane {
     /// Numbers of the started queues.
     started: Vec<u16>,
     tokens: Tokens,
+    polling: Polling,
     removals: Vec<Removal>,
     next_token: u64,
     commands_wait: bool,
@@ -75,6 +77,7 @@ impl DataPlane {
     /// A worker without queues.
     pub fn new(worker: Worker, settings: Arc<Settings>, status: Arc<WorkerStatus>) -> DataPlane {
         DataPlane {
+            polling: Polling::new(worker.polling),
             drive: Drive::new(worker),
             settings,
             status,
@@ -172,7 +175,7 @@ impl DataPlane {
         let settled = self.settle(now);
         self.deliver();
         self.status.set(self.tokens.len(), self.tokens.oldest_start());
-        let wait = if self.arm() || settled || !may_wait { Wait::No } else { self.patience(now) };
+        let wait = if settled || !may_wait || self.looks_on(now) || self.arm() { Wait::No } else { self.patience(now) };
         let mut ready = std::mem::take(&mut self.ready);
         self.drive.poll(now, wait, &mut ready);
         for token in ready.drain(..) {
@@ -438,7 +441,16 @@ impl DataPlane {
         more || self.drive.healer_wrote() || self.commands_wait
     }
 
-    /// How long to sleep. Adaptive polling would return [`Wait::No`] here for some time after the last request.
+    /// Whether to look at the rings again without asking the drivers to kick.
+    fn looks_on(&mut self, now: Time) -> bool {
+        let looks_on = self.polling.goes_on(now, (self.tokens.next_serial(), self.tokens.len()));
+        if looks_on {
+            std::hint::spin_loop();
+        }
+        looks_on
+    }
+
+    /// How long to sleep.
     fn patience(&mut self, now: Time) -> Wait {
         let mut polled = false;
         for index in &self.started {

@@ -148,6 +148,14 @@ fn the_core_works_with_the_framework() {
 }
 
 #[test]
+fn the_core_works_with_polling() {
+    let volume = Volume::create(32, 64);
+    check_core(&volume, &["--poll-us", "1000"]);
+    assert_eq!(volume.serve(&["--poll-us", "1000"]).status().polling_us, 1000);
+    assert_eq!(volume.serve(&["--poll-us", "0"]).status().polling_us, 0);
+}
+
+#[test]
 fn the_core_works_with_one_worker() {
     check_core(&Volume::create(32, 64), &["--workers", "1", "--io-engine", "io_uring"]);
 }

@@ -2,6 +2,7 @@
 
 use std::os::fd::RawFd;
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use shuttle::rand::{Rng, thread_rng};
 use uuid::Uuid;
@@ -191,6 +192,7 @@ impl Volume {
                 clock,
                 disk: disk.clone(),
                 log: log.clone(),
+                polling: Duration::ZERO,
             }
         };
         let ports = inboxes.into_iter().enumerate().map(port).collect();

@@ -114,6 +114,7 @@ impl Volume for Noting {
             io_engine: "memory".into(),
             cache: "none".into(),
             workers: 1,
+            polling_us: 0,
             transport: "own".into(),
             connected: false,
             oldest_in_flight_ms: 0,

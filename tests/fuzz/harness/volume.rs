@@ -1,6 +1,7 @@
 //! A volume on disks in memory: the healer and what its thread does, one turn at a time, and places for workers.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use vhost_remap::device::memory::{MemoryDevice, MemoryDisks};
 use vhost_remap::device::{Device, Event, Reactor, Wait};
@@ -102,6 +103,7 @@ pub(crate) fn open(disks: &MemoryDisks, policy: Policy, workers: usize) -> (Keep
             clock,
             disk: disk.clone(),
             log: log.clone(),
+            polling: Duration::ZERO,
         }
     });
     let ports = ports.collect();
