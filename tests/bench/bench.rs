@@ -71,7 +71,7 @@ fn run() -> Result<bool, String> {
     let (dir, files) = (PathBuf::from(&options.dir), PathBuf::from(&options.files));
     let problem = |path: &Path, error: io::Error| format!("{}: {error}", path.display());
     std::fs::create_dir_all(&dir).map_err(|error| problem(&dir, error))?;
-    let stage = Stage::new(&files, Path::new(&options.memory), options.polling.clone());
+    let stage = Stage::new(&files, Path::new(&options.memory));
     let mut stage = stage.map_err(|error| problem(&files, error))?;
     let file_system = machine::file_system(&files);
     let machine = Machine::here();

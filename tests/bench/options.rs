@@ -12,7 +12,6 @@ make bench measures vhost-remap, qemu-storage-daemon and fio in turn. It obeys, 
   BENCH_SECONDS=1.2         length of a run, beside 0.2 s of warm-up
   BENCH_CASES=              only cases whose name contains this (`single` has those that are no load)
   BENCH_DISTURBANCE=5       throw runs away during which others took more than this percent of one processor
-  BENCH_POLLING=            options of `vhost-remap serve` that switch adaptive polling on
   BENCH_DIR=target/bench    where results go
   BENCH_FILES=              where files are made [BENCH_DIR]; some 6 GiB, and its file system is measured
   BENCH_MEMORY=/dev/shm     a tmpfs where files are made; 1 GiB
@@ -25,7 +24,6 @@ pub(crate) struct Options {
     pub(crate) seconds: f64,
     pub(crate) cases: String,
     pub(crate) disturbance_percent: f64,
-    pub(crate) polling: Option<Vec<String>>,
     pub(crate) dir: String,
     pub(crate) files: String,
     pub(crate) memory: String,
@@ -42,7 +40,6 @@ impl Options {
             seconds: number("BENCH_SECONDS", 1.2)?,
             cases: env::var("BENCH_CASES").unwrap_or_default(),
             disturbance_percent: number("BENCH_DISTURBANCE", 5.0)?,
-            polling: words("BENCH_POLLING"),
             files: path("BENCH_FILES", &dir),
             memory: path("BENCH_MEMORY", "/dev/shm"),
             dir,

@@ -21,6 +21,9 @@ const FILE_LEN: u64 = 2 * LEN;
 /// Remaps of the volumes that have some.
 pub(crate) const REMAPS: usize = 16_384;
 
+/// Longer than a request to a flash disk takes, in microseconds.
+const POLL_US: &str = "200";
+
 /// Where data comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub(crate) enum Medium {
@@ -36,7 +39,7 @@ pub(crate) enum Medium {
 pub(crate) enum Peer {
     /// vhost-remap, with an empty map.
     Empty,
-    /// The same with what BENCH_POLLING says.
+    /// The same with adaptive polling for up to [`POLL_US`].
     Polling,
     /// vhost-remap without an engine's map: `--passthrough`.
     Passthrough,
@@ -88,7 +91,6 @@ pub(crate) struct Stage {
     memory: Option<TempDir>,
     /// On disk, and in memory.
     disks: [Option<Disk>; 2],
-    polling: Option<Vec<String>>,
 }
 
 fn map_of(peer: Peer) -> Map {
@@ -101,11 +103,11 @@ fn map_of(peer: Peer) -> Map {
 
 impl Stage {
     /// In folders of its own under `parent`, and under `memory` where that is a tmpfs.
-    pub(crate) fn new(parent: &Path, memory: &Path, polling: Option<Vec<String>>) -> io::Result<Stage> {
+    pub(crate) fn new(parent: &Path, memory: &Path) -> io::Result<Stage> {
         let within = |parent: &Path| tempfile::Builder::new().prefix("files.").tempdir_in(parent);
         let dir = within(parent)?;
         let memory = (file_system(memory) == "tmpfs").then(|| within(memory)).and_then(Result::ok);
-        Ok(Stage { dir, memory, disks: [None, None], polling })
+        Ok(Stage { dir, memory, disks: [None, None] })
     }
 
     /// For sockets and logs.
@@ -137,13 +139,10 @@ impl Stage {
 
     /// Start a peer that is a backend.
     pub(crate) fn start(&mut self, medium: Medium, peer: Peer, queues: usize) -> Result<Backend, Trouble> {
-        let options = match (peer, &self.polling) {
-            (Peer::Polling, None) => {
-                return Err(Trouble::Missing("BENCH_POLLING does not say how polling is switched on".into()));
-            }
-            (Peer::Polling, Some(options)) => options.clone(),
+        let options = match peer {
+            Peer::Polling => ["--poll-us", POLL_US].map(str::to_owned).to_vec(),
             // Others write to the primary in between, to blocks that are not remapped.
-            (Peer::InOrder | Peer::Between, _) => vec!["--accept-external".to_owned()],
+            Peer::InOrder | Peer::Between => vec!["--accept-external".to_owned()],
             _ => Vec::new(),
         };
         let dir = self.dir().to_owned();
