@@ -224,7 +224,9 @@ impl Core {
         if failed.is_none() && failing.is_empty() && pending.is_empty() {
             return Ok(moving);
         }
-        self.flush(DeviceIndex::PRIMARY).await?;
+        if !written.is_empty() {
+            self.flush(DeviceIndex::PRIMARY).await?;
+        }
         for part in &written {
             moving.extend(self.read_back(*part, copied, budget).await?);
         }
