@@ -18,6 +18,8 @@ use super::sys;
 /// Remapping works in blocks of 4096 bytes; a device that cannot write less than more is refused.
 const PHYSICAL_BLOCK_MAX: u32 = 4096;
 
+/// The type of tmpfs (linux/magic.h).
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 /// Where the kernel does not say (no STATX_DIOALIGN before Linux 6.1), a page is always enough.
 const MEM_ALIGN_UNKNOWN: usize = 4096;
 
@@ -72,6 +74,8 @@ pub struct Geometry {
     pub rotational: Option<bool>,
     /// Whether the page cache is bypassed.
     pub direct: bool,
+    /// Whether it is a file in memory (tmpfs), where no transfer waits for a device.
+    pub in_memory: bool,
 }
 
 /// What tells a device from another one put in its place.
@@ -448,6 +452,7 @@ fn geometry_of(
         fua: sysfs.number("queue/fua").unwrap_or(0) > 0,
         rotational: sysfs.number("queue/rotational").map(|rotational| rotational > 0),
         direct: options.direct,
+        in_memory: is_file && rustix::fs::fstatfs(file).is_ok_and(|stat| stat.f_type == TMPFS_MAGIC),
     })
 }
 
