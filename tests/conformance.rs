@@ -90,6 +90,16 @@ fn file_ground() -> (PathBuf, Ground) {
     (path, Ground { _dir: Some(dir), _loop_device: None })
 }
 
+fn memory_ground() -> Result<(PathBuf, Ground), String> {
+    let dir = tempfile::tempdir_in("/dev/shm").map_err(|error| format!("/dev/shm: {error}"))?;
+    let path = dir.path().join("disk");
+    create_file(&path, SIZE).unwrap();
+    match open_quickly(&path, false).geometry.in_memory {
+        true => Ok((path, Ground { _dir: Some(dir), _loop_device: None })),
+        false => Err("/dev/shm is no tmpfs".to_owned()),
+    }
+}
+
 fn loop_ground(sector: u32) -> Result<(PathBuf, Ground), String> {
     let (file, mut ground) = file_ground();
     let mut losetup = Command::new("losetup");
@@ -199,6 +209,13 @@ fn on_every_device(check: impl Fn(&mut Subject)) {
     Subject::on_threads("threads on a file", &path, ground, true).map(run);
     let (path, ground) = file_ground();
     Subject::on_threads("threads on a cached file", &path, ground, false).map(run);
+    match memory_ground() {
+        Ok((path, ground)) => Subject::on_uring("uring on a file in memory", &path, ground, false).map(run),
+        Err(reason) => {
+            skip("uring on a file in memory", reason);
+            None
+        }
+    };
     let memory = MemoryDisks::new(&[SIZE]).queue();
     run(Subject::new("memory", Box::new(memory), None, Ground::default()));
     let wrapped = FaultDevice::new(MemoryDisks::new(&[SIZE]).queue(), Arc::new(FaultTable::new()));
