@@ -136,6 +136,7 @@ fn worker(case: &str) -> (DataPlane, impl Sized) {
         clock: Clock::start(),
         disk,
         log: Arc::new(EventLog::new("a device that does nothing".into(), 0.0)),
+        counters: Arc::default(),
     };
     let plane = DataPlane::new(port.open().unwrap(), device.settings(), Arc::new(WorkerStatus::new()));
     (plane, (to_shard, from_shard))

@@ -36,6 +36,9 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Show the state of a running volume.
     Status(StatusArgs),
+    /// Show requests and device operations in numbers, and how long they took.
+    #[command(after_help = "Example:\n  vhost-remap stats --control-path /run/vm1.sock.ctl")]
+    Stats(ControlArgs),
     /// List remapped and pending blocks and lost sectors.
     List(ListArgs),
     /// Show what happened.

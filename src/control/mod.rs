@@ -8,6 +8,7 @@ pub mod api;
 pub mod client;
 mod faults;
 pub mod log_level;
+pub mod metrics;
 pub mod proc_text;
 mod routes;
 pub mod server;

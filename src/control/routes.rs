@@ -19,6 +19,7 @@ use super::api::{
     Done, EVENTS_LIMIT_MAX, EventsQuery, Failure, LIST_LIMIT_MAX, ListPage, ListQuery, LogLevel, Pong,
     REQUEST_BODY_MAX, Resize, Sectors, WAIT_MAX_SECONDS,
 };
+use super::metrics::{self, Sample};
 use super::server::{ServedVolume, wait_stopped};
 use super::volume::{Order, Volume};
 use super::{faults, log_level, proc_text};
@@ -40,6 +41,7 @@ pub(super) fn router(state: State) -> Router {
     Router::new()
         .route("/v1/ping", get(ping))
         .route("/v1/status", get(status))
+        .route("/v1/stats", get(stats))
         .route("/v1/list", get(list))
         .route("/v1/events", get(events))
         .route("/v1/faults", get(faults::list).post(faults::add).delete(faults::clear_all))
@@ -51,6 +53,8 @@ pub(super) fn router(state: State) -> Router {
         .route("/v1/resize", post(resize))
         .route("/v1/log-level", post(set_log_level))
         .route("/proc", get(proc))
+        .route("/metrics", get(metrics))
+        .route("/metrics/dm-remap", get(dm_remap_metrics))
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(REQUEST_BODY_MAX))
@@ -132,6 +136,19 @@ impl State {
     }
 }
 
+impl State {
+    /// Of all volumes: whoever scrapes wants one page for a server.
+    async fn metrics(&self, render: fn(&[Sample]) -> String) -> Answer {
+        let volumes = self.volumes.clone();
+        let text = on_a_thread(move || {
+            let sample =
+                |v: &ServedVolume| Sample { name: v.name.clone(), status: v.volume.status(), stats: v.volume.stats() };
+            render(&volumes.iter().map(sample).collect::<Vec<_>>())
+        });
+        Ok(([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text.await?).into_response())
+    }
+}
+
 async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
     tokio::task::spawn_blocking(work)
         .await
@@ -177,6 +194,10 @@ async fn ping(Shared(state): Shared<State>) -> Answer {
 
 async fn status(Shared(state): Shared<State>, uri: Uri) -> Answer {
     ok(&state.report(&uri, |volume| volume.status()).await?)
+}
+
+async fn stats(Shared(state): Shared<State>, uri: Uri) -> Answer {
+    ok(&state.report(&uri, |volume| volume.stats()).await?)
 }
 
 async fn list(Shared(state): Shared<State>, uri: Uri) -> Answer {
@@ -254,4 +275,12 @@ async fn proc(Shared(state): Shared<State>) -> Answer {
     let volumes = state.volumes.clone();
     let reports = on_a_thread(move || volumes.iter().map(|v| v.volume.status()).collect::<Vec<_>>()).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], proc_text::render(&reports)).into_response())
+}
+
+async fn metrics(Shared(state): Shared<State>) -> Answer {
+    state.metrics(metrics::render).await
+}
+
+async fn dm_remap_metrics(Shared(state): Shared<State>) -> Answer {
+    state.metrics(metrics::render_dm_remap).await
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use super::counters::WorkerCounters;
 use super::eventlog::EventLog;
 use super::mailbox::{Inbox, Outbox};
 use crate::device::Reactor;
@@ -56,6 +57,8 @@ pub struct WorkerPort {
     pub disk: Arc<DiskInfo>,
     /// Where events go.
     pub log: Arc<EventLog>,
+    /// Where it counts.
+    pub counters: Arc<WorkerCounters>,
 }
 
 /// A worker's parts, on its thread.
@@ -74,6 +77,8 @@ pub struct Worker {
     pub disk: Arc<DiskInfo>,
     /// Where events go.
     pub log: Arc<EventLog>,
+    /// Where it counts.
+    pub counters: Arc<WorkerCounters>,
 }
 
 impl WorkerPort {
@@ -90,6 +95,7 @@ impl WorkerPort {
             clock: self.clock,
             disk: self.disk,
             log: self.log,
+            counters: self.counters,
         })
     }
 }

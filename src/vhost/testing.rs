@@ -234,6 +234,7 @@ fn port(index: usize, device: &BlkDevice, disks: &MemoryDisks) -> (WorkerPort, O
         clock: Clock::start(),
         disk: Arc::new(device.disk().clone()),
         log: Arc::new(EventLog::new("a disk in memory".into(), 0.0)),
+        counters: Arc::default(),
     };
     (port, to_shard, from_shard)
 }

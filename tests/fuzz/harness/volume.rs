@@ -102,6 +102,7 @@ pub(crate) fn open(disks: &MemoryDisks, policy: Policy, workers: usize) -> (Keep
             clock,
             disk: disk.clone(),
             log: log.clone(),
+            counters: Arc::default(),
         }
     });
     let ports = ports.collect();
