@@ -159,6 +159,8 @@ pub(super) fn serve_options(args: ServeArgs) -> Result<ServeOptions, CliError> {
         on_device_loss: args.on_device_loss,
         on_spare_full: args.on_spare_full,
         lock_wait: Duration::from_secs(args.lock_wait),
+        control_group: args.control_group,
+        http_listen: args.http_listen,
     })
 }
 

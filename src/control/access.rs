@@ -82,7 +82,9 @@ fn check_host(headers: &HeaderMap, uri: &Uri) -> Result<(), Refusal> {
 fn is_address(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => match rest.split_once(']') {
-            Some((inside, port)) if port.is_empty() || is_port(port) => return inside.parse::<std::net::Ipv6Addr>().is_ok(),
+            Some((inside, port)) if port.is_empty() || is_port(port) => {
+                return inside.parse::<std::net::Ipv6Addr>().is_ok();
+            }
             _ => return false,
         },
         None => host.split_once(':').map_or(host, |(name, port)| if is_digits(port) { name } else { "" }),
@@ -144,9 +146,20 @@ mod tests {
         for host in ["localhost", "LocalHost:9100", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:9100", "192.0.2.7:1"] {
             assert!(is_address(host), "{host}");
         }
-        for host in ["", "evil.example", "evil.example:9100", "localhost.evil.example", "127.0.0.1.evil.example",
-            "[::1", "[evil]", "127.0.0.1:80:80", "localhost:", "[::1]80", "::1", "user@localhost"]
-        {
+        for host in [
+            "",
+            "evil.example",
+            "evil.example:9100",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "[::1",
+            "[evil]",
+            "127.0.0.1:80:80",
+            "localhost:",
+            "[::1]80",
+            "::1",
+            "user@localhost",
+        ] {
             assert!(!is_address(host), "{host}");
         }
     }

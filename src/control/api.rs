@@ -18,6 +18,9 @@
 //! | `GET /metrics` | all volumes in Prometheus' text format, see [`metrics`](super::metrics) |
 //! | `GET /metrics/dm-remap` | the same under dm-remap's names |
 //!
+//! Over TCP (`serve --http-listen`) there are only the `GET` routes, for callers that name the server by an address or
+//! as `localhost`. Members of `serve --control-group` may ask for these on the control socket, and give no orders.
+//!
 //! Every failure is a [`Failure`] with a status of 400 and up. Where a server has several volumes,
 //! `volume=NAME` or `volume=UUID` in the query says which.
 

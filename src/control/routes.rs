@@ -8,6 +8,7 @@ use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Query, State as Shared};
 use axum::http::{Method, StatusCode, Uri, header};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use serde::de::DeserializeOwned;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
+use super::access::{self, Readers};
 use super::api::{
     Done, EVENTS_LIMIT_MAX, EventsQuery, Failure, LIST_LIMIT_MAX, ListPage, ListQuery, LogLevel, Pong,
     REQUEST_BODY_MAX, Resize, Sectors, WAIT_MAX_SECONDS,
@@ -36,15 +38,32 @@ pub(super) struct State {
     pub(super) stopped: watch::Receiver<bool>,
 }
 
-/// All routes.
-pub(super) fn router(state: State) -> Router {
+/// All routes, for the control socket.
+pub(super) fn control(state: State, readers: Readers) -> Router {
+    finished(reports().merge(orders()), state).layer(middleware::from_fn_with_state(readers, access::readers_only_read))
+}
+
+/// Routes that only read, for whoever can reach the port.
+pub(super) fn http(state: State) -> Router {
+    finished(reports(), state).layer(middleware::from_fn(access::called_by_address))
+}
+
+fn reports() -> Router<State> {
     Router::new()
         .route("/v1/ping", get(ping))
         .route("/v1/status", get(status))
         .route("/v1/stats", get(stats))
         .route("/v1/list", get(list))
         .route("/v1/events", get(events))
-        .route("/v1/faults", get(faults::list).post(faults::add).delete(faults::clear_all))
+        .route("/v1/faults", get(faults::list))
+        .route("/proc", get(proc))
+        .route("/metrics", get(metrics))
+        .route("/metrics/dm-remap", get(dm_remap_metrics))
+}
+
+fn orders() -> Router<State> {
+    Router::new()
+        .route("/v1/faults", post(faults::add).delete(faults::clear_all))
         .route("/v1/faults/{id}", delete(faults::clear_one))
         .route("/v1/clear", post(clear))
         .route("/v1/save", post(save))
@@ -52,9 +71,10 @@ pub(super) fn router(state: State) -> Router {
         .route("/v1/release", post(release))
         .route("/v1/resize", post(resize))
         .route("/v1/log-level", post(set_log_level))
-        .route("/proc", get(proc))
-        .route("/metrics", get(metrics))
-        .route("/metrics/dm-remap", get(dm_remap_metrics))
+}
+
+fn finished(routes: Router<State>, state: State) -> Router {
+    routes
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(REQUEST_BODY_MAX))
