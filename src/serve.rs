@@ -2,6 +2,7 @@
 //! taken apart again in the order that loses nothing.
 
 use std::io::{self, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -9,7 +10,8 @@ use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
-use crate::control::server::{self as control, ServedVolume as ControlledVolume};
+use crate::control::access::{GroupError, let_in};
+use crate::control::server::{self as control, Doors, ServedVolume as ControlledVolume};
 use crate::control::socket::{BindError, SocketFile, bind_unix, check_unix, is_same_place};
 use crate::runtime::handle::FrontEndState;
 use crate::runtime::handover::HeldVolume;
@@ -46,6 +48,17 @@ pub enum ServeError {
     /// One path for two sockets.
     #[error("{}: is the front-end's socket too; choose another --control-path", .0.display())]
     SameSocket(PathBuf),
+    /// A group cannot be let in.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// No port.
+    #[error("--http-listen {address}: {error}; choose another port, or an address of this machine")]
+    Http {
+        /// Where.
+        address: SocketAddr,
+        /// The reason.
+        error: io::Error,
+    },
     /// The host refused a thread or a descriptor.
     #[error("the front-end socket: {0}")]
     Host(#[from] io::Error),
@@ -206,6 +219,10 @@ fn serve_volume(
     stop: &OwnedFd,
 ) -> Result<(), ServeError> {
     let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
+    if let (Some((_, file)), Some(group)) = (&control, &options.control_group) {
+        let_in(file.path(), group)?;
+    }
+    let http = options.http_listen.map(listen_http).transpose()?;
     let (front_end, _front_end_file) = front_end.listen()?;
     let mut server = Serving::start(options.transport, front_end, device.clone(), workers(options), volume)?;
     let announcer = device.clone();
@@ -216,7 +233,7 @@ fn serve_volume(
         oldest_in_flight_ms: status.oldest_in_flight_ms(clock.now()),
         malformed_requests: status.malformed(),
     });
-    let (control, _control_file) = start_control(control, options, volume)?;
+    let (control, _control_file) = start_control(control, http, options, volume)?;
     announce(options, volume);
     let served = server.run(stop);
     // The workers first: what they still wait for comes from the healer.
@@ -234,13 +251,29 @@ type Control = (Option<control::Server>, Option<SocketFile>);
 
 fn start_control(
     bound: Option<(UnixListener, SocketFile)>,
+    http: Option<TcpListener>,
     options: &ServeOptions,
     volume: &Arc<HeldVolume>,
 ) -> Result<Control, ServeError> {
-    let Some((listener, file)) = bound else { return Ok((None, None)) };
+    let (control, file) = bound.unzip();
+    if control.is_none() && http.is_none() {
+        return Ok((None, None));
+    }
     let name = options.primary.file_name().map_or_else(PathBuf::new, PathBuf::from).display().to_string();
     let volume = ControlledVolume { name, uuid: volume.set().to_string(), volume: volume.clone() };
-    Ok((Some(control::Server::start(listener, vec![volume])?), Some(file)))
+    let doors = Doors { control, readers: options.control_group.clone(), http };
+    Ok((Some(control::Server::start_at(doors, vec![volume])?), file))
+}
+
+fn listen_http(address: SocketAddr) -> Result<TcpListener, ServeError> {
+    let failed = |error| ServeError::Http { address, error };
+    let listener = TcpListener::bind(address).map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    if !bound.ip().is_loopback() {
+        log::warn!("--http-listen {bound}: whoever reaches this address reads all reports, without a password");
+    }
+    log::info!("reports at http://{bound}/metrics");
+    Ok(listener)
 }
 
 /// One line with what is true of this server.

@@ -138,6 +138,7 @@ fn worker(case: &str) -> (DataPlane, impl Sized) {
         disk,
         log: Arc::new(EventLog::new("a device that does nothing".into(), 0.0)),
         polling: Duration::ZERO,
+        counters: Arc::default(),
     };
     let plane = DataPlane::new(port.open().unwrap(), device.settings(), Arc::new(WorkerStatus::new()));
     (plane, (to_shard, from_shard))

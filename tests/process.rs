@@ -82,6 +82,8 @@ mod sessions;
 mod soak;
 #[path = "process/spare.rs"]
 mod spare;
+#[path = "process/stats.rs"]
+mod stats;
 #[path = "process/storm.rs"]
 mod storm;
 #[path = "process/traces.rs"]

@@ -1,5 +1,6 @@
 //! What can be typed.
 
+use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
@@ -36,6 +37,9 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Show the state of a running volume.
     Status(StatusArgs),
+    /// Show requests and device operations in numbers, and how long they took.
+    #[command(after_help = "Example:\n  vhost-remap stats --control-path /run/vm1.sock.ctl")]
+    Stats(ControlArgs),
     /// List remapped and pending blocks and lost sectors.
     List(ListArgs),
     /// Show what happened.
@@ -155,6 +159,14 @@ pub struct ServeArgs {
     /// Listen for operators at this path [default: SOCK.ctl; none with --fd].
     #[arg(long, value_name = "CTL")]
     pub control_path: Option<PathBuf>,
+    /// Let members of this group (a name in /etc/group, or a number) ask for reports on the control socket. They give
+    /// no orders.
+    #[arg(long, value_name = "GROUP")]
+    pub control_group: Option<String>,
+    /// Answer browsers and scrapers at this port of 127.0.0.1, or at this address and port. Everybody who reaches it
+    /// may read all reports, and do nothing else.
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = parse::http_listen)]
+    pub http_listen: Option<SocketAddr>,
     /// Queues offered to the guest.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = parse::number(1_u16, 64))]
     pub num_queues: u16,

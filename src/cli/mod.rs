@@ -6,6 +6,7 @@ mod fault;
 mod parse;
 pub mod run;
 mod show;
+mod stats;
 mod table;
 #[cfg(test)]
 mod tests;

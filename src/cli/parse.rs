@@ -1,6 +1,7 @@
 //! Values as people type them.
 
 use std::fmt::Display;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -100,6 +101,14 @@ pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// `9100`, `127.0.0.1:9100` or `[::1]:9100`.
+pub(super) fn http_listen(text: &str) -> Result<SocketAddr, String> {
+    let at_port = text.parse::<u16>().map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    at_port
+        .or_else(|_| text.parse())
+        .map_err(|_| format!("{text:?} is neither a port (9100) nor an address with one (127.0.0.1:9100, [::1]:9100)"))
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use super::args::{
     AdoptArgs, Args, Command, ControlArgs, CreateArgs, EventsArgs, ListArgs, LogLevelArgs, SectorsArgs, ServeArgs,
     ShapeArgs, StatusArgs,
 };
-use super::{parse, show};
+use super::{parse, show, stats};
 use crate::control::api::{Done, ListPage, LogLevel, Pong, Resize, Sectors};
 use crate::control::client::{Client, ClientError, ORDER_TIMEOUT, REPORT_TIMEOUT};
 use crate::runtime::options::{
@@ -18,6 +18,7 @@ use crate::runtime::options::{
 };
 use crate::runtime::report::{EventPage, ListFilter, StatusReport};
 use crate::runtime::signals;
+use crate::runtime::stats::StatsReport;
 use crate::runtime::volume::{MakeError, adopt, create};
 use crate::serve::{FrontEnd, ServeError, serve};
 
@@ -94,6 +95,7 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
             Ok(serve(&options, front_end, stop)?)
         }
         Command::Status(args) => Server::of(&args.control)?.status(&args, out),
+        Command::Stats(args) => Server::of(&args)?.stats(out),
         Command::List(args) => Server::of(&args.control)?.list(&args, out),
         Command::Events(args) => Server::of(&args.control)?.events(&args, out),
         Command::Fault(command) => super::fault::run(command, out),
@@ -158,6 +160,8 @@ pub(super) fn serve_options(args: ServeArgs) -> Result<ServeOptions, CliError> {
         on_device_loss: args.on_device_loss,
         on_spare_full: args.on_spare_full,
         lock_wait: Duration::from_secs(args.lock_wait),
+        control_group: args.control_group,
+        http_listen: args.http_listen,
     })
 }
 
@@ -226,6 +230,11 @@ impl Server {
         }
         let report: StatusReport = self.get("/v1/status")?;
         self.print(&report, show::status, out)
+    }
+
+    fn stats(&self, out: &mut dyn Write) -> Result<(), CliError> {
+        let report: StatsReport = self.get("/v1/stats")?;
+        self.print(&report, stats::show, out)
     }
 
     fn list(&self, args: &ListArgs, out: &mut dyn Write) -> Result<(), CliError> {

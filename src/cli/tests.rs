@@ -173,6 +173,8 @@ fn serve_has_defaults_for_all_but_the_disk_and_the_socket() {
         on_device_loss: FailOrHold::Fail,
         on_spare_full: FailOrHold::Fail,
         incoming: false,
+        control_group: None,
+        http_listen: None,
         lock_wait: std::time::Duration::from_secs(30),
     };
     assert_eq!(options, expected);

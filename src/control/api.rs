@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `GET /v1/ping` | [`Pong`] |
 //! | `GET /v1/status` | [`StatusReport`](crate::runtime::report::StatusReport) |
+//! | `GET /v1/stats` | [`StatsReport`](crate::runtime::stats::StatsReport) |
 //! | `GET /v1/list?filter=all\|lost\|pending&from=SECTOR&limit=N` | [`ListPage`] |
 //! | `GET /v1/events?after=SEQ&limit=N&wait=SECONDS` | [`EventPage`](crate::runtime::report::EventPage) |
 //! | `GET /v1/faults` | [`FaultList`] |
@@ -14,6 +15,11 @@
 //! | `POST /v1/resize` with [`Resize`] | [`Done`] |
 //! | `POST /v1/log-level` with [`LogLevel`] | [`LogLevel`] |
 //! | `GET /proc` | plain text |
+//! | `GET /metrics` | all volumes in Prometheus' text format, see [`metrics`](super::metrics) |
+//! | `GET /metrics/dm-remap` | the same under dm-remap's names |
+//!
+//! Over TCP (`serve --http-listen`) there are only the `GET` routes, for callers that name the server by an address or
+//! as `localhost`. Members of `serve --control-group` may ask for these on the control socket, and give no orders.
 //!
 //! Every failure is a [`Failure`] with a status of 400 and up. Where a server has several volumes,
 //! `volume=NAME` or `volume=UUID` in the query says which.

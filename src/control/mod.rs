@@ -4,10 +4,13 @@
 //! socket files. Nothing here touches a disk or waits for one on the protocol thread: orders go to the
 //! volume's healer as messages, from threads of this module.
 
+pub mod access;
 pub mod api;
+mod bounded;
 pub mod client;
 mod faults;
 pub mod log_level;
+pub mod metrics;
 pub mod proc_text;
 mod routes;
 pub mod server;

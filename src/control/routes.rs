@@ -8,6 +8,7 @@ use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Query, State as Shared};
 use axum::http::{Method, StatusCode, Uri, header};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use serde::de::DeserializeOwned;
@@ -15,10 +16,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
+use super::access::{self, Readers};
 use super::api::{
     Done, EVENTS_LIMIT_MAX, EventsQuery, Failure, LIST_LIMIT_MAX, ListPage, ListQuery, LogLevel, Pong,
     REQUEST_BODY_MAX, Resize, Sectors, WAIT_MAX_SECONDS,
 };
+use super::metrics::{self, Sample};
 use super::server::{ServedVolume, wait_stopped};
 use super::volume::{Order, Volume};
 use super::{faults, log_level, proc_text};
@@ -35,14 +38,32 @@ pub(super) struct State {
     pub(super) stopped: watch::Receiver<bool>,
 }
 
-/// All routes.
-pub(super) fn router(state: State) -> Router {
+/// All routes, for the control socket.
+pub(super) fn control(state: State, readers: Readers) -> Router {
+    finished(reports().merge(orders()), state).layer(middleware::from_fn_with_state(readers, access::readers_only_read))
+}
+
+/// Routes that only read, for whoever can reach the port.
+pub(super) fn http(state: State) -> Router {
+    finished(reports(), state).layer(middleware::from_fn(access::called_by_address))
+}
+
+fn reports() -> Router<State> {
     Router::new()
         .route("/v1/ping", get(ping))
         .route("/v1/status", get(status))
+        .route("/v1/stats", get(stats))
         .route("/v1/list", get(list))
         .route("/v1/events", get(events))
-        .route("/v1/faults", get(faults::list).post(faults::add).delete(faults::clear_all))
+        .route("/v1/faults", get(faults::list))
+        .route("/proc", get(proc))
+        .route("/metrics", get(metrics))
+        .route("/metrics/dm-remap", get(dm_remap_metrics))
+}
+
+fn orders() -> Router<State> {
+    Router::new()
+        .route("/v1/faults", post(faults::add).delete(faults::clear_all))
         .route("/v1/faults/{id}", delete(faults::clear_one))
         .route("/v1/clear", post(clear))
         .route("/v1/save", post(save))
@@ -50,7 +71,10 @@ pub(super) fn router(state: State) -> Router {
         .route("/v1/release", post(release))
         .route("/v1/resize", post(resize))
         .route("/v1/log-level", post(set_log_level))
-        .route("/proc", get(proc))
+}
+
+fn finished(routes: Router<State>, state: State) -> Router {
+    routes
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(REQUEST_BODY_MAX))
@@ -132,6 +156,19 @@ impl State {
     }
 }
 
+impl State {
+    /// Of all volumes: whoever scrapes wants one page for a server.
+    async fn metrics(&self, render: fn(&[Sample]) -> String) -> Answer {
+        let volumes = self.volumes.clone();
+        let text = on_a_thread(move || {
+            let sample =
+                |v: &ServedVolume| Sample { name: v.name.clone(), status: v.volume.status(), stats: v.volume.stats() };
+            render(&volumes.iter().map(sample).collect::<Vec<_>>())
+        });
+        Ok(([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text.await?).into_response())
+    }
+}
+
 async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
     tokio::task::spawn_blocking(work)
         .await
@@ -177,6 +214,10 @@ async fn ping(Shared(state): Shared<State>) -> Answer {
 
 async fn status(Shared(state): Shared<State>, uri: Uri) -> Answer {
     ok(&state.report(&uri, |volume| volume.status()).await?)
+}
+
+async fn stats(Shared(state): Shared<State>, uri: Uri) -> Answer {
+    ok(&state.report(&uri, |volume| volume.stats()).await?)
 }
 
 async fn list(Shared(state): Shared<State>, uri: Uri) -> Answer {
@@ -254,4 +295,12 @@ async fn proc(Shared(state): Shared<State>) -> Answer {
     let volumes = state.volumes.clone();
     let reports = on_a_thread(move || volumes.iter().map(|v| v.volume.status()).collect::<Vec<_>>()).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], proc_text::render(&reports)).into_response())
+}
+
+async fn metrics(Shared(state): Shared<State>) -> Answer {
+    state.metrics(metrics::render).await
+}
+
+async fn dm_remap_metrics(Shared(state): Shared<State>) -> Answer {
+    state.metrics(metrics::render_dm_remap).await
 }

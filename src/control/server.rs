@@ -1,6 +1,7 @@
 //! The control socket's thread.
 
 use std::io;
+use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -8,6 +9,8 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 
+use super::access::Peer;
+use super::bounded::Bounded;
 use super::routes::{self, State};
 use super::volume::Volume;
 
@@ -31,6 +34,17 @@ pub struct ServedVolume {
     pub volume: Arc<dyn Volume>,
 }
 
+/// Where to answer.
+#[derive(Debug, Default)]
+pub struct Doors {
+    /// The control socket.
+    pub control: Option<UnixListener>,
+    /// A group that was let in there, whose members may only read.
+    pub readers: Option<String>,
+    /// Where anybody may read.
+    pub http: Option<TcpListener>,
+}
+
 /// A running control server; dropping it stops it.
 pub struct Server {
     stop: watch::Sender<bool>,
@@ -43,18 +57,32 @@ impl Server {
     /// # Errors
     /// When the thread or its event loop cannot be made.
     pub fn start(listener: UnixListener, volumes: Vec<ServedVolume>) -> io::Result<Server> {
+        Server::start_at(Doors { control: Some(listener), ..Doors::default() }, volumes)
+    }
+
+    /// As [`Server::start`], wherever it is to answer.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_at(doors: Doors, volumes: Vec<ServedVolume>) -> io::Result<Server> {
         assert!(!volumes.is_empty(), "a control server without volumes has nothing to say");
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(THREADS_MAX).build()?;
-        listener.set_nonblocking(true)?;
-        let listener = {
-            let _in_runtime = runtime.enter();
-            tokio::net::UnixListener::from_std(listener)?
-        };
+        let _in_runtime = runtime.enter();
+        let control = doors.control.map(|listener| {
+            listener.set_nonblocking(true)?;
+            tokio::net::UnixListener::from_std(listener)
+        });
+        let http = doors.http.map(|listener| {
+            listener.set_nonblocking(true)?;
+            tokio::net::TcpListener::from_std(listener)
+        });
+        let (control, http, readers) = (control.transpose()?, http.transpose()?, doors.readers);
+        drop(_in_runtime);
         let (stop, stopped) = watch::channel(false);
         let state = State { volumes: volumes.into(), orders: Arc::new(Semaphore::new(ORDERS_MAX)), stopped };
         let thread = std::thread::Builder::new().name("control".into()).spawn(move || {
-            runtime.block_on(run(listener, state));
+            runtime.block_on(run(control, readers, http, state));
             // A report or order that is stuck keeps its thread; the process need not wait for it here.
             runtime.shutdown_background();
         })?;
@@ -82,14 +110,30 @@ impl Drop for Server {
     }
 }
 
-async fn run(listener: tokio::net::UnixListener, state: State) {
+async fn run(
+    control: Option<tokio::net::UnixListener>,
+    readers: Option<String>,
+    http: Option<tokio::net::TcpListener>,
+    state: State,
+) {
     let mut stopped = state.stopped.clone();
-    let until = stopped.clone();
-    let serving = axum::serve(listener, routes::router(state)).with_graceful_shutdown(has_stopped(until));
-    let serving = tokio::spawn(serving.into_future());
+    let control = control.map(|listener| {
+        let routes = routes::control(state.clone(), readers).into_make_service_with_connect_info::<Peer>();
+        let serving = axum::serve(listener, routes).with_graceful_shutdown(has_stopped(stopped.clone()));
+        tokio::spawn(serving.into_future())
+    });
+    let http = http.map(|listener| {
+        let serving = axum::serve(Bounded::new(listener), routes::http(state));
+        tokio::spawn(serving.with_graceful_shutdown(has_stopped(stopped.clone())).into_future())
+    });
     wait_stopped(&mut stopped).await;
     // Either all connections ended in time or the runtime drops them.
-    let _ = tokio::time::timeout(GRACE, serving).await;
+    let _ = tokio::time::timeout(GRACE, async {
+        for serving in [control, http].into_iter().flatten() {
+            let _ = serving.await;
+        }
+    })
+    .await;
 }
 
 async fn has_stopped(mut stopped: watch::Receiver<bool>) {

@@ -6,6 +6,7 @@ use crate::device::fault::FaultTable;
 use crate::runtime::handle::Refused;
 use crate::runtime::handover::HeldVolume;
 use crate::runtime::report::{EventPage, ListEntry, ListFilter, StatusReport};
+use crate::runtime::stats::StatsReport;
 use crate::units::SectorRange;
 
 /// A volume as an operator sees it: [`HeldVolume`], or a scripted one in the tests of this module.
@@ -14,6 +15,8 @@ use crate::units::SectorRange;
 pub trait Volume: Send + Sync {
     /// See [`HeldVolume::status`].
     fn status(&self) -> StatusReport;
+    /// See [`HeldVolume::stats`].
+    fn stats(&self) -> StatsReport;
     /// See [`HeldVolume::list`].
     ///
     /// # Errors
@@ -50,6 +53,10 @@ impl Volume for HeldVolume {
         HeldVolume::status(self)
     }
 
+    fn stats(&self) -> StatsReport {
+        HeldVolume::stats(self)
+    }
+
     fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused> {
         HeldVolume::list(self, filter, from, limit)
     }
@@ -78,11 +85,14 @@ impl Volume for HeldVolume {
 pub(crate) mod scripted {
     //! A volume whose answers are set by the test.
 
+    use std::collections::BTreeMap;
     use std::sync::mpsc::Receiver;
     use std::sync::{Mutex, PoisonError};
 
     use super::*;
+    use crate::runtime::latency::{Histogram, bucket};
     use crate::runtime::report::{BlockReport, Counters, DeviceReport, EventRecord, SCHEMA_VERSION};
+    use crate::runtime::stats::{DeviceOperationReport, LatencyReport, OperationReport};
 
     /// Answers what it was given and keeps the orders it got.
     pub(crate) struct ScriptedVolume {
@@ -113,6 +123,10 @@ pub(crate) mod scripted {
     impl Volume for ScriptedVolume {
         fn status(&self) -> StatusReport {
             self.status.clone()
+        }
+
+        fn stats(&self) -> StatsReport {
+            sample_stats()
         }
 
         fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused> {
@@ -172,6 +186,46 @@ pub(crate) mod scripted {
             sectors: 8,
             cause: "Input/output error (os error 5)".into(),
             action: "moved to slot 7".into(),
+        }
+    }
+
+    /// Three reads, one of which failed after six seconds, and one under way.
+    pub(crate) fn sample_stats() -> StatsReport {
+        let status = sample_status();
+        let idle = |name: &str| OperationReport { operation: name.into(), ..OperationReport::default() };
+        let mut histogram = Histogram::new();
+        for ns in [79_000, 80_000, 6_000_000_000] {
+            histogram.counts[bucket(ns)] += 1;
+            histogram.sum_ns += ns;
+            histogram.max_ns = histogram.max_ns.max(ns);
+        }
+        let reads = OperationReport {
+            completed: 3,
+            failed: 1,
+            errors: BTreeMap::from([("medium".into(), 1)]),
+            bytes: 8192,
+            in_flight: 1,
+            oldest_in_flight_ns: 2_500_000,
+            latency: LatencyReport::from(&histogram),
+            ..idle("read")
+        };
+        let sent = DeviceOperationReport {
+            device: "primary".into(),
+            operation: "read".into(),
+            submitted: 6,
+            bytes: 24_576,
+            errors: BTreeMap::from([("io".into(), 4)]),
+        };
+        StatsReport {
+            schema: status.schema,
+            volume: status.volume,
+            started: status.started,
+            uptime_seconds: status.uptime_seconds,
+            operations: vec![reads, idle("write"), idle("flush"), idle("discard"), idle("write_zeroes")],
+            devices: vec![sent],
+            malformed_requests: 0,
+            last_remap: Some(1_767_225_700.5),
+            last_error: None,
         }
     }
 

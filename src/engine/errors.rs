@@ -3,8 +3,8 @@
 use crate::device::Errno;
 
 /// What an error number means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Class {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Class {
     /// The medium failed.
     Medium,
     /// The medium or the device: the probe decides.
@@ -19,6 +19,21 @@ pub(super) enum Class {
     Ours,
     /// Anything else: the request fails, nothing is remapped.
     Unlisted,
+}
+
+impl Class {
+    /// For reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Class::Medium => "medium",
+            Class::Ambiguous => "io",
+            Class::Gone => "gone",
+            Class::Space => "space",
+            Class::Target => "unsupported",
+            Class::Ours => "host",
+            Class::Unlisted => "other",
+        }
+    }
 }
 
 /// The class of an error number.

@@ -45,6 +45,8 @@ pub(super) struct Io {
     pub(super) spawner: Spawner,
     /// Failed operations by device: reads, writes (discards and zeroing too), flushes.
     pub(super) errors: RefCell<[[u64; 3]; 2]>,
+    /// The same by what they mean.
+    pub(super) errors_by_class: RefCell<BTreeMap<(DeviceIndex, &'static str, Class), u64>>,
 }
 
 impl Io {
@@ -59,6 +61,7 @@ impl Io {
             permits: [Permits::new(OPS_PER_DEVICE), Permits::new(OPS_PER_DEVICE)],
             spawner,
             errors: RefCell::default(),
+            errors_by_class: RefCell::default(),
         }
     }
 
@@ -100,14 +103,15 @@ impl Io {
     }
 
     /// Count a failed operation of a shard with our own.
-    pub(super) fn count_error(&self, device: DeviceIndex, kind: OpKind) {
-        let column = match kind {
-            OpKind::Read => 0,
-            OpKind::Flush => 2,
-            OpKind::Write | OpKind::Discard | OpKind::WriteZeroes { .. } => 1,
+    pub(super) fn count_error(&self, device: DeviceIndex, kind: OpKind, errno: Errno) {
+        let (column, name) = match kind {
+            OpKind::Read => (0, "read"),
+            OpKind::Flush => (2, "flush"),
+            OpKind::Write | OpKind::Discard | OpKind::WriteZeroes { .. } => (1, "write"),
             OpKind::Identify => return,
         };
         self.errors.borrow_mut()[usize::from(device.0)][column] += 1;
+        *self.errors_by_class.borrow_mut().entry((device, name, class_of(errno))).or_default() += 1;
     }
 
     /// An operation ended.
@@ -141,8 +145,8 @@ impl Io {
                 result => break result,
             }
         };
-        if result.is_err() {
-            self.count_error(device, kind);
+        if let Err(errno) = result {
+            self.count_error(device, kind, errno);
         }
         self.permits[usize::from(device.0)].release();
         (result, memory, Took(self.now().since_ns(started)))

@@ -52,6 +52,71 @@ pub enum RequestOp {
     },
 }
 
+/// Which kind of request it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Operation {
+    /// [`RequestOp::Read`].
+    Read,
+    /// [`RequestOp::Write`].
+    Write,
+    /// [`RequestOp::Flush`].
+    Flush,
+    /// [`RequestOp::Discard`].
+    Discard,
+    /// [`RequestOp::WriteZeroes`].
+    WriteZeroes,
+}
+
+impl Operation {
+    /// How many there are.
+    pub const COUNT: usize = 5;
+    /// All of them, by their [`Operation::index`].
+    pub const ALL: [Operation; Operation::COUNT] =
+        [Operation::Read, Operation::Write, Operation::Flush, Operation::Discard, Operation::WriteZeroes];
+
+    /// For tables: below [`Operation::COUNT`].
+    #[inline]
+    pub fn index(self) -> usize {
+        self as usize
+    }
+
+    /// For reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Operation::Read => "read",
+            Operation::Write => "write",
+            Operation::Flush => "flush",
+            Operation::Discard => "discard",
+            Operation::WriteZeroes => "write_zeroes",
+        }
+    }
+}
+
+impl RequestOp {
+    /// Its kind.
+    #[inline]
+    pub fn operation(&self) -> Operation {
+        match self {
+            RequestOp::Read { .. } => Operation::Read,
+            RequestOp::Write { .. } => Operation::Write,
+            RequestOp::Flush => Operation::Flush,
+            RequestOp::Discard { .. } => Operation::Discard,
+            RequestOp::WriteZeroes { .. } => Operation::WriteZeroes,
+        }
+    }
+
+    /// The bytes it is about.
+    #[inline]
+    pub fn bytes(&self) -> u64 {
+        match self {
+            RequestOp::Read { range, .. } | RequestOp::Write { range, .. } => range.bytes(),
+            RequestOp::Flush => 0,
+            RequestOp::Discard { ranges } => ranges.iter().map(|range| range.bytes()).sum(),
+            RequestOp::WriteZeroes { ranges } => ranges.iter().map(|(range, _)| range.bytes()).sum(),
+        }
+    }
+}
+
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Status {

@@ -20,6 +20,16 @@ struct Log {
     last_seq: u64,
     dropped: u64,
     lines: Lines,
+    lasts: Lasts,
+}
+
+/// When something last happened, seconds since the epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Lasts {
+    /// A block moved to a slot.
+    pub remap: Option<f64>,
+    /// A device failed.
+    pub device_error: Option<f64>,
 }
 
 /// How much was logged lately.
@@ -75,6 +85,7 @@ impl EventLog {
             cause: event.cause,
             action: event.action,
         };
+        let is_device_error = event.severity != Severity::Info && event.device.is_some();
         let level = match event.severity {
             Severity::Info => log::Level::Info,
             Severity::Warn => log::Level::Warn,
@@ -94,6 +105,12 @@ impl EventLog {
             log::log!(level, "{}: {kind}{concerned}{device}{place}: {cause}: {action}", self.volume);
         }
         let mut log = self.lock();
+        if record.kind == "remapped" {
+            log.lasts.remap = Some(record.time);
+        }
+        if is_device_error {
+            log.lasts.device_error = Some(record.time);
+        }
         log.last_seq += 1;
         let seq = log.last_seq;
         log.events.push_back(EventRecord { seq, ..record });
@@ -109,6 +126,11 @@ impl EventLog {
         let events: Vec<EventRecord> = log.events.iter().filter(|e| e.seq > after).take(limit).cloned().collect();
         let last_seq = events.last().map_or(after.min(log.last_seq), |event| event.seq);
         EventPage { events, last_seq, dropped: log.dropped }
+    }
+
+    /// When things last happened.
+    pub fn lasts(&self) -> Lasts {
+        self.lock().lasts
     }
 
     /// Events dropped because the log was full.

@@ -78,7 +78,7 @@ impl VolumeHandle {
 
     /// The volume's state now; nothing once it is being closed.
     pub fn status(&self) -> Option<StatusReport> {
-        let Some(Reply::Status(healer)) = self.ask(Order::Status, ANSWER_TIMEOUT) else { return None };
+        let healer = self.healer_status()?;
         let served = &*self.0;
         let standing = &*served.standing;
         let front_end = standing.front_end.get().map(|ask| ask()).unwrap_or_default();
@@ -114,6 +114,14 @@ impl VolumeHandle {
             malformed_requests: front_end.malformed_requests,
             events_dropped: standing.log.dropped(),
         })
+    }
+
+    /// What the healer knows of itself, errors by class among it; nothing once the volume is being closed.
+    pub(super) fn healer_status(&self) -> Option<Box<HealerStatus>> {
+        match self.ask(Order::Status, ANSWER_TIMEOUT) {
+            Some(Reply::Status(healer)) => Some(healer),
+            _ => None,
+        }
     }
 
     fn judge(&self, healer: &HealerStatus, front_end: FrontEndState) -> (Vec<String>, Vec<String>) {

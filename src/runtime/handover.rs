@@ -17,8 +17,10 @@ use super::options::ServeOptions;
 use super::report::{
     BlockReport, Counters, DeviceReport, EventPage, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
 };
+use super::stats::{self, StatsReport};
 use super::volume::{MakeError, ServedVolume, Standing, open_volume, passthrough_serial, run_script};
 use super::worker::{Clock, DiskInfo, WorkerPort};
+use crate::device::DeviceIndex;
 use crate::device::fault::FaultTable;
 use crate::device::open::{self, DeviceSet};
 use crate::engine::event::{Event, Severity};
@@ -121,7 +123,7 @@ impl HeldVolume {
     /// # Errors
     /// When it cannot be opened.
     pub fn open(options: &ServeOptions, workers: u32) -> Result<HeldVolume, MakeError> {
-        let standing = Arc::new(Standing::new(options));
+        let standing = Arc::new(Standing::new(options, workers));
         let volume = open_volume(options, workers, &standing)?;
         let handle = volume.handle();
         Ok(HeldVolume {
@@ -145,7 +147,7 @@ impl HeldVolume {
         Ok(HeldVolume {
             options: options.clone(),
             workers,
-            standing: Arc::new(Standing::new(options)),
+            standing: Arc::new(Standing::new(options, workers)),
             disk: Arc::new(disk),
             set,
             remaps_max,
@@ -313,6 +315,25 @@ impl HeldVolume {
     /// The state now.
     pub fn status(&self) -> StatusReport {
         self.handle().and_then(|handle| handle.status()).unwrap_or_else(|| self.away_report())
+    }
+
+    /// Requests and device operations in numbers.
+    pub fn stats(&self) -> StatsReport {
+        let standing = &*self.standing;
+        let healer = self.handle().and_then(|handle| handle.healer_status());
+        let spare = self.options.spare.as_ref().filter(|_| !self.options.passthrough).map(|_| DeviceIndex::SPARE);
+        let devices: Vec<DeviceIndex> = [DeviceIndex::PRIMARY].into_iter().chain(spare).collect();
+        let front_end = standing.front_end.get().map(|ask| ask()).unwrap_or_default();
+        let source = stats::Source {
+            volume: self.set.to_string(),
+            started: standing.epoch,
+            now: standing.clock.now(),
+            malformed_requests: front_end.malformed_requests,
+            lasts: standing.log.lasts(),
+            devices: &devices,
+            healer: healer.as_deref(),
+        };
+        stats::report(&standing.counters, &source)
     }
 
     fn away_report(&self) -> StatusReport {

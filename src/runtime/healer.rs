@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
+use super::counters::DeviceCounters;
 use super::devices::Devices;
 use super::eventlog::EventLog;
 use super::mailbox::{Inbox, Outbox, mailbox};
@@ -74,6 +75,8 @@ pub struct HealerSetup {
     pub log: Arc<EventLog>,
     /// To the shards, in their order.
     pub shards: Vec<Outbox<ToShard>>,
+    /// Where it counts.
+    pub counters: Arc<DeviceCounters>,
 }
 
 impl HealerThread {
@@ -82,9 +85,9 @@ impl HealerThread {
     /// # Errors
     /// When it does not open.
     pub fn start(setup: HealerSetup) -> Result<(HealerThread, OpenedVolume), StartError> {
-        let HealerSetup { devices, opening, params, clock, log, shards } = setup;
+        let HealerSetup { devices, opening, params, clock, log, shards, counters } = setup;
         let reactor = Box::new(move || devices.reactor());
-        HealerThread::start_on(reactor, opening, params, Surroundings { clock, log, shards })
+        HealerThread::start_on(reactor, opening, params, Surroundings { clock, log, shards, counters })
     }
 
     /// The same on any reactor, which is made on the thread.
@@ -98,7 +101,7 @@ impl HealerThread {
         let (orders, from_orders) = mailbox()?;
         let (opened, wait) = sync_channel(1);
         let thread = thread::Builder::new().name("healer".into()).spawn(move || {
-            let Surroundings { clock, log, shards } = surroundings;
+            let Surroundings { clock, log, shards, counters } = surroundings;
             let (healer, reactor) = match open(reactor, opening, &params, &clock) {
                 Ok((healer, facts, reactor)) => {
                     let (geometry, view, progress) = (healer.geometry(), healer.view(), healer.progress());
@@ -117,6 +120,7 @@ impl HealerThread {
                 clock,
                 log,
                 shards,
+                counters,
                 from_shards,
                 from_orders,
                 waiting: BTreeMap::new(),
@@ -146,6 +150,7 @@ struct Driver {
     clock: Clock,
     log: Arc<EventLog>,
     shards: Vec<Outbox<ToShard>>,
+    counters: Arc<DeviceCounters>,
     from_shards: Inbox<ToHealer>,
     from_orders: Inbox<Command>,
     waiting: BTreeMap<OrderId, SyncSender<Reply>>,
@@ -159,6 +164,7 @@ pub(crate) struct Surroundings {
     pub(crate) log: Arc<EventLog>,
     /// In their order.
     pub(crate) shards: Vec<Outbox<ToShard>>,
+    pub(crate) counters: Arc<DeviceCounters>,
 }
 
 fn open(
@@ -257,6 +263,7 @@ impl Driver {
     }
 
     fn carry_out(&mut self, out: &mut HealerOut) {
+        out.ops.iter().for_each(|op| self.counters.submitted(op));
         submit(&mut *self.reactor, &mut out.ops);
         for (shard, message) in out.to_shards.drain(..) {
             self.shards[shard].send(message);

@@ -1,5 +1,6 @@
 //! What the program was told to do, as plain data: the command line fills it, the runtime acts on it.
 
+use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -169,6 +170,10 @@ pub struct ServeOptions {
     pub on_spare_full: FailOrHold,
     /// How long to wait for another process to let go of the devices.
     pub lock_wait: Duration,
+    /// The group that may read on the control socket, where there is one.
+    pub control_group: Option<String>,
+    /// Where everybody may read, where there is such a place.
+    pub http_listen: Option<SocketAddr>,
 }
 
 impl ServeOptions {

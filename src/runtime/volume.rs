@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use uuid::Uuid;
 
+use super::counters::Counters;
 use super::devices::{Devices, facts, is_block_device, is_file};
 use super::eventlog::EventLog;
 use super::handle::{FrontEndState, Served, VolumeHandle};
@@ -418,11 +419,13 @@ pub struct Standing {
     pub(super) front_end: OnceLock<Box<dyn Fn() -> FrontEndState + Send + Sync>>,
     /// Whom to tell how many sectors a disk has that has grown.
     pub(super) announce: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
+    /// What its threads count.
+    pub(super) counters: Counters,
 }
 
 impl Standing {
     /// At the start of a server.
-    pub fn new(options: &ServeOptions) -> Standing {
+    pub fn new(options: &ServeOptions, workers: u32) -> Standing {
         let epoch = seconds_since_epoch();
         Standing {
             clock: Clock::start(),
@@ -431,6 +434,7 @@ impl Standing {
             faults: options.fault_injection.then(|| Arc::new(FaultTable::new())),
             front_end: OnceLock::new(),
             announce: OnceLock::new(),
+            counters: Counters::new(workers),
         }
     }
 }
@@ -478,7 +482,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
     let devices = open_devices(options)?;
     let devices = Devices::new(DeviceSet::new(devices), options.io_engine, standing.faults.clone())?;
     let opening = opening(options, &devices);
-    let Standing { clock, epoch, log, .. } = &**standing;
+    let Standing { clock, epoch, log, counters, .. } = &**standing;
     let (clock, epoch) = (*clock, *epoch);
     let (mut to_shards, mut inboxes) = (Vec::new(), Vec::new());
     for _ in 0..workers {
@@ -487,7 +491,15 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         inboxes.push(inbox);
     }
     let params = HealerParams { shards: inboxes.len(), policy: policy(options), epoch };
-    let setup = HealerSetup { devices: devices.clone(), opening, params, clock, log: log.clone(), shards: to_shards };
+    let setup = HealerSetup {
+        devices: devices.clone(),
+        opening,
+        params,
+        clock,
+        log: log.clone(),
+        shards: to_shards,
+        counters: counters.healer.clone(),
+    };
     let (healer, opened) = HealerThread::start(setup).map_err(|error| match error {
         StartError::Open(error) => {
             MakeError::Volume { primary: options.primary.clone(), spare: options.spare.clone(), error }
@@ -517,6 +529,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
                 disk: disk.clone(),
                 log: log.clone(),
                 polling: Duration::from_micros(options.polling_us(workers).into()),
+                counters: counters.workers[index].clone(),
             }
         })
         .collect();

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::counters::WorkerCounters;
 use super::eventlog::EventLog;
 use super::mailbox::{Inbox, Outbox};
 use crate::device::Reactor;
@@ -59,6 +60,8 @@ pub struct WorkerPort {
     pub log: Arc<EventLog>,
     /// How long the worker may look at its rings, when nothing comes, before it sleeps.
     pub polling: Duration,
+    /// Where it counts.
+    pub counters: Arc<WorkerCounters>,
 }
 
 /// A worker's parts, on its thread.
@@ -79,6 +82,8 @@ pub struct Worker {
     pub log: Arc<EventLog>,
     /// How long it may look at its rings, when nothing comes, before it sleeps.
     pub polling: Duration,
+    /// Where it counts.
+    pub counters: Arc<WorkerCounters>,
 }
 
 impl WorkerPort {
@@ -96,6 +101,7 @@ impl WorkerPort {
             disk: self.disk,
             log: self.log,
             polling: self.polling,
+            counters: self.counters,
         })
     }
 }

@@ -6,12 +6,16 @@ use std::sync::Arc;
 use crate::device::{Event as DeviceEvent, Reactor, Wait};
 use crate::engine::event::{Event, Severity};
 use crate::engine::message::{ToHealer, ToShard};
+use crate::engine::request::Answer;
+use crate::engine::request::Status as RequestStatus;
 use crate::engine::shard::{Shard, ShardOut};
+use crate::runtime::counters::WorkerCounters;
 use crate::runtime::eventlog::EventLog;
 use crate::runtime::mailbox::{Inbox, Outbox};
 use crate::runtime::worker::{Clock, DiskInfo, Worker};
 use crate::units::{SectorRange, Time};
 use crate::vhost::status::WorkerStatus;
+use crate::vhost::tokens::{Taken, Tokens};
 
 /// The reactor's name for the healer's mailbox.
 const TOKEN_HEALER: u64 = 0;
@@ -29,7 +33,10 @@ pub(crate) struct Drive {
     inbox: Inbox<ToShard>,
     healer: Outbox<ToHealer>,
     clock: Clock,
+    /// As last read: once when a turn begins, once when the device has been waited for.
+    latest: Time,
     log: Arc<EventLog>,
+    counters: Arc<WorkerCounters>,
     healer_wrote: bool,
     // Buffers used again in every turn.
     events: Vec<DeviceEvent>,
@@ -38,7 +45,7 @@ pub(crate) struct Drive {
 
 impl Drive {
     pub(crate) fn new(worker: Worker) -> Drive {
-        let Worker { shard, mut reactor, inbox, healer, clock, disk, log, polling: _ } = worker;
+        let Worker { shard, mut reactor, inbox, healer, clock, disk, log, counters, polling: _ } = worker;
         reactor.watch(inbox.as_raw_fd(), TOKEN_HEALER);
         Drive {
             shard,
@@ -48,15 +55,36 @@ impl Drive {
             inbox,
             healer,
             clock,
+            latest: clock.now(),
             log,
+            counters,
             healer_wrote: true,
             events: Vec::new(),
             messages: Vec::new(),
         }
     }
 
-    pub(crate) fn now(&self) -> Time {
-        self.clock.now()
+    /// Read the clock.
+    pub(crate) fn now(&mut self) -> Time {
+        self.latest = self.clock.now();
+        self.latest
+    }
+
+    /// Count a request that is answered.
+    #[inline]
+    pub(crate) fn count(&self, answer: &Answer, taken: &Taken) {
+        let took_ns = self.latest.since_ns(taken.started);
+        let bytes = (answer.status == RequestStatus::Ok).then(|| answer.request.op.bytes());
+        self.counters.answered(taken.operation, took_ns, bytes);
+    }
+
+    /// Tell what is under way.
+    #[inline]
+    pub(crate) fn tell(&self, status: &WorkerStatus, tokens: &Tokens) {
+        let under_way = tokens.under_way();
+        self.counters.set_under_way(&under_way);
+        let oldest = under_way.iter().filter_map(|(_, start)| *start).min();
+        status.set(under_way.iter().map(|(len, _)| len).sum(), oldest);
     }
 
     /// Count and report a request that was answered with an error before the engine saw it (P1), or a chain that
@@ -69,7 +97,7 @@ impl Drive {
             false => ("malformed", "its chain was given back unread"),
         };
         self.log.push(Event {
-            time: self.now(),
+            time: self.clock.now(),
             severity: Severity::Warn,
             kind,
             device: None,
@@ -112,6 +140,7 @@ impl Drive {
     /// Submit the shard's operations and send its messages.
     pub(crate) fn carry_out(&mut self) {
         for op in self.out.ops.drain(..) {
+            self.counters.devices.submitted(&op);
             // SAFETY: an operation of the shard borrows memory of the request it belongs to (guest memory, which
             // the request's scatter list owns a reference to, and that list itself) or of a buffer beside it. The
             // shard keeps both until it has seen the operation's completion, the worker keeps the shard until
@@ -128,6 +157,7 @@ impl Drive {
     pub(crate) fn poll(&mut self, now: Time, wait: Wait, ready: &mut Vec<u64>) {
         self.reactor.poll(now, wait, &mut self.events);
         let now = self.clock.now();
+        self.latest = now;
         for event in self.events.drain(..) {
             match event {
                 DeviceEvent::Done(completion) => self.shard.completed(now, completion, &mut self.out),

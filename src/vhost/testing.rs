@@ -236,6 +236,7 @@ fn port(index: usize, device: &BlkDevice, disks: &MemoryDisks) -> (WorkerPort, O
         disk: Arc::new(device.disk().clone()),
         log: Arc::new(EventLog::new("a disk in memory".into(), 0.0)),
         polling: Duration::ZERO,
+        counters: Arc::default(),
     };
     (port, to_shard, from_shard)
 }

@@ -3,7 +3,7 @@
 use super::chain::StatusByte;
 use super::memory::RegionBits;
 use super::ring::Head;
-use crate::engine::request::Token;
+use crate::engine::request::{Operation, Token};
 use crate::units::Time;
 
 /// No entry: the end of a list.
@@ -12,6 +12,8 @@ const NONE: u32 = u32::MAX;
 /// A request taken from a queue.
 #[derive(Debug)]
 pub(crate) struct Taken {
+    /// What it asks for.
+    pub(crate) operation: Operation,
     /// Queue of the device.
     pub(crate) queue: u16,
     /// Its chain.
@@ -36,25 +38,32 @@ struct Entry {
     next: u32,
 }
 
-/// A table of requests by token, which also knows their order.
+/// Requests of one kind, in their order.
+#[derive(Clone, Copy, Debug)]
+struct Line {
+    oldest: u32,
+    newest: u32,
+    len: usize,
+}
+
+/// A table of requests by token, which also knows the order of those of a kind.
 #[derive(Debug)]
 pub(crate) struct Tokens {
     entries: Vec<Entry>,
     free: u32,
-    oldest: u32,
-    newest: u32,
-    len: usize,
+    lines: [Line; Operation::COUNT],
     serial: u64,
 }
 
 impl Tokens {
     pub(crate) fn new() -> Tokens {
-        Tokens { entries: Vec::new(), free: NONE, oldest: NONE, newest: NONE, len: 0, serial: 0 }
+        let line = Line { oldest: NONE, newest: NONE, len: 0 };
+        Tokens { entries: Vec::new(), free: NONE, lines: [line; Operation::COUNT], serial: 0 }
     }
 
     /// Requests in the table.
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.lines.iter().map(|line| line.len).sum()
     }
 
     /// Number that the next request gets: those in the table have smaller ones.
@@ -62,9 +71,13 @@ impl Tokens {
         self.serial
     }
 
-    /// When the oldest request was taken.
-    pub(crate) fn oldest_start(&self) -> Option<Time> {
-        self.get(self.oldest).and_then(|entry| entry.taken.as_ref()).map(|taken| taken.started)
+    /// By kind: requests in the table, and when the oldest was taken.
+    #[inline]
+    pub(crate) fn under_way(&self) -> [(usize, Option<Time>); Operation::COUNT] {
+        self.lines.map(|line| match line.len {
+            0 => (0, None),
+            len => (len, self.get(line.oldest).and_then(|entry| entry.taken.as_ref()).map(|taken| taken.started)),
+        })
     }
 
     /// Add a request.
@@ -78,15 +91,17 @@ impl Tokens {
             self.free = self.at(index).next;
             index
         };
-        let (serial, newest) = (self.serial, self.newest);
+        let kind = taken.operation.index();
+        let (serial, newest) = (self.serial, self.lines[kind].newest);
         *self.at(index) = Entry { taken: Some(taken), serial, previous: newest, next: NONE };
         self.link(newest, |entry| &mut entry.next, index);
-        self.newest = index;
-        if self.oldest == NONE {
-            self.oldest = index;
+        let line = &mut self.lines[kind];
+        line.newest = index;
+        if line.oldest == NONE {
+            line.oldest = index;
         }
+        line.len += 1;
         self.serial += 1;
-        self.len += 1;
         Token(index)
     }
 
@@ -103,13 +118,14 @@ impl Tokens {
         self.free = token.0;
         self.link(previous, |entry| &mut entry.next, next);
         self.link(next, |entry| &mut entry.previous, previous);
-        if self.oldest == token.0 {
-            self.oldest = next;
+        let line = &mut self.lines[taken.operation.index()];
+        if line.oldest == token.0 {
+            line.oldest = next;
         }
-        if self.newest == token.0 {
-            self.newest = previous;
+        if line.newest == token.0 {
+            line.newest = previous;
         }
-        self.len -= 1;
+        line.len -= 1;
         taken
     }
 
@@ -120,14 +136,16 @@ impl Tokens {
 
     /// Whether a request older than number `before` touches one of `regions`.
     pub(crate) fn touch(&self, regions: RegionBits, before: u64) -> bool {
-        let mut at = self.oldest;
-        while let Some(entry) = self.get(at).filter(|entry| entry.serial < before) {
-            if entry.taken.as_ref().is_some_and(|taken| taken.regions.intersects(regions)) {
-                return true;
+        self.lines.iter().any(|line| {
+            let mut at = line.oldest;
+            while let Some(entry) = self.get(at).filter(|entry| entry.serial < before) {
+                if entry.taken.as_ref().is_some_and(|taken| taken.regions.intersects(regions)) {
+                    return true;
+                }
+                at = entry.next;
             }
-            at = entry.next;
-        }
-        false
+            false
+        })
     }
 
     fn get(&self, index: u32) -> Option<&Entry> {

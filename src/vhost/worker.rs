@@ -179,7 +179,7 @@ impl DataPlane {
         // Whoever waits for a stop may be the caller itself: no sleep after one.
         let settled = self.settle(now);
         self.deliver();
-        self.status.set(self.tokens.len(), self.tokens.oldest_start());
+        self.drive.tell(&self.status, &self.tokens);
         let wait = if settled || !may_wait || self.looks_on(now) || self.arm() { Wait::No } else { self.patience(now) };
         let mut ready = std::mem::take(&mut self.ready);
         self.drive.poll(now, wait, &mut ready);
@@ -290,7 +290,9 @@ impl DataPlane {
                 0
             }
             Parsed::Submit { op, written } => {
-                let taken = Taken { queue: queue.index, head, position, status, written, started: now, regions };
+                let (operation, queue_index) = (op.operation(), queue.index);
+                let taken =
+                    Taken { operation, queue: queue_index, head, position, status, written, started: now, regions };
                 let request = Request {
                     token: self.tokens.insert(taken),
                     queue: queue.index,
@@ -331,6 +333,7 @@ impl DataPlane {
     #[inline]
     fn answer(&mut self, answer: Answer) {
         let taken = self.tokens.remove(answer.request.token);
+        self.drive.count(&answer, &taken);
         let (value, written) = match answer.status {
             Status::Ok => (S_OK, taken.written),
             Status::IoErr => (S_IOERR, 1),

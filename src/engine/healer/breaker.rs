@@ -7,7 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use super::failure::{Failure, Hold};
+use super::failure::{Failure, FailureClass, Hold};
 use super::{Core, Severity};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::errors::{Class, class_of};
@@ -271,7 +271,8 @@ impl Core {
                 self.spawn(async move { core.await_primary().await });
             }
         }
-        Failure { hold: Hold::PrimaryGone, ..Failure::new(Some(device), format!("the primary is gone: {errno}")) }
+        let failure = Failure::new(Some(device), format!("the primary is gone: {errno}")).of(FailureClass::Gone);
+        Failure { hold: Hold::PrimaryGone, ..failure }
     }
 
     async fn await_primary(self: &Rc<Self>) {

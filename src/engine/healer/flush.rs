@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::failure::Failure;
+use super::failure::{Failure, FailureClass};
 use super::{Core, Handed, OnLoss, Severity};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::{Outcome, Refusal};
@@ -181,7 +181,7 @@ impl Core {
         if self.spare_flush_failures() == before {
             return Ok(());
         }
-        Err(Failure::new(Some(DeviceIndex::SPARE), "a flush of the spare failed meanwhile"))
+        Err(Failure::new(Some(DeviceIndex::SPARE), "a flush of the spare failed meanwhile").of(FailureClass::Flush))
     }
 
     /// Flush one device, together with everybody else who wants that now.
@@ -256,7 +256,7 @@ impl Core {
 
     /// Decide what a failed flush means before the device's turn passes on, and answer for it.
     async fn flush_failed(self: &Rc<Self>, device: DeviceIndex, errno: Errno) -> Failure {
-        let failure = Failure::new(Some(device), format!("flush failed: {errno}"));
+        let failure = Failure::new(Some(device), format!("flush failed: {errno}")).of(FailureClass::Flush);
         self.event(
             Severity::Error,
             "flush-failed",

@@ -26,11 +26,12 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::errors::{Class, class_of};
+pub use super::errors::Class;
+use super::errors::class_of;
 use super::event::{Event, Severity};
 use super::io::Io;
 use super::message::{Cursor, FenceId, Handed, Outcome, ToHealer, ToShard, Why};
-use super::request::{Request, RequestOp};
+use super::request::{Operation, Request, RequestOp};
 use super::shard::first_piece;
 use super::task::Executor;
 use super::view::{Geometry, Mode, PrimaryState, Progress, View};
@@ -43,6 +44,7 @@ use crate::volume::superblock::Superblock;
 use crate::volume::table::Table;
 
 use failure::Failure;
+pub use failure::FailureClass;
 pub use flush::PoisonReport;
 pub use operator::{HealerStatus, Order, OrderId, Reply};
 use read::Budget;
@@ -190,6 +192,8 @@ pub(super) struct Core {
     /// Percent of the slots whose use the operator was told of last.
     told_used: Cell<u64>,
     tally: RefCell<Tally>,
+    /// Requests answered with an error since the start, by what they were and why.
+    guest_errors: RefCell<BTreeMap<(Operation, FailureClass), u64>>,
     waiting: RefCell<VecDeque<Handed>>,
     held: RefCell<Vec<Held>>,
     /// Queues that stop, by shard.
@@ -272,6 +276,7 @@ impl Healer {
             rewritten: RefCell::default(),
             told_used: Cell::new(0),
             tally: RefCell::new(opened.tally),
+            guest_errors: RefCell::default(),
             closing: Cell::new(false),
             waiting: RefCell::default(),
             held: RefCell::default(),
@@ -425,7 +430,8 @@ impl Core {
         if let Why::Failed(device, errno) = handed.why
             && class_of(errno) != Class::Ours
         {
-            self.io.count_error(device, if reads(&handed.request) { OpKind::Read } else { OpKind::Write });
+            let kind = if reads(&handed.request) { OpKind::Read } else { OpKind::Write };
+            self.io.count_error(device, kind, errno);
         }
         match handed.why {
             Why::Durability => {
@@ -564,6 +570,8 @@ impl Core {
     /// Answer with an error, and say so.
     fn fail(&self, handed: Handed, failure: &Failure) {
         self.tally.borrow_mut().guest_errors += 1;
+        let counted = (handed.request.op.operation(), failure.class);
+        *self.guest_errors.borrow_mut().entry(counted).or_default() += 1;
         let range = if handed.cursor.piece.is_empty() {
             first_piece(&handed.request).map(|cursor| cursor.piece).unwrap_or_default()
         } else {

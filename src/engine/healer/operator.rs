@@ -1,11 +1,13 @@
 //! Orders of the operator, and the state they ask for.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use super::commit::Commit;
 use super::flush::PoisonReport;
-use super::{Core, NotResized, Severity, Tally};
+use super::{Class, Core, FailureClass, NotResized, Severity, Tally};
 use crate::device::DeviceIndex;
+use crate::engine::request::Operation;
 use crate::engine::task::join_all;
 use crate::engine::view::{Mode, PrimaryState};
 use crate::units::{BLOCK_SIZE, Block, BlockRange, Sector, SectorRange};
@@ -75,6 +77,10 @@ pub struct HealerStatus {
     pub lifetime: Vec<u64>,
     /// Failed operations by device: reads, writes, flushes.
     pub errors: [[u64; 3]; 2],
+    /// The same by device, kind (`read`, `write`, `flush`) and what they mean.
+    pub errors_by_class: BTreeMap<(DeviceIndex, &'static str, Class), u64>,
+    /// Requests answered with an error since the server started, by what they were and why.
+    pub guest_errors: BTreeMap<(Operation, FailureClass), u64>,
     /// Slots in use.
     pub live: usize,
     /// Blocks that live in a slot.
@@ -188,6 +194,8 @@ impl Core {
             tally: self.tally.borrow().clone(),
             lifetime: self.lifetime_values(),
             errors: *self.io.errors.borrow(),
+            errors_by_class: self.io.errors_by_class.borrow().clone(),
+            guest_errors: self.guest_errors.borrow().clone(),
             remapped,
             live: table.live(),
             free: table.available(),

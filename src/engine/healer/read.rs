@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::commit::Commit;
-use super::failure::Failure;
+use super::failure::{Failure, FailureClass};
 use super::write::Failed;
 use super::{Core, Severity};
 use crate::device::buffer::{AlignedBuf, Iovecs};
@@ -175,7 +175,7 @@ impl Core {
             guest.copy_from(at, &read.data[read.skip..read.skip + bytes(run.range)]);
             for bad in &read.bad {
                 let failure = Failure { device: Some(run.device), ..read.failure.clone() };
-                unreadable.get_or_insert(failure.at(*bad));
+                unreadable.get_or_insert(failure.of(FailureClass::Medium).at(*bad));
             }
         }
         for block in range.blocks().iter() {
@@ -238,7 +238,8 @@ impl Core {
         self.note_good(SectorRange { start: good_from, count: run.range.end().0 - good_from.0 });
         self.report_read(&run, &ladder, &bad, sectors);
         let cause = ladder.errno.map_or_else(String::new, |errno| errno.to_string());
-        let failure = Failure::new(Some(run.device), format!("unreadable after {RETRIES} retries: {cause}"));
+        let cause = format!("unreadable after {RETRIES} retries: {cause}");
+        let failure = Failure::new(Some(run.device), cause).of(FailureClass::Medium);
         Ok(ReadRun { data: ladder.data, skip: usize::try_from(skip).expect("less than a block"), bad, failure })
     }
 

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::commit::Commit;
-use super::failure::Failure;
+use super::failure::{Failure, FailureClass};
 use super::read::{Budget, innermost, sectors_of_mask};
 use super::{Core, Severity, used_slots};
 use crate::device::buffer::{AlignedBuf, Iovecs};
@@ -435,7 +435,8 @@ impl Core {
                 // but a slot is left for good.
                 let start = Sector(block.start().0 + (from + bad.from) as u64 / SECTOR_SIZE);
                 let range = SectorRange { start, count: bad.len as u64 / SECTOR_SIZE };
-                return Err(Failure::new(Some(device), "reading the rest of its block takes too long").at(range));
+                let failure = Failure::new(Some(device), "reading the rest of its block takes too long");
+                return Err(failure.of(FailureClass::Medium).at(range));
             }
             for bad in &ladder.bad {
                 let first = u32::try_from((from + bad.from) / 512).expect("0 to 7");
@@ -548,7 +549,8 @@ impl Core {
                 return Ok(());
             }
         }
-        Err(Failure::new(Some(DeviceIndex::SPARE), format!("{SLOT_TRIES} slots in a row failed")))
+        let cause = format!("{SLOT_TRIES} slots in a row failed");
+        Err(Failure::new(Some(DeviceIndex::SPARE), cause).of(FailureClass::Spare))
     }
 
     fn exhausted(&self) -> Failure {

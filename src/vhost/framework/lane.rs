@@ -149,7 +149,7 @@ impl Lane {
         self.deliver();
         // Whoever waits for a stop may be the caller itself: no sleep after one.
         let settled = self.settle();
-        self.status.set(self.tokens.len(), self.tokens.oldest_start());
+        self.drive.tell(&self.status, &self.tokens);
         let busy = settled || self.drive.healer_wrote() || self.queues.values().any(|queue| queue.look);
         let mut ready = std::mem::take(&mut self.ready);
         self.drive.poll(now, if busy { Wait::No } else { Wait::Forever }, &mut ready);
@@ -261,7 +261,8 @@ impl Lane {
             Parsed::Submit { op, written } => {
                 let regions = RegionBits::default();
                 let head = Head::of_split(head);
-                let taken = Taken { queue: number, head, position: None, status, written, started: now, regions };
+                let (operation, position) = (op.operation(), None);
+                let taken = Taken { operation, queue: number, head, position, status, written, started: now, regions };
                 let token = self.tokens.insert(taken);
                 let request = Request { token, queue: number, write_through: self.settings.write_through(), op };
                 self.drive.shard.submit(now, request, &mut self.drive.out);
@@ -288,6 +289,7 @@ impl Lane {
 
     fn answer(&mut self, answer: Answer) {
         let taken = self.tokens.remove(answer.request.token);
+        self.drive.count(&answer, &taken);
         let (value, written) = match answer.status {
             Status::Ok => (S_OK, taken.written),
             Status::IoErr => (S_IOERR, 1),

@@ -176,7 +176,7 @@ impl Volume {
             Box::new(move || Ok(Slow::queue(&of_healer.0, of_healer.1, true))),
             Box::new(move || Opening::new(params)),
             HealerParams { shards: workers, policy, epoch: 1 },
-            Surroundings { clock, log: log.clone(), shards: to_shards },
+            Surroundings { clock, log: log.clone(), shards: to_shards, counters: Arc::default() },
         )
         .unwrap();
         let capacity = opened.progress.capacity.clone();
@@ -193,6 +193,7 @@ impl Volume {
                 disk: disk.clone(),
                 log: log.clone(),
                 polling: Duration::ZERO,
+                counters: Arc::default(),
             }
         };
         let ports = inboxes.into_iter().enumerate().map(port).collect();

@@ -19,6 +19,7 @@ use vhost_remap::runtime::handle::Refused;
 use vhost_remap::runtime::report::{
     BlockReport, Counters, DeviceReport, EventPage, EventRecord, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
 };
+use vhost_remap::runtime::stats::StatsReport;
 
 use super::program::Program;
 
@@ -121,6 +122,10 @@ impl Volume for Noting {
             malformed_requests: 0,
             events_dropped: 0,
         }
+    }
+
+    fn stats(&self) -> StatsReport {
+        StatsReport::default()
     }
 
     fn list(&self, _filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused> {

@@ -104,6 +104,7 @@ pub(crate) fn open(disks: &MemoryDisks, policy: Policy, workers: usize) -> (Keep
             disk: disk.clone(),
             log: log.clone(),
             polling: Duration::ZERO,
+            counters: Arc::default(),
         }
     });
     let ports = ports.collect();

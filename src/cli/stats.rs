@@ -1,0 +1,120 @@
+//! `stats`: requests and device operations as tables.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::show::bytes;
+use super::table::Align::{Left, Right};
+use super::table::Table;
+use crate::runtime::stats::StatsReport;
+
+/// The tables, for a person.
+pub(super) fn show(report: &StatsReport) -> String {
+    let up = humantime::format_duration(Duration::from_secs(report.uptime_seconds));
+    let mut out = format!("Volume {}, counted for {up}\n\n", report.volume);
+    out.push_str(&requests(report));
+    out.push('\n');
+    out.push_str(&devices(report));
+    if report.malformed_requests > 0 {
+        out.push_str(&format!("\n{} malformed requests were given back unserved\n", report.malformed_requests));
+    }
+    out
+}
+
+fn requests(report: &StatsReport) -> String {
+    let mut table = Table::new(&[
+        ("REQUESTS", Left),
+        ("DONE", Right),
+        ("BYTES", Right),
+        ("IN FLIGHT", Right),
+        ("OLDEST", Right),
+        ("p50", Right),
+        ("p99", Right),
+        ("p99.9", Right),
+        ("MAX", Right),
+        ("FAILED", Right),
+        ("WHY", Left),
+    ]);
+    for operation in &report.operations {
+        let latency = &operation.latency;
+        let quantile = |ns: Option<u64>| ns.map_or("-".into(), time);
+        table.row([
+            operation.operation.clone(),
+            operation.completed.to_string(),
+            bytes(operation.bytes),
+            operation.in_flight.to_string(),
+            if operation.in_flight > 0 { time(operation.oldest_in_flight_ns) } else { "-".into() },
+            quantile(latency.p50_ns),
+            quantile(latency.p99_ns),
+            quantile(latency.p999_ns),
+            quantile((operation.completed > 0).then_some(latency.max_ns)),
+            operation.failed.to_string(),
+            causes(&operation.errors),
+        ]);
+    }
+    table.render("")
+}
+
+fn devices(report: &StatsReport) -> String {
+    let mut table =
+        Table::new(&[("DEVICE", Left), ("OPERATION", Left), ("SENT", Right), ("BYTES", Right), ("ERRORS", Left)]);
+    for device in report.devices.iter().filter(|device| device.submitted > 0 || !device.errors.is_empty()) {
+        table.row([
+            device.device.clone(),
+            device.operation.clone(),
+            device.submitted.to_string(),
+            bytes(device.bytes),
+            causes(&device.errors),
+        ]);
+    }
+    table.render("")
+}
+
+/// `2 medium, 1 gone`.
+fn causes(errors: &BTreeMap<String, u64>) -> String {
+    errors.iter().map(|(class, count)| format!("{count} {class}")).collect::<Vec<_>>().join(", ")
+}
+
+/// `870 ns`, `12.3 µs`, `4.0 ms`, `1.5 s`.
+fn time(ns: u64) -> String {
+    let tenths = |unit: u64| format!("{}.{}", ns / unit, ns % unit / (unit / 10));
+    match ns {
+        0..1_000 => format!("{ns} ns"),
+        1_000..1_000_000 => format!("{} µs", tenths(1_000)),
+        1_000_000..1_000_000_000 => format!("{} ms", tenths(1_000_000)),
+        _ => format!("{} s", tenths(1_000_000_000)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::volume::scripted::sample_stats;
+
+    #[test]
+    fn stats_are_aligned_tables() {
+        let expected = "\
+Volume 6f1f4b1e-1f6c-4f0e-9b3e-3d5a9a1c2b3d, counted for 1day 2h 3m 4s
+
+REQUESTS      DONE    BYTES  IN FLIGHT  OLDEST      p50      p99    p99.9     MAX  FAILED  WHY
+read             3    8 KiB          1  2.5 ms  81.9 µs  6.0 s    6.0 s   6.0 s       1  1 medium
+";
+        let text = show(&sample_stats());
+        let squeezed = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(squeezed(&text).starts_with(&squeezed(expected)), "{text}");
+        assert!(text.contains("primary  read"), "{text}");
+        for line in text.lines() {
+            assert_eq!(line, line.trim_end());
+        }
+    }
+
+    #[test]
+    fn times_have_a_unit() {
+        let check = |ns, text| assert_eq!(time(ns), text);
+        check(0, "0 ns");
+        check(1_000, "1.0 µs");
+        check(999_999, "999.9 µs");
+        check(4_000_000, "4.0 ms");
+        check(61_500_000_000, "61.5 s");
+    }
+}
