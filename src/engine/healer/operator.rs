@@ -6,6 +6,8 @@ use super::commit::Commit;
 use super::flush::PoisonReport;
 use super::{Core, NotResized, Severity, Tally};
 use crate::device::DeviceIndex;
+use crate::engine::health::Assessment;
+use crate::engine::health::history::Day;
 use crate::engine::task::join_all;
 use crate::engine::view::{Mode, PrimaryState};
 use crate::units::{BLOCK_SIZE, Block, BlockRange, Sector, SectorRange};
@@ -95,6 +97,10 @@ pub struct HealerStatus {
     pub held: usize,
     /// Fences that stand.
     pub fences: usize,
+    /// How volume and devices are.
+    pub health: Assessment,
+    /// The days on which the volume was open.
+    pub days: Vec<Day>,
 }
 
 /// The answer to an order.
@@ -198,6 +204,8 @@ impl Core {
             repairs: self.running.get() + self.waiting.borrow().len(),
             held: self.held.borrow().len(),
             fences: self.fences.standing(),
+            health: self.assess(),
+            days: self.days(),
         }
     }
 

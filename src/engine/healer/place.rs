@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use super::failure::{Failure, Hold};
+use super::health::HISTORY_AT;
 use super::{Core, Severity, Tally};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
@@ -304,6 +305,8 @@ impl Core {
                 let _ = self.save_counters().await;
             }
             self.stamp_label().await;
+            // A day or a burst may be over.
+            self.judge_health();
         }
     }
 
@@ -317,12 +320,21 @@ impl Core {
         now.into_iter().zip(base).map(|(now, base)| now.saturating_add(base)).collect()
     }
 
+    /// All that is kept beside each other: the counters, what others keep behind them, the days.
+    fn values_to_save(&self) -> Vec<u64> {
+        let mut values = self.lifetime_values();
+        values.extend(self.places.base.iter().take(HISTORY_AT).skip(values.len()));
+        values.resize(HISTORY_AT, 0);
+        values.append(&mut self.days_to_save());
+        values
+    }
+
     /// Write the counters to one place after the other: a power cut tears one of them at most. A place that
     /// does not take them does without; this fails only when none takes them.
     pub(super) async fn save_counters(self: &Rc<Self>) -> Result<(), Failure> {
         let sequence = self.places.saved_sequence.get() + 1;
         self.places.saved_sequence.set(sequence);
-        let saved = SavedCounters { sequence, values: self.lifetime_values() };
+        let saved = SavedCounters { sequence, values: self.values_to_save() };
         let mut saved_somewhere = Err(Failure::spare_down());
         for place in self.live_places() {
             if saved_somewhere.is_ok() {
