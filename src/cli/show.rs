@@ -19,6 +19,9 @@ pub(super) fn status(report: &StatusReport) -> String {
     for message in &report.messages {
         field("", &format!("! {message}"));
     }
+    if !report.health.is_empty() {
+        field("Health", &format!("{}, score {} of 100; see `health`", report.health, report.health_score));
+    }
     field(
         "Disk",
         &format!(
@@ -230,6 +233,7 @@ mod tests {
 Volume    6f1f4b1e-1f6c-4f0e-9b3e-3d5a9a1c2b3d
 State     spare-down
           ! spare /srv/disk.img.spare: gone; bring it back
+Health    AT_RISK, score 75 of 100; see `health`
 Disk      10 GiB (20971520 sectors)
 Server    vhost-remap 0.1.0, up 1day 2h 3m 4s, since 2026-01-01T00:00:00Z
 Front-end connected, own transport

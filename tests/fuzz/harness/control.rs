@@ -16,6 +16,7 @@ use vhost_remap::control::server::{ServedVolume, Server};
 use vhost_remap::control::volume::{Order, Volume};
 use vhost_remap::device::fault::FaultTable;
 use vhost_remap::runtime::handle::Refused;
+use vhost_remap::runtime::health::HealthReport;
 use vhost_remap::runtime::report::{
     BlockReport, Counters, DeviceReport, EventPage, EventRecord, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
 };
@@ -119,6 +120,9 @@ impl Volume for Noting {
             oldest_in_flight_ms: 0,
             malformed_requests: 0,
             events_dropped: 0,
+            health: "OK".into(),
+            health_score: 100,
+            counters_since: 1,
         }
     }
 
@@ -134,6 +138,10 @@ impl Volume for Noting {
             primary_stale: true,
         });
         Ok(entries.collect())
+    }
+
+    fn health(&self) -> Result<HealthReport, Refused> {
+        Err(Refused("away".into()))
     }
 
     fn events(&self, after: u64, limit: usize) -> EventPage {
