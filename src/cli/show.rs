@@ -133,6 +133,7 @@ fn counters(now: &Counters, lifetime: &Counters) -> String {
     count("health scans", |c| c.health_scans);
     count("commits", |c| c.commits);
     count("metadata repairs", |c| c.metadata_repairs);
+    count("slot requests", |c| c.slot_requests);
     table.render("")
 }
 

@@ -83,6 +83,7 @@ fn path_word(device: Option<&DeviceReport>) -> String {
 fn line(report: &StatusReport) -> String {
     let counters = &report.counters;
     let requests = counters.reads + counters.writes + counters.flushes + counters.discards;
+    let plain = requests.saturating_sub(counters.slot_requests);
     let spare = device(report, "spare");
     let operational = !report.state.iter().any(|state| NOT_OPERATIONAL.contains(&state.as_str()));
     let nothing = "0".to_owned();
@@ -105,13 +106,13 @@ fn line(report: &StatusReport) -> String {
         SECTOR_SIZE.to_string(),                                        // 16 bytes in a sector
         spare.map_or(0, |spare| spare.size / SECTOR_SIZE).to_string(),  // 17 sectors of the spare
         requests.to_string(),                                           // 18 requests answered
-        nothing.clone(),                                                // 19 to plain blocks: not told apart
-        nothing.clone(),                                                // 20 to remapped blocks: not told apart
+        plain.to_string(),                                              // 19 to plain blocks
+        counters.slot_requests.to_string(),                             // 20 to remapped blocks
         (report.blocks.remapped * SECTORS_PER_BLOCK).to_string(),       // 21 sectors that live in slots
         nothing.clone(),                                                // 22 cache hits: there is no cache
         nothing.clone(),                                                // 23 cache misses
-        nothing.clone(),                                                // 24 fast path: not told apart
-        nothing.clone(),                                                // 25 slow path
+        plain.to_string(),                                              // 24 fast path: to plain blocks
+        counters.slot_requests.to_string(),                             // 25 slow path: to remapped blocks
         counters.health_scans.to_string(),                              // 26 completed passes
         report.health_score.to_string(),                                // 27 health score
         report.blocks.pending.to_string(),                              // 28 hot spots: pending blocks
@@ -195,8 +196,9 @@ mod tests {
         report.counters.flushes = 5;
         report.counters.remaps = 14;
         report.counters.health_scans = 6;
+        report.counters.slot_requests = 9;
         let expected = "0 20971520 vhost-remap v0.1.0 /srv/my\\040disk\\1341.img /srv/disk.img.spare 1204 377 14 4 12 1586 \
-                        0 0 3 512 135168 1586 0 0 96 0 0 0 0 6 75 3 0 operational real";
+                        0 0 3 512 135168 1586 1577 9 96 0 0 1577 9 6 75 3 0 operational real";
         assert_eq!(line(&report), expected);
         assert_eq!(line(&report).split(' ').count(), 31);
     }

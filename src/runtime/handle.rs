@@ -256,7 +256,8 @@ impl VolumeHandle {
     fn counters(&self, healer: &HealerStatus) -> Counters {
         let p = &self.0.opened.progress;
         let requests = [&p.reads, &p.writes, &p.flushes, &p.discards, &p.read_bytes, &p.written_bytes];
-        counters(requests.map(|counter| counter.load(Relaxed)), &healer.tally, healer)
+        let slot_requests = p.slot_requests.load(Relaxed);
+        Counters { slot_requests, ..counters(requests.map(|counter| counter.load(Relaxed)), &healer.tally, healer) }
     }
 
     /// Blocks that are remapped, pending or hold lost sectors, by address, at most `limit` from sector `from`;
@@ -420,6 +421,7 @@ fn counters(requests: [u64; 6], tally: &Tally, healer: &HealerStatus) -> Counter
         health_scans: tally.health_scans,
         commits: tally.commits,
         metadata_repairs: tally.metadata_repairs,
+        slot_requests: 0,
     }
 }
 
@@ -437,5 +439,5 @@ fn lifetime(values: &[u64], healer: &HealerStatus) -> Counters {
         commits: at(13),
         metadata_repairs: at(14),
     };
-    counters(std::array::from_fn(at), &tally, healer)
+    Counters { slot_requests: at(15), ..counters(std::array::from_fn(at), &tally, healer) }
 }

@@ -142,6 +142,9 @@ pub struct Counters {
     pub commits: u64,
     /// Damaged metadata copies rewritten at open.
     pub metadata_repairs: u64,
+    /// Guest reads and writes that workers served with slots.
+    #[serde(default)]
+    pub slot_requests: u64,
 }
 
 impl Counters {
@@ -165,6 +168,7 @@ impl Counters {
             health_scans: of(|c| c.health_scans),
             commits: of(|c| c.commits),
             metadata_repairs: of(|c| c.metadata_repairs),
+            slot_requests: of(|c| c.slot_requests),
         }
     }
 }

@@ -73,7 +73,8 @@ pub struct HealerStatus {
     pub retired_places: Vec<&'static str>,
     /// Since the server started.
     pub tally: Tally,
-    /// Requests (reads, writes, flushes, discards, bytes read, bytes written), then the tally, of all runs.
+    /// Requests (reads, writes, flushes, discards, bytes read, bytes written), then the tally, then requests to
+    /// slots, of all runs.
     pub lifetime: Vec<u64>,
     /// Failed operations by device: reads, writes, flushes.
     pub errors: [[u64; 3]; 2],

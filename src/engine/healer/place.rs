@@ -66,11 +66,11 @@ impl Places {
     }
 }
 
-/// Counters kept across restarts: requests first, then the tally. Only ever append.
-pub(super) fn saved_values(requests: [u64; 6], tally: &Tally) -> Vec<u64> {
+/// Counters kept across restarts: requests first, then the tally, then requests to slots. Only ever append.
+pub(super) fn saved_values(requests: [u64; 6], tally: &Tally, slot_requests: u64) -> Vec<u64> {
     let t = tally;
     let healed = [t.guest_errors, t.recovered_reads, t.rewritten, t.remaps, t.lost, t.healed];
-    [&requests[..], &healed, &[t.health_scans, t.commits, t.metadata_repairs]].concat()
+    [&requests[..], &healed, &[t.health_scans, t.commits, t.metadata_repairs, slot_requests]].concat()
 }
 
 impl Core {
@@ -315,7 +315,8 @@ impl Core {
         use std::sync::atomic::Ordering::Relaxed;
         let p = &self.progress;
         let requests = [&p.reads, &p.writes, &p.flushes, &p.discards, &p.read_bytes, &p.written_bytes];
-        let now = saved_values(requests.map(|counter| counter.load(Relaxed)), &self.tally.borrow());
+        let requests = requests.map(|counter| counter.load(Relaxed));
+        let now = saved_values(requests, &self.tally.borrow(), p.slot_requests.load(Relaxed));
         let base = self.places.base.iter().copied().chain(std::iter::repeat(0));
         now.into_iter().zip(base).map(|(now, base)| now.saturating_add(base)).collect()
     }

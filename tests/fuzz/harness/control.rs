@@ -32,7 +32,7 @@ const REQUESTS_MAX: usize = 6;
 const LAST: &[u8] = b"GET /v1/ping HTTP/1.1\r\nHost: last\r\nConnection: close\r\n\r\n";
 
 const METHODS: [&str; 8] = ["GET", "POST", "DELETE", "PUT", "HEAD", "OPTIONS", "PATCH", "get"];
-const ROUTES: [&str; 16] = [
+const ROUTES: [&str; 19] = [
     "/v1/ping",
     "/v1/status",
     "/v1/list",
@@ -49,8 +49,11 @@ const ROUTES: [&str; 16] = [
     "/v1/resize",
     "/v1/faults/",
     "*",
+    "/v1/health",
+    "/v1/surface",
+    "/v1/clear-stats",
 ];
-const KEYS: [&str; 8] = ["volume", "filter", "from", "limit", "after", "wait", "", "x"];
+const KEYS: [&str; 9] = ["volume", "filter", "from", "limit", "after", "wait", "", "x", "cells"];
 const VALUES: [&str; 14] = [
     "disk0",
     "disk1",
