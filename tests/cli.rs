@@ -57,6 +57,9 @@ fn wrong_usage_exits_with_2_and_says_why() {
     check_usage_error(&["remap", "--control-path", "c", "15-8"], "ends before it starts");
     check_usage_error(&["log-level", "--control-path", "c", "4"], "a whole number from 0 to 3 is needed");
     check_usage_error(&["fault", "add", "--control-path", "c", "--errno", "EWHAT"], "EIO");
+    check_usage_error(&["status", "--control-path", "c", "--watch", "0"], "a whole number from 1 to 86400 is needed");
+    check_usage_error(&["status", "--control-path", "c", "--line", "--json"], "cannot be used with");
+    check_usage_error(&["surface", "--control-path", "c", "--cells", "65537"], "a whole number from 1 to 65536");
     check_usage_error(&["fault", "add", "--control-path", "c", "--probability", "2", "--seed", "1"], "no probability");
 }
 
@@ -82,6 +85,11 @@ fn without_a_server_every_question_fails_in_one_line() {
         &["resize", "--size", "1G"],
         &["ping"],
         &["log-level", "1"],
+        &["health"],
+        &["surface"],
+        &["clear-stats"],
+        &["status", "--line"],
+        &["status", "--watch", "1"],
     ] {
         let words = [words, &["--control-path", ctl]].concat();
         check_failure(&words, &[ctl, "server may not be running", "--control-path"]);

@@ -29,6 +29,8 @@ mod gone;
 mod guest;
 #[path = "process/handover.rs"]
 mod handover;
+#[path = "process/health.rs"]
+mod health;
 #[path = "process/inflight.rs"]
 mod inflight;
 #[path = "process/input_hosts.rs"]
@@ -58,6 +60,8 @@ mod packed;
 #[expect(dead_code, reason = "the unit tests of the library use the rest")]
 #[path = "../src/vhost/testing/packed.rs"]
 mod packed_ring;
+#[path = "process/predecessor.rs"]
+mod predecessor;
 #[path = "process/real_devices.rs"]
 mod real_devices;
 #[path = "process/real_errors.rs"]

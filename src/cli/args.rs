@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 
 use super::fault::{self, FaultErrno};
 use super::parse;
+use super::report_args::{HealthArgs, StatusOutputArgs, SurfaceArgs};
 use crate::device::DeviceIndex;
 use crate::device::fault::{DELAY_MS_MAX, FaultOp};
 use crate::runtime::options::{Cache, FailOrHold, IoEngine, Transport};
@@ -51,16 +52,22 @@ pub enum Command {
     #[command(after_help = "Example:\n  vhost-remap clear --control-path /run/vm1.sock.ctl")]
     Clear(ControlArgs),
     /// Move blocks to the spare by hand.
-    #[command(after_help = "Example:\n  vhost-remap remap --control-path /run/vm1.sock.ctl 2048-2055 4096")]
+    #[command(
+        alias = "add_remap",
+        after_help = "Example:\n  vhost-remap remap --control-path /run/vm1.sock.ctl 2048-2055 4096"
+    )]
     Remap(SectorsArgs),
     /// Show which slots sectors live in.
     #[command(after_help = "Example:\n  vhost-remap verify --control-path /run/vm1.sock.ctl 2048-2055 4096")]
     Verify(SectorsArgs),
     /// Copy remapped blocks back to the primary and free their slots.
-    #[command(after_help = "Example:\n  vhost-remap release --control-path /run/vm1.sock.ctl 2048-2055")]
+    #[command(
+        alias = "remove_remap",
+        after_help = "Example:\n  vhost-remap release --control-path /run/vm1.sock.ctl 2048-2055"
+    )]
     Release(SectorsArgs),
     /// Write counters and the primary's copy of the table now.
-    #[command(after_help = "Example:\n  vhost-remap save --control-path /run/vm1.sock.ctl")]
+    #[command(alias = "sync", after_help = "Example:\n  vhost-remap save --control-path /run/vm1.sock.ctl")]
     Save(ControlArgs),
     /// Grow the disk, under the running guest.
     Resize(ResizeArgs),
@@ -70,6 +77,16 @@ pub enum Command {
     /// Change how much the running server logs: 0 warnings, 1 information, 2 debugging, 3 everything.
     #[command(after_help = "Example:\n  vhost-remap log-level --control-path /run/vm1.sock.ctl 2")]
     LogLevel(LogLevelArgs),
+    /// Show how volume and devices are, by rule, and how long the spare will last.
+    Health(HealthArgs),
+    /// Show where on the disk trouble lies.
+    Surface(SurfaceArgs),
+    /// Begin the counters anew; those of the lifetime go on.
+    #[command(
+        alias = "clear_stats",
+        after_help = "Example:\n  vhost-remap clear-stats --control-path /run/vm1.sock.ctl"
+    )]
+    ClearStats(ControlArgs),
 }
 
 /// Which server to ask, and how to print its answer.
@@ -90,7 +107,7 @@ pub struct ControlArgs {
 #[derive(Debug, clap::Args)]
 pub struct ShapeArgs {
     /// The most blocks that can be remapped, 16 to 4194304 [default: 16384].
-    #[arg(long, value_name = "N", value_parser = parse::number(16_u32, 4_194_304))]
+    #[arg(long, alias = "max_remaps", value_name = "N", value_parser = parse::number(16_u32, 4_194_304))]
     pub max_remaps: Option<u32>,
     /// Serial number the guest sees, at most 20 characters [default: made up].
     #[arg(long, value_name = "ID", value_parser = parse::serial)]
@@ -194,7 +211,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SIZE", requires = "create", value_parser = parse::size)]
     pub size: Option<u64>,
     /// With --create: the most blocks that can be remapped, 16 to 4194304 [default: 16384].
-    #[arg(long, value_name = "N", requires = "create", value_parser = parse::number(16_u32, 4_194_304))]
+    #[arg(long, alias = "max_remaps", value_name = "N", requires = "create",
+        value_parser = parse::number(16_u32, 4_194_304))]
     pub max_remaps: Option<u32>,
     /// With --create: serial number the guest sees, at most 20 characters [default: made up].
     #[arg(long, value_name = "ID", requires = "create", value_parser = parse::serial)]
@@ -225,7 +243,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "fail|hold[=SECONDS]", default_value = "fail")]
     pub on_spare_full: FailOrHold,
     /// How much to log: 0 warnings, 1 information, 2 debugging, 3 everything.
-    #[arg(long, value_name = "0..3", default_value_t = 1, value_parser = parse::number(0_u8, 3))]
+    #[arg(long, aliases = ["dm_remap_debug", "debug_level"], value_name = "0..3", default_value_t = 1,
+        value_parser = parse::number(0_u8, 3))]
     pub log_level: u8,
     /// How long to wait for another process to let go of the devices.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = parse::number(0_u64, u64::from(u32::MAX)))]
@@ -243,8 +262,11 @@ pub struct StatusArgs {
     #[command(flatten)]
     pub control: ControlArgs,
     /// Print dm-remap's /proc text.
-    #[arg(long, conflicts_with_all = ["json", "volume"])]
+    #[arg(long, conflicts_with_all = ["json", "volume", "format", "line"])]
     pub proc: bool,
+    /// How to print it.
+    #[command(flatten)]
+    pub output: StatusOutputArgs,
 }
 
 /// Options of `list`.

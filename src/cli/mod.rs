@@ -3,15 +3,22 @@
 pub mod args;
 mod capabilities;
 mod fault;
+mod health;
 mod parse;
+pub mod report_args;
 pub mod run;
 mod show;
+mod smart;
 mod stats;
+mod status;
+mod surface;
+mod surface_svg;
 mod table;
 #[cfg(test)]
 mod tests;
 mod usage;
 mod verify;
+mod watch;
 
 pub use args::Args;
 pub use capabilities::{CAPABILITIES, asked_for as capabilities_asked_for};

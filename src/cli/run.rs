@@ -1,6 +1,7 @@
 //! Doing what was typed.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -8,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::args::{
     AdoptArgs, Args, Command, ControlArgs, CreateArgs, EventsArgs, ListArgs, LogLevelArgs, SectorsArgs, ServeArgs,
-    ShapeArgs, StatusArgs,
+    ShapeArgs,
 };
 use super::{parse, show, stats};
 use crate::control::api::{Done, ListPage, LogLevel, Pong, Resize, Sectors};
@@ -16,7 +17,7 @@ use crate::control::client::{Client, ClientError, ORDER_TIMEOUT, REPORT_TIMEOUT}
 use crate::runtime::options::{
     AdoptOptions, CreateIfAbsent, CreateOptions, Listen, MAX_REMAPS_DEFAULT, ServeOptions, VolumeShape,
 };
-use crate::runtime::report::{EventPage, ListFilter, StatusReport};
+use crate::runtime::report::{EventPage, ListFilter};
 use crate::runtime::signals;
 use crate::runtime::stats::StatsReport;
 use crate::runtime::volume::{MakeError, adopt, create};
@@ -55,6 +56,14 @@ pub enum CliError {
     /// Signals cannot be had.
     #[error("cannot listen for SIGTERM and SIGINT: {0}")]
     Signals(io::Error),
+    /// A file cannot be written.
+    #[error("{}: {error}; name another file", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// The reason.
+        error: io::Error,
+    },
     /// The answer cannot be printed.
     #[error("standard output: {0}")]
     Output(#[from] io::Error),
@@ -94,7 +103,7 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
             let stop = signals::stop_signals().map_err(CliError::Signals)?;
             Ok(serve(&options, front_end, stop)?)
         }
-        Command::Status(args) => Server::of(&args.control)?.status(&args, out),
+        Command::Status(args) => super::status::run(&args, out),
         Command::Stats(args) => Server::of(&args)?.stats(out),
         Command::List(args) => Server::of(&args.control)?.list(&args, out),
         Command::Events(args) => Server::of(&args.control)?.events(&args, out),
@@ -107,6 +116,9 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
         Command::Resize(args) => Server::of(&args.control)?.order("/v1/resize", &Resize { size: args.size }, out),
         Command::Ping(args) => Server::of(&args)?.ping(out),
         Command::LogLevel(args) => Server::of(&args.control)?.log_level(&args, out),
+        Command::Health(args) => super::health::run(&args, out),
+        Command::Surface(args) => super::surface::run(&args, out),
+        Command::ClearStats(args) => Server::of(&args)?.order("/v1/clear-stats", &serde_json::json!({}), out),
     }
 }
 
@@ -223,13 +235,8 @@ impl Server {
         Ok(())
     }
 
-    fn status(&self, args: &StatusArgs, out: &mut dyn Write) -> Result<(), CliError> {
-        if args.proc {
-            let text = self.client.get_text("/proc", REPORT_TIMEOUT)?;
-            return Ok(out.write_all(text.as_bytes())?);
-        }
-        let report: StatusReport = self.get("/v1/status")?;
-        self.print(&report, show::status, out)
+    pub(super) fn get_text(&self, route: &str) -> Result<String, CliError> {
+        Ok(self.client.get_text(route, REPORT_TIMEOUT)?)
     }
 
     fn stats(&self, out: &mut dyn Write) -> Result<(), CliError> {

@@ -19,6 +19,9 @@ pub(super) fn status(report: &StatusReport) -> String {
     for message in &report.messages {
         field("", &format!("! {message}"));
     }
+    if !report.health.is_empty() {
+        field("Health", &format!("{}, score {} of 100; see `health`", report.health, report.health_score));
+    }
     field(
         "Disk",
         &format!(
@@ -133,6 +136,7 @@ fn counters(now: &Counters, lifetime: &Counters) -> String {
     count("health scans", |c| c.health_scans);
     count("commits", |c| c.commits);
     count("metadata repairs", |c| c.metadata_repairs);
+    count("slot requests", |c| c.slot_requests);
     table.render("")
 }
 
@@ -233,6 +237,7 @@ mod tests {
 Volume    6f1f4b1e-1f6c-4f0e-9b3e-3d5a9a1c2b3d
 State     spare-down
           ! spare /srv/disk.img.spare: gone; bring it back
+Health    AT_RISK, score 75 of 100; see `health`
 Disk      10 GiB (20971520 sectors)
 Server    vhost-remap 0.1.0, up 1day 2h 3m 4s, since 2026-01-01T00:00:00Z
 Front-end connected, own transport

@@ -15,6 +15,9 @@
 //! | `POST /v1/resize` with [`Resize`] | [`Done`] |
 //! | `POST /v1/log-level` with [`LogLevel`] | [`LogLevel`] |
 //! | `GET /proc` | plain text |
+//! | `GET /v1/health` | [`HealthReport`](crate::runtime::health::HealthReport) |
+//! | `GET /v1/surface?cells=N` | [`SurfaceReport`](crate::runtime::surface::SurfaceReport) |
+//! | `POST /v1/clear-stats` | [`Done`] |
 //! | `GET /metrics` | all volumes in Prometheus' text format, see [`metrics`](super::metrics) |
 //! | `GET /metrics/dm-remap` | the same under dm-remap's names |
 //!
@@ -31,6 +34,8 @@ use crate::runtime::report::{ListEntry, ListFilter};
 
 /// The most rows of `list` in one answer.
 pub const LIST_LIMIT_MAX: usize = 4096;
+/// Cells of `/v1/surface`, where nobody said how many.
+pub const SURFACE_CELLS_DEFAULT: u64 = 1024;
 /// The most events in one answer.
 pub const EVENTS_LIMIT_MAX: usize = 4096;
 /// The longest an answer to `/v1/events` is put off, in seconds.
@@ -91,6 +96,17 @@ pub struct EventsQuery {
     pub limit: Option<usize>,
     /// Where there is none yet, wait so many seconds for one, at most [`WAIT_MAX_SECONDS`].
     pub wait: u64,
+}
+
+/// The query of `/v1/surface`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SurfaceQuery {
+    /// Name or UUID of the volume, where there are several.
+    pub volume: Option<String>,
+    /// At most so many cells, up to [`CELLS_MAX`](crate::runtime::surface::CELLS_MAX); [`SURFACE_CELLS_DEFAULT`] where
+    /// absent.
+    pub cells: Option<u64>,
 }
 
 /// The sectors an order is about.

@@ -19,12 +19,13 @@ use tokio::time::Instant;
 use super::access::{self, Readers};
 use super::api::{
     Done, EVENTS_LIMIT_MAX, EventsQuery, Failure, LIST_LIMIT_MAX, ListPage, ListQuery, LogLevel, Pong,
-    REQUEST_BODY_MAX, Resize, Sectors, WAIT_MAX_SECONDS,
+    REQUEST_BODY_MAX, Resize, SURFACE_CELLS_DEFAULT, Sectors, SurfaceQuery, WAIT_MAX_SECONDS,
 };
 use super::metrics::{self, Sample};
 use super::server::{ServedVolume, wait_stopped};
 use super::volume::{Order, Volume};
 use super::{faults, log_level, proc_text};
+use crate::runtime::surface::CELLS_MAX;
 use crate::units::{SECTOR_SIZE, Sector, SectorRange};
 
 /// How often a waiting `/v1/events` looks for a new one: short for a person, rare enough to cost nothing.
@@ -59,6 +60,8 @@ fn reports() -> Router<State> {
         .route("/proc", get(proc))
         .route("/metrics", get(metrics))
         .route("/metrics/dm-remap", get(dm_remap_metrics))
+        .route("/v1/health", get(health))
+        .route("/v1/surface", get(surface))
 }
 
 fn orders() -> Router<State> {
@@ -71,6 +74,7 @@ fn orders() -> Router<State> {
         .route("/v1/release", post(release))
         .route("/v1/resize", post(resize))
         .route("/v1/log-level", post(set_log_level))
+        .route("/v1/clear-stats", post(clear_stats))
 }
 
 fn finished(routes: Router<State>, state: State) -> Router {
@@ -247,6 +251,25 @@ async fn events(Shared(state): Shared<State>, uri: Uri) -> Answer {
         let nap = EVENTS_POLL.min(deadline - now);
         let _ = tokio::time::timeout(nap, wait_stopped(&mut stopped)).await;
     }
+}
+
+async fn health(Shared(state): Shared<State>, uri: Uri) -> Answer {
+    let health = state.report(&uri, |volume| volume.health()).await?;
+    ok(&health.map_err(|refused| Refusal(StatusCode::CONFLICT, refused.to_string()))?)
+}
+
+async fn surface(Shared(state): Shared<State>, uri: Uri) -> Answer {
+    let SurfaceQuery { volume: _, cells } = query(&uri)?;
+    let cells = cells.unwrap_or(SURFACE_CELLS_DEFAULT);
+    if !(1..=CELLS_MAX).contains(&cells) {
+        return Err(Refusal(StatusCode::BAD_REQUEST, format!("{cells} cells is not between 1 and {CELLS_MAX}")));
+    }
+    let surface = state.report(&uri, move |volume| volume.surface(cells)).await?;
+    ok(&surface.map_err(|refused| Refusal(StatusCode::CONFLICT, refused.to_string()))?)
+}
+
+async fn clear_stats(Shared(state): Shared<State>, uri: Uri) -> Answer {
+    state.order(&uri, Order::ClearStats).await
 }
 
 async fn clear(Shared(state): Shared<State>, uri: Uri) -> Answer {

@@ -14,7 +14,9 @@ use super::server::{GRACE, ORDERS_MAX, ServedVolume, Server};
 use super::socket::{SocketFile, bind_unix};
 use super::volume::Order;
 use super::volume::scripted::{ScriptedVolume, entry, event};
+use crate::runtime::health::HealthReport;
 use crate::runtime::report::{EventPage, StatusReport};
+use crate::runtime::surface::SurfaceReport;
 use crate::units::{Sector, SectorRange};
 
 /// A server for some volumes on a socket in a directory of its own.
@@ -84,6 +86,24 @@ fn reports_arrive_as_they_were_made() {
     assert_eq!(running.get("/v1/ping")["pong"], json!(true));
     let text = running.client().get_text("/proc", REPORT_TIMEOUT).unwrap();
     assert!(text.contains("  Device: /srv/disk.img -> /srv/disk.img.spare\n"), "{text}");
+}
+
+#[test]
+fn health_and_surface_have_routes() {
+    let mut volume = ScriptedVolume::new();
+    volume.entries = (0..10_000).map(|i| entry(8 * i, "remapped", &[])).collect();
+    volume.entries.push(entry(20_971_512, "pending", &[]));
+    let (running, volume) = Running::one(volume);
+    let health: HealthReport = running.client().get("/v1/health", REPORT_TIMEOUT).unwrap();
+    assert_eq!(health, volume.health);
+    let surface: SurfaceReport = running.client().get("/v1/surface?cells=100", REPORT_TIMEOUT).unwrap();
+    let cells: Vec<_> = surface.marked.iter().map(|cell| (cell.cell, cell.remapped, cell.pending)).collect();
+    assert_eq!((surface.cells, cells), (100, vec![(0, 10_000, 0), (99, 0, 1)]));
+    assert_eq!(running.get("/v1/surface")["cells"], json!(1024));
+    for (query, part) in [("cells=0", "0 cells"), ("cells=65537", "65537 cells"), ("cells=x", "cells"), ("x=1", "x")] {
+        let answer = running.client().get::<Value>(&format!("/v1/surface?{query}"), REPORT_TIMEOUT);
+        check_refused(answer, 400, part);
+    }
 }
 
 #[test]

@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
+use super::api::LIST_LIMIT_MAX;
 use crate::device::fault::FaultTable;
 use crate::runtime::handle::Refused;
 use crate::runtime::handover::HeldVolume;
+use crate::runtime::health::HealthReport;
 use crate::runtime::report::{EventPage, ListEntry, ListFilter, StatusReport};
 use crate::runtime::stats::StatsReport;
+use crate::runtime::surface::{self, SurfaceReport};
 use crate::units::SectorRange;
 
 /// A volume as an operator sees it: [`HeldVolume`], or a scripted one in the tests of this module.
@@ -22,6 +25,27 @@ pub trait Volume: Send + Sync {
     /// # Errors
     /// When the volume is not open.
     fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused>;
+    /// See [`HeldVolume::health`].
+    ///
+    /// # Errors
+    /// When the volume is not open.
+    fn health(&self) -> Result<HealthReport, Refused>;
+    /// The disk in at most so many cells.
+    ///
+    /// # Errors
+    /// When the volume is not open.
+    fn surface(&self, cells: u64) -> Result<SurfaceReport, Refused> {
+        let mut surface = surface::empty(self.status().capacity_sectors, cells);
+        let mut from = 0;
+        loop {
+            let page = self.list(ListFilter::All, from, LIST_LIMIT_MAX)?;
+            page.iter().for_each(|entry| surface.add(entry));
+            match page.last() {
+                Some(last) if last.sector >= from => from = last.sector.saturating_add(8),
+                _ => return Ok(surface),
+            }
+        }
+    }
     /// See [`HeldVolume::events`].
     fn events(&self, after: u64, limit: usize) -> EventPage;
     /// See [`HeldVolume::faults`].
@@ -46,6 +70,8 @@ pub enum Order {
     Save,
     /// Grow to so many bytes, or to what the primary has room for.
     Resize(Option<u64>),
+    /// Begin the counters anew.
+    ClearStats,
 }
 
 impl Volume for HeldVolume {
@@ -59,6 +85,10 @@ impl Volume for HeldVolume {
 
     fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused> {
         HeldVolume::list(self, filter, from, limit)
+    }
+
+    fn health(&self) -> Result<HealthReport, Refused> {
+        HeldVolume::health(self)
     }
 
     fn events(&self, after: u64, limit: usize) -> EventPage {
@@ -77,6 +107,7 @@ impl Volume for HeldVolume {
             Order::Release(range) => volume.release(range.start.0, range.count),
             Order::Save => volume.save(),
             Order::Resize(size) => volume.resize(size),
+            Order::ClearStats => volume.clear_stats(),
         }
     }
 }
@@ -97,6 +128,7 @@ pub(crate) mod scripted {
     /// Answers what it was given and keeps the orders it got.
     pub(crate) struct ScriptedVolume {
         pub(crate) status: StatusReport,
+        pub(crate) health: HealthReport,
         pub(crate) entries: Vec<ListEntry>,
         pub(crate) events: Mutex<Vec<EventRecord>>,
         pub(crate) faults: Option<Arc<FaultTable>>,
@@ -110,6 +142,7 @@ pub(crate) mod scripted {
         pub(crate) fn new() -> ScriptedVolume {
             ScriptedVolume {
                 status: sample_status(),
+                health: sample_health(),
                 entries: Vec::new(),
                 events: Mutex::new(Vec::new()),
                 faults: None,
@@ -138,6 +171,10 @@ pub(crate) mod scripted {
             Ok(self.entries.iter().filter(|e| e.sector >= from).filter(wanted).take(limit).cloned().collect())
         }
 
+        fn health(&self) -> Result<HealthReport, Refused> {
+            Ok(self.health.clone())
+        }
+
         fn events(&self, after: u64, limit: usize) -> EventPage {
             let all = self.events.lock().unwrap_or_else(PoisonError::into_inner);
             let events: Vec<_> = all.iter().filter(|e| e.seq > after).take(limit).cloned().collect();
@@ -159,6 +196,12 @@ pub(crate) mod scripted {
             self.orders.lock().unwrap_or_else(PoisonError::into_inner).push(order);
             Ok("done as told".into())
         }
+    }
+
+    /// A volume at risk, as `sample_status` says.
+    pub(crate) fn sample_health() -> HealthReport {
+        let text = include_str!("volume/health.json");
+        serde_json::from_str(text).expect("the document is kept up to date")
     }
 
     /// A remapped block at `sector`.
@@ -272,6 +315,9 @@ pub(crate) mod scripted {
             oldest_in_flight_ms: 0,
             malformed_requests: 0,
             events_dropped: 0,
+            health: "AT_RISK".into(),
+            health_score: 75,
+            counters_since: 1_767_225_600,
         }
     }
 }

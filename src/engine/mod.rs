@@ -109,6 +109,7 @@ pub mod create;
 mod errors;
 pub mod event;
 pub mod healer;
+pub mod health;
 mod io;
 pub mod message;
 pub mod open;

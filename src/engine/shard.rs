@@ -135,6 +135,9 @@ impl Shard {
         let ended = self.active[index].take().expect("just used");
         self.free.push(index);
         let blocks = ended.cursor.piece.blocks();
+        if ended.slots && ended.failed.is_none() {
+            self.progress.slot_requests.fetch_add(1, Relaxed);
+        }
         if ended.slots && is_write(&ended.request) {
             // Counted before the answer, so that a flush after it sees the spare dirty.
             self.progress.slot_writes.fetch_add(1, SeqCst);

@@ -220,6 +220,8 @@ pub struct Progress {
     pub read_bytes: AtomicU64,
     /// Bytes of successful writes.
     pub written_bytes: AtomicU64,
+    /// Reads and writes that shards served with slots.
+    pub slot_requests: AtomicU64,
 }
 
 impl Progress {
@@ -238,6 +240,7 @@ impl Progress {
             discards: zero(),
             read_bytes: zero(),
             written_bytes: zero(),
+            slot_requests: zero(),
         })
     }
 }

@@ -1,7 +1,7 @@
 //! The operator's side of a running volume.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -12,6 +12,7 @@ use super::mailbox::Outbox;
 use super::report::{BlockReport, Counters, DeviceReport, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport};
 use super::volume::{Standing, degraded_list};
 use crate::device::DeviceIndex;
+use crate::engine::event::{Event, Severity};
 use crate::engine::healer::{HealerStatus, Order, PoisonReport, Reply, Tally};
 use crate::engine::view::{Geometry, PrimaryState};
 use crate::sync::Mutex;
@@ -48,6 +49,25 @@ pub(super) struct Served {
     pub(super) transport: &'static str,
     /// Held by a resize: there is one at a time.
     pub(super) resizing: Mutex<()>,
+    /// Where the counters began.
+    pub(super) cleared: Mutex<Cleared>,
+}
+
+/// What was counted when somebody had the counters cleared.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Cleared {
+    /// Seconds since the epoch.
+    pub(super) at: u64,
+    counters: Counters,
+    /// As [`HealerStatus::errors`].
+    errors: [[u64; 3]; 2],
+}
+
+impl Cleared {
+    /// Nothing was counted before then, in seconds since the epoch.
+    pub(super) fn at(at: u64) -> Cleared {
+        Cleared { at, ..Cleared::default() }
+    }
 }
 
 /// A cheap clone that any thread may ask. No report waits for a disk.
@@ -83,13 +103,14 @@ impl VolumeHandle {
         let standing = &*served.standing;
         let front_end = standing.front_end.get().map(|ask| ask()).unwrap_or_default();
         let (state, messages) = self.judge(&healer, front_end);
+        let cleared = self.cleared();
         Some(StatusReport {
             schema: SCHEMA_VERSION,
             version: env!("CARGO_PKG_VERSION").into(),
             volume: self.set().to_string(),
             state,
             messages,
-            devices: self.device_reports(&healer),
+            devices: self.device_reports(&healer, &cleared),
             capacity_sectors: self.geometry().capacity,
             blocks: BlockReport {
                 remapped: healer.remapped as u64,
@@ -100,7 +121,7 @@ impl VolumeHandle {
                 lost_sectors: healer.lost_sectors,
                 in_doubt: healer.in_doubt,
             },
-            counters: self.counters(&healer),
+            counters: self.counters(&healer).since(&cleared.counters),
             lifetime: lifetime(&healer.lifetime, &healer),
             uptime_seconds: standing.clock.now().0 / 1_000_000_000,
             started: standing.epoch,
@@ -113,6 +134,9 @@ impl VolumeHandle {
             oldest_in_flight_ms: front_end.oldest_in_flight_ms,
             malformed_requests: front_end.malformed_requests,
             events_dropped: standing.log.dropped(),
+            health: healer.health.state.name().into(),
+            health_score: healer.health.score,
+            counters_since: cleared.at,
         })
     }
 
@@ -122,6 +146,17 @@ impl VolumeHandle {
             Some(Reply::Status(healer)) => Some(healer),
             _ => None,
         }
+    }
+
+    /// Seconds since the epoch.
+    pub(super) fn now_seconds(&self) -> u64 {
+        let standing = &*self.0.standing;
+        standing.epoch + standing.clock.now().0 / 1_000_000_000
+    }
+
+    /// Whether there is such a device.
+    pub(super) fn has(&self, device: DeviceIndex) -> bool {
+        self.0.devices.get(device).is_some()
     }
 
     fn judge(&self, healer: &HealerStatus, front_end: FrontEndState) -> (Vec<String>, Vec<String>) {
@@ -136,9 +171,7 @@ impl VolumeHandle {
         }
         let degraded = self.0.opened.facts.degraded;
         if let Some(stamped) = degraded {
-            let standing = &*self.0.standing;
-            let now = standing.epoch + standing.clock.now().0 / 1_000_000_000;
-            let list = degraded_list(stamped, now);
+            let list = degraded_list(stamped, self.now_seconds());
             let primary = path(DeviceIndex::PRIMARY);
             found.push((
                 "degraded",
@@ -192,13 +225,14 @@ impl VolumeHandle {
         found.map_or_else(|| device.to_string(), |device| device.path.display().to_string())
     }
 
-    fn device_reports(&self, healer: &HealerStatus) -> Vec<DeviceReport> {
+    fn device_reports(&self, healer: &HealerStatus, cleared: &Cleared) -> Vec<DeviceReport> {
         let mode = healer.mode;
         let present = [DeviceIndex::PRIMARY, DeviceIndex::SPARE].into_iter();
         present
             .filter_map(|index| {
                 let device = self.0.devices.get(index)?;
-                let [reads, writes, flushes] = healer.errors[usize::from(index.0)];
+                let (now, then) = (healer.errors[usize::from(index.0)], cleared.errors[usize::from(index.0)]);
+                let [reads, writes, flushes] = std::array::from_fn(|kind| now[kind].saturating_sub(then[kind]));
                 let up = match index {
                     DeviceIndex::PRIMARY => mode.primary == PrimaryState::Up,
                     _ => mode.spare_up,
@@ -225,7 +259,8 @@ impl VolumeHandle {
     fn counters(&self, healer: &HealerStatus) -> Counters {
         let p = &self.0.opened.progress;
         let requests = [&p.reads, &p.writes, &p.flushes, &p.discards, &p.read_bytes, &p.written_bytes];
-        counters(requests.map(|counter| counter.load(Relaxed)), &healer.tally, healer)
+        let slot_requests = p.slot_requests.load(Relaxed);
+        Counters { slot_requests, ..counters(requests.map(|counter| counter.load(Relaxed)), &healer.tally, healer) }
     }
 
     /// Blocks that are remapped, pending or hold lost sectors, by address, at most `limit` from sector `from`;
@@ -268,6 +303,39 @@ impl VolumeHandle {
                 }
             }
         }
+    }
+
+    fn cleared(&self) -> Cleared {
+        self.0.cleared.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Begin the counters, and the devices' errors, anew. The lifetime goes on, and so do the days that health is
+    /// judged by, as nothing has become better.
+    ///
+    /// # Errors
+    /// When the volume is being closed.
+    pub fn clear_stats(&self) -> Result<String, Refused> {
+        let path = self.path(DeviceIndex::PRIMARY);
+        let Some(healer) = self.healer_status() else {
+            return Err(Refused(format!("{path}: the volume did not answer: it is closing; see `status`")));
+        };
+        let now = Cleared { at: self.now_seconds(), counters: self.counters(&healer), errors: healer.errors };
+        let before =
+            std::mem::replace(&mut *self.0.cleared.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
+        let counted = now.counters.since(&before.counters);
+        let Counters { reads, writes, device_errors, .. } = counted;
+        let standing = &*self.0.standing;
+        standing.log.push(Event {
+            time: standing.clock.now(),
+            severity: Severity::Info,
+            kind: "stats-cleared",
+            device: None,
+            range: SectorRange::default(),
+            cause: "the operator's order".into(),
+            action: format!("counters begin anew after {reads} reads, {writes} writes, {device_errors} device errors"),
+        });
+        Ok("counters since start begin anew; those of the lifetime, and the days that health is judged by, go on"
+            .into())
     }
 
     /// Lift the poison of a failed flush and close tripped breakers.
@@ -356,6 +424,7 @@ fn counters(requests: [u64; 6], tally: &Tally, healer: &HealerStatus) -> Counter
         health_scans: tally.health_scans,
         commits: tally.commits,
         metadata_repairs: tally.metadata_repairs,
+        slot_requests: 0,
     }
 }
 
@@ -373,5 +442,5 @@ fn lifetime(values: &[u64], healer: &HealerStatus) -> Counters {
         commits: at(13),
         metadata_repairs: at(14),
     };
-    counters(std::array::from_fn(at), &tally, healer)
+    Counters { slot_requests: at(15), ..counters(std::array::from_fn(at), &tally, healer) }
 }

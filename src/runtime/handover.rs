@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::devices::{Devices, facts};
 use super::handle::{FrontEndState, Refused, VolumeHandle};
+use super::health::HealthReport;
 use super::options::ServeOptions;
 use super::report::{
     BlockReport, Counters, DeviceReport, EventPage, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
@@ -370,6 +371,9 @@ impl HeldVolume {
             oldest_in_flight_ms: front_end.oldest_in_flight_ms,
             malformed_requests: front_end.malformed_requests,
             events_dropped: standing.log.dropped(),
+            health: String::new(),
+            health_score: 0,
+            counters_since: standing.epoch,
         }
     }
 
@@ -379,6 +383,14 @@ impl HeldVolume {
     /// While the volume is away.
     pub fn list(&self, filter: ListFilter, from: u64, limit: usize) -> Result<Vec<ListEntry>, Refused> {
         self.handle().and_then(|handle| handle.list(filter, from, limit)).ok_or_else(|| Refused(self.away()))
+    }
+
+    /// See [`VolumeHandle::health`].
+    ///
+    /// # Errors
+    /// While the volume is away.
+    pub fn health(&self) -> Result<HealthReport, Refused> {
+        self.handle().and_then(|handle| handle.health()).ok_or_else(|| Refused(self.away()))
     }
 
     /// Events after number `after`, at most `limit`.

@@ -26,7 +26,7 @@ pub struct StatusReport {
     pub capacity_sectors: u64,
     /// Block numbers, 4096 bytes each.
     pub blocks: BlockReport,
-    /// Since the server started, or took the volume again.
+    /// Since the server started, took the volume again, or was told to clear them.
     pub counters: Counters,
     /// Since the volume was created.
     pub lifetime: Counters,
@@ -57,6 +57,17 @@ pub struct StatusReport {
     pub malformed_requests: u64,
     /// Events dropped because the log was full.
     pub events_dropped: u64,
+    /// `OK`, `WATCH`, `AT_RISK` or `REPLACE`, see [`HealthReport`](super::health::HealthReport); empty while the volume
+    /// is away.
+    #[serde(default)]
+    pub health: String,
+    /// 0 to 100; 0 while the volume is away.
+    #[serde(default)]
+    pub health_score: u64,
+    /// When `counters` and the devices' errors began, seconds since the epoch: at the start of the server, or when they
+    /// were last cleared.
+    #[serde(default)]
+    pub counters_since: u64,
 }
 
 /// One device of a volume.
@@ -134,6 +145,35 @@ pub struct Counters {
     pub commits: u64,
     /// Damaged metadata copies rewritten at open.
     pub metadata_repairs: u64,
+    /// Guest reads and writes that workers served with slots.
+    #[serde(default)]
+    pub slot_requests: u64,
+}
+
+impl Counters {
+    /// What came since `earlier`.
+    pub fn since(&self, earlier: &Counters) -> Counters {
+        let of = |count: fn(&Counters) -> u64| count(self).saturating_sub(count(earlier));
+        Counters {
+            reads: of(|c| c.reads),
+            writes: of(|c| c.writes),
+            flushes: of(|c| c.flushes),
+            discards: of(|c| c.discards),
+            read_bytes: of(|c| c.read_bytes),
+            written_bytes: of(|c| c.written_bytes),
+            guest_errors: of(|c| c.guest_errors),
+            device_errors: of(|c| c.device_errors),
+            recovered_reads: of(|c| c.recovered_reads),
+            rewritten: of(|c| c.rewritten),
+            remaps: of(|c| c.remaps),
+            lost: of(|c| c.lost),
+            healed: of(|c| c.healed),
+            health_scans: of(|c| c.health_scans),
+            commits: of(|c| c.commits),
+            metadata_repairs: of(|c| c.metadata_repairs),
+            slot_requests: of(|c| c.slot_requests),
+        }
+    }
 }
 
 /// One row of `list`.
@@ -167,7 +207,7 @@ pub struct EventRecord {
     pub severity: String,
     /// What kind: `remapped`, `rewritten`, `lost`, `read-error`, `guest-error`, `flush-failed`, `poisoned`,
     /// `device-gone`, `device-back`, `spare-down`, `spare-full`, `metadata-repaired`, `metadata-damaged`,
-    /// `place-retired`, `place-restored`, `resized`, ...
+    /// `place-retired`, `place-restored`, `resized`, `health`, `stats-cleared`, ...
     pub kind: String,
     /// `primary`, `spare`, or empty.
     pub device: String,

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::counters::Counters;
 use super::devices::{Devices, facts, is_block_device, is_file};
 use super::eventlog::EventLog;
-use super::handle::{FrontEndState, Served, VolumeHandle};
+use super::handle::{Cleared, FrontEndState, Served, VolumeHandle};
 use super::healer::{HealerSetup, HealerThread, StartError, drive};
 use super::mailbox::mailbox;
 use super::options::{AdoptOptions, Cache, CreateOptions, FailOrHold, ServeOptions, VolumeShape};
@@ -543,6 +543,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         polling_us: options.polling_us(workers),
         transport: options.transport.name(),
         resizing: Mutex::new(()),
+        cleared: Mutex::new(Cleared::at(standing.epoch + clock.now().0 / 1_000_000_000)),
     }));
     Ok(ServedVolume { healer, handle, ports, disk, passthrough: options.passthrough })
 }

@@ -6,7 +6,8 @@
 //! The poison page goes on with: poisoned (1), device that failed (1), zeros (2), error number (4), time
 //! in seconds since the epoch (8), log2 of the sectors in a region (4), words in the bitmap (4), and at
 //! offset 128 one bit for each region written since the last good flush. The counters page goes on with
-//! a count (8) and that many counters of 8 bytes.
+//! a count (8) and that many counters of 8 bytes: 16 are the engine's own, 16 to 47 the scanner's, and from
+//! 48 on lie the days that health is judged by, two words each.
 
 use uuid::Uuid;
 

@@ -8,6 +8,9 @@
 //! missing. It overwrites none: a golden image of a released version is never changed, because volumes of
 //! that version are out there. What changes the bytes of a volume is a new format version with images of its
 //! own, next to the old ones, which must go on to open.
+//!
+//! The counters page is the one to which values may be added behind those there are: of it the first
+//! [`FIRST_COUNTERS`] are compared, and the images are volumes from before there were more.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -18,6 +21,8 @@ use vhost_remap::device::{DeviceIndex, OpKind};
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::request::Status;
 use vhost_remap::volume::layout::Place;
+use vhost_remap::volume::sidecar::SavedCounters;
+use vhost_remap::volume::superblock::Seat as PageSeat;
 
 use crate::engine::Engine;
 use crate::rig::{BLOCK, Bad, EPOCH, MTIME, PRIMARY, Reads, Rig, SPARE, Shape};
@@ -25,6 +30,8 @@ use crate::seat::{At, Entry, Kind, Seat, seats, u32_at, u64_at};
 
 const CREATED: Shape = Shape { capacity: 2048, max_remaps: 16, labelled: true };
 const ADOPTED: Shape = Shape { labelled: false, ..CREATED };
+/// Counters that the first program of the format kept.
+const FIRST_COUNTERS: usize = 15;
 /// Bytes in a line of an image.
 const LINE: usize = 32;
 
@@ -66,9 +73,21 @@ fn load(shape: Shape, text: &str) -> Rig {
     rig
 }
 
+/// The disks without what later programs add to the counters.
+fn with_first_counters(made: &Rig) -> Rig {
+    let (rig, set) = (made.fork(), made.shape.create_params().set);
+    for seat in seats(&made.shape).into_iter().filter(|seat| seat.kind == Kind::Counters) {
+        let place = PageSeat::Spare(seat.at.place().expect("counters are on the spare"));
+        let mut saved = SavedCounters::decode(&seat.read(made), set, place).expect("a whole page");
+        saved.values.truncate(FIRST_COUNTERS);
+        seat.write(&rig, &saved.encode(set, place));
+    }
+    rig
+}
+
 /// Compare what was made with the image of that name, and give the image's disks.
 fn golden(name: &str, made: &Rig) -> Rig {
-    let (path, text) = (path(name), dump(made));
+    let (path, text) = (path(name), dump(&with_first_counters(made)));
     if std::env::var_os("VHOST_REMAP_WRITE_GOLDEN").is_some() && !path.exists() {
         fs::create_dir_all(path.parent().expect("a folder")).expect("a folder for images");
         fs::write(&path, &text).expect("an image is written");

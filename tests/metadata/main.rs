@@ -15,6 +15,7 @@ mod expect;
 mod features;
 mod foreign;
 mod golden;
+mod health;
 mod hidden;
 mod interrupted;
 mod label;

@@ -179,7 +179,7 @@ fn check_events(engine: &Engine, opens: &Opens) {
         }
     }
     assert_eq!(engine.causes("poisoned").len(), usize::from(opens.poison_unknown));
-    let known = ["metadata-repaired", "metadata-damaged", "place-retired", "place-restored", "poisoned"];
+    let known = ["metadata-repaired", "metadata-damaged", "place-retired", "place-restored", "poisoned", "health"];
     let others: Vec<_> = engine.events.iter().filter(|event| !known.contains(&event.kind)).collect();
     assert!(others.is_empty(), "{others:?}");
 }

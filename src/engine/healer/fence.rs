@@ -175,7 +175,9 @@ impl Core {
     pub(super) fn update_map(&self, block: Block, change: impl FnOnce(&mut BlockState)) {
         let mut map = self.map.borrow_mut();
         let mut state = map.get(block);
+        let lost = state.lost.count_ones();
         change(&mut state);
+        self.health.lost_changed(lost, state.lost.count_ones());
         map.set(block, state);
         self.view_stale.set(true);
     }

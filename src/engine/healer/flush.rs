@@ -257,6 +257,7 @@ impl Core {
     /// Decide what a failed flush means before the device's turn passes on, and answer for it.
     async fn flush_failed(self: &Rc<Self>, device: DeviceIndex, errno: Errno) -> Failure {
         let failure = Failure::new(Some(device), format!("flush failed: {errno}")).of(FailureClass::Flush);
+        self.health.met_error(device, self.io.now());
         self.event(
             Severity::Error,
             "flush-failed",

@@ -4,13 +4,14 @@
 //! Each kind of work has its file: `fence` keeps shards away from blocks under repair, `flush` is the
 //! only one to flush, `commit` the only one to write table pages, `place` and `label` the other metadata,
 //! `breaker` tells a bad medium from a gone device, `read` and `write` are the two ladders,
-//! `operator` does what people ask for, `resize` among it.
+//! `operator` does what people ask for, `resize` among it, `health` judges.
 
 mod breaker;
 mod commit;
 mod failure;
 mod fence;
 mod flush;
+mod health;
 mod label;
 mod operator;
 mod pending;
@@ -186,6 +187,7 @@ pub(super) struct Core {
     commits: commit::Commits,
     breaker: breaker::Breaker,
     places: place::Places,
+    health: health::Health,
     pending: RefCell<pending::PendingSectors>,
     /// Blocks rewritten in place after a failure, with the sectors that were (bit mask).
     rewritten: RefCell<BTreeMap<Block, u8>>,
@@ -250,6 +252,7 @@ impl Healer {
         };
         let flushes = flush::Flushes::new(opened.poison, geometry.capacity);
         let written = flushes.written();
+        let health = health::Health::new(&opened.saved, &map);
         let view = Arc::new(View { geometry, map: map.clone(), mode, dense: Arc::default(), written });
         let core = Rc::new(Core {
             geometry: Cell::new(geometry),
@@ -272,6 +275,7 @@ impl Healer {
             commits: commit::Commits::default(),
             breaker: breaker::Breaker::default(),
             places: place::Places::new(opened.saved, opened.saved_sequence),
+            health,
             pending: RefCell::default(),
             rewritten: RefCell::default(),
             told_used: Cell::new(0),
@@ -289,6 +293,7 @@ impl Healer {
         });
         core.start(superseded, primary_size);
         core.tell_reserve();
+        core.begin_health();
         Healer { core, executor }
     }
 
@@ -360,6 +365,7 @@ impl Healer {
         self.executor.run();
         // Before the answers that tell of it.
         self.core.tell_reserve();
+        self.core.watch_health();
         self.core.io.take_ops(&mut out.ops);
         out.to_shards.append(&mut self.core.to_shards.borrow_mut());
         out.replies.append(&mut self.core.replies.borrow_mut());
@@ -432,6 +438,7 @@ impl Core {
         {
             let kind = if reads(&handed.request) { OpKind::Read } else { OpKind::Write };
             self.io.count_error(device, kind, errno);
+            self.health.met_error(device, self.io.now());
         }
         match handed.why {
             Why::Durability => {

@@ -7,6 +7,8 @@ use super::commit::Commit;
 use super::flush::PoisonReport;
 use super::{Class, Core, FailureClass, NotResized, Severity, Tally};
 use crate::device::DeviceIndex;
+use crate::engine::health::Assessment;
+use crate::engine::health::history::Day;
 use crate::engine::request::Operation;
 use crate::engine::task::join_all;
 use crate::engine::view::{Mode, PrimaryState};
@@ -73,7 +75,8 @@ pub struct HealerStatus {
     pub retired_places: Vec<&'static str>,
     /// Since the server started.
     pub tally: Tally,
-    /// Requests (reads, writes, flushes, discards, bytes read, bytes written), then the tally, of all runs.
+    /// Requests (reads, writes, flushes, discards, bytes read, bytes written), then the tally, then requests to
+    /// slots, of all runs.
     pub lifetime: Vec<u64>,
     /// Failed operations by device: reads, writes, flushes.
     pub errors: [[u64; 3]; 2],
@@ -101,6 +104,10 @@ pub struct HealerStatus {
     pub held: usize,
     /// Fences that stand.
     pub fences: usize,
+    /// How volume and devices are.
+    pub health: Assessment,
+    /// The days on which the volume was open.
+    pub days: Vec<Day>,
 }
 
 /// The answer to an order.
@@ -206,6 +213,8 @@ impl Core {
             repairs: self.running.get() + self.waiting.borrow().len(),
             held: self.held.borrow().len(),
             fences: self.fences.standing(),
+            health: self.assess(),
+            days: self.days(),
         }
     }
 

@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use super::failure::{Failure, Hold};
+use super::health::HISTORY_AT;
 use super::{Core, Severity, Tally};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
@@ -65,11 +66,11 @@ impl Places {
     }
 }
 
-/// Counters kept across restarts: requests first, then the tally. Only ever append.
-pub(super) fn saved_values(requests: [u64; 6], tally: &Tally) -> Vec<u64> {
+/// Counters kept across restarts: requests first, then the tally, then requests to slots. Only ever append.
+pub(super) fn saved_values(requests: [u64; 6], tally: &Tally, slot_requests: u64) -> Vec<u64> {
     let t = tally;
     let healed = [t.guest_errors, t.recovered_reads, t.rewritten, t.remaps, t.lost, t.healed];
-    [&requests[..], &healed, &[t.health_scans, t.commits, t.metadata_repairs]].concat()
+    [&requests[..], &healed, &[t.health_scans, t.commits, t.metadata_repairs, slot_requests]].concat()
 }
 
 impl Core {
@@ -304,6 +305,8 @@ impl Core {
                 let _ = self.save_counters().await;
             }
             self.stamp_label().await;
+            // A day or a burst may be over.
+            self.judge_health();
         }
     }
 
@@ -312,9 +315,19 @@ impl Core {
         use std::sync::atomic::Ordering::Relaxed;
         let p = &self.progress;
         let requests = [&p.reads, &p.writes, &p.flushes, &p.discards, &p.read_bytes, &p.written_bytes];
-        let now = saved_values(requests.map(|counter| counter.load(Relaxed)), &self.tally.borrow());
+        let requests = requests.map(|counter| counter.load(Relaxed));
+        let now = saved_values(requests, &self.tally.borrow(), p.slot_requests.load(Relaxed));
         let base = self.places.base.iter().copied().chain(std::iter::repeat(0));
         now.into_iter().zip(base).map(|(now, base)| now.saturating_add(base)).collect()
+    }
+
+    /// All that is kept beside each other: the counters, what others keep behind them, the days.
+    fn values_to_save(&self) -> Vec<u64> {
+        let mut values = self.lifetime_values();
+        values.extend(self.places.base.iter().take(HISTORY_AT).skip(values.len()));
+        values.resize(HISTORY_AT, 0);
+        values.append(&mut self.days_to_save());
+        values
     }
 
     /// Write the counters to one place after the other: a power cut tears one of them at most. A place that
@@ -322,7 +335,7 @@ impl Core {
     pub(super) async fn save_counters(self: &Rc<Self>) -> Result<(), Failure> {
         let sequence = self.places.saved_sequence.get() + 1;
         self.places.saved_sequence.set(sequence);
-        let saved = SavedCounters { sequence, values: self.lifetime_values() };
+        let saved = SavedCounters { sequence, values: self.values_to_save() };
         let mut saved_somewhere = Err(Failure::spare_down());
         for place in self.live_places() {
             if saved_somewhere.is_ok() {

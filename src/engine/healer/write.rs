@@ -574,6 +574,9 @@ impl Core {
         tally.remaps += 1;
         tally.lost += u64::from(newly_lost.count_ones());
         drop(tally);
+        if placement.order.is_some() {
+            self.health.moved_by_order();
+        }
         let range = self.geometry().sectors_of(block);
         let failed = if before.slot.is_some() { "its slot failed" } else { "the block failed again" };
         let (severity, cause) = placement.order.map_or((Severity::Warn, failed), |order| (Severity::Info, order));

@@ -16,6 +16,7 @@ use vhost_remap::control::server::{ServedVolume, Server};
 use vhost_remap::control::volume::{Order, Volume};
 use vhost_remap::device::fault::FaultTable;
 use vhost_remap::runtime::handle::Refused;
+use vhost_remap::runtime::health::HealthReport;
 use vhost_remap::runtime::report::{
     BlockReport, Counters, DeviceReport, EventPage, EventRecord, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
 };
@@ -32,7 +33,7 @@ const REQUESTS_MAX: usize = 6;
 const LAST: &[u8] = b"GET /v1/ping HTTP/1.1\r\nHost: last\r\nConnection: close\r\n\r\n";
 
 const METHODS: [&str; 8] = ["GET", "POST", "DELETE", "PUT", "HEAD", "OPTIONS", "PATCH", "get"];
-const ROUTES: [&str; 16] = [
+const ROUTES: [&str; 19] = [
     "/v1/ping",
     "/v1/status",
     "/v1/list",
@@ -49,8 +50,11 @@ const ROUTES: [&str; 16] = [
     "/v1/resize",
     "/v1/faults/",
     "*",
+    "/v1/health",
+    "/v1/surface",
+    "/v1/clear-stats",
 ];
-const KEYS: [&str; 8] = ["volume", "filter", "from", "limit", "after", "wait", "", "x"];
+const KEYS: [&str; 9] = ["volume", "filter", "from", "limit", "after", "wait", "", "x", "cells"];
 const VALUES: [&str; 14] = [
     "disk0",
     "disk1",
@@ -121,6 +125,9 @@ impl Volume for Noting {
             oldest_in_flight_ms: 0,
             malformed_requests: 0,
             events_dropped: 0,
+            health: "OK".into(),
+            health_score: 100,
+            counters_since: 1,
         }
     }
 
@@ -140,6 +147,10 @@ impl Volume for Noting {
             primary_stale: true,
         });
         Ok(entries.collect())
+    }
+
+    fn health(&self) -> Result<HealthReport, Refused> {
+        Err(Refused("away".into()))
     }
 
     fn events(&self, after: u64, limit: usize) -> EventPage {

@@ -1,0 +1,102 @@
+//! What can be typed of reports: formats, repetition, health, surface.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+use super::args::ControlArgs;
+use super::parse;
+use crate::runtime::surface::CELLS_MAX;
+
+/// How a status is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StatusFormat {
+    /// For people.
+    Human,
+    /// One document a line.
+    Json,
+    /// A head and a row, dm-remap's columns first.
+    Csv,
+    /// One line of names and values.
+    Compact,
+    /// dm-remap's 31 fields.
+    Raw,
+}
+
+/// How `status` prints, and how often.
+#[derive(Debug, clap::Args)]
+pub struct StatusOutputArgs {
+    /// How to print it; `raw` is dm-remap's line of 31 fields.
+    #[arg(long, short, value_name = "FORMAT", conflicts_with = "json")]
+    pub format: Option<StatusFormat>,
+    /// Print dm-remap's line of 31 fields.
+    #[arg(long, conflicts_with_all = ["json", "format"])]
+    pub line: bool,
+    /// How often.
+    #[command(flatten)]
+    pub watch: WatchArgs,
+}
+
+/// How often to print.
+#[derive(Debug, clap::Args)]
+pub struct WatchArgs {
+    /// Print it again every so many seconds, until the server ends: on a terminal in the same place, else one after the
+    /// other.
+    #[arg(long, short, value_name = "SECONDS", value_parser = parse::number(1_u64, 86_400))]
+    pub watch: Option<u64>,
+}
+
+/// How health is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum HealthFormat {
+    /// For people.
+    Human,
+    /// One document a line.
+    Json,
+    /// One line of names and values, dm-remap's first.
+    Compact,
+}
+
+/// Options of `health`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  vhost-remap health --control-path /run/vm1.sock.ctl\n  \
+vhost-remap health --control-path /run/vm1.sock.ctl --smart")]
+pub struct HealthArgs {
+    /// Server.
+    #[command(flatten)]
+    pub control: ControlArgs,
+    /// How to print it.
+    #[arg(long, short, value_name = "FORMAT", conflicts_with = "json")]
+    pub format: Option<HealthFormat>,
+    /// Ask the drives under primary and spare too, with `smartctl` of smartmontools, which this command runs (as root).
+    #[arg(long)]
+    pub smart: bool,
+    /// Ask these drives, where they cannot be found by themselves (behind RAID or LVM); may be repeated.
+    #[arg(long, value_name = "DEVICE")]
+    pub smart_device: Vec<PathBuf>,
+    /// How often.
+    #[command(flatten)]
+    pub watch: WatchArgs,
+}
+
+/// Options of `surface`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  vhost-remap surface --control-path /run/vm1.sock.ctl --width 100\n  \
+vhost-remap surface --control-path /run/vm1.sock.ctl --svg disk.svg")]
+pub struct SurfaceArgs {
+    /// Server.
+    #[command(flatten)]
+    pub control: ControlArgs,
+    /// Cells in a row.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = parse::number(1_u64, 1024))]
+    pub width: u64,
+    /// Cells in all [default: 16 rows of them].
+    #[arg(long, value_name = "N", value_parser = parse::number(1_u64, CELLS_MAX))]
+    pub cells: Option<u64>,
+    /// Write the map as a picture to this file.
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub svg: Option<PathBuf>,
+    /// Letters only, also on a terminal (as with NO_COLOR in the environment).
+    #[arg(long, short)]
+    pub no_color: bool,
+}
