@@ -3,6 +3,8 @@
 pub mod args;
 mod capabilities;
 mod fault;
+mod follow;
+pub mod logging;
 mod parse;
 pub mod run;
 mod show;

@@ -7,6 +7,7 @@ pub mod handle;
 pub mod handover;
 pub mod healer;
 pub mod latency;
+pub mod lines;
 pub mod mailbox;
 pub mod options;
 pub mod report;
