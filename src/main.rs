@@ -22,7 +22,8 @@ fn main() -> ExitCode {
         },
     };
     signals::ignore_file_size_limit();
-    init_log(cli::run::log_level(&args));
+    let level = log_level::filter(cli::run::log_level(&args)).unwrap_or(log::LevelFilter::Trace);
+    cli::logging::init(level, cli::run::log_format(&args));
     let result = cli::run::run(args, &mut out);
     // What was done before an error is said before it.
     let flushed = out.flush();
@@ -38,18 +39,4 @@ fn exit(result: Result<(), cli::run::CliError>) -> ExitCode {
         eprintln!("vhost-remap: {line}");
     }
     ExitCode::from(status)
-}
-
-/// Log to stderr. Everything of ours passes the logger's own filter, so that the level can be changed
-/// at run time with `log::set_max_level`; of the libraries, warnings.
-fn init_log(level: u8) {
-    env_logger::Builder::new()
-        .filter_level(log::LevelFilter::Warn)
-        .filter_module("vhost_remap", log::LevelFilter::Trace)
-        .format(|buf, record| {
-            let time = buf.timestamp_millis();
-            writeln!(buf, "{time} {:<5} {}", record.level(), record.args())
-        })
-        .init();
-    log::set_max_level(log_level::filter(level).unwrap_or(log::LevelFilter::Trace));
 }

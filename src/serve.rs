@@ -1,6 +1,8 @@
 //! Serving one volume: devices, healer, workers, front-end socket and control socket put together, and
 //! taken apart again in the order that loses nothing.
 
+mod watchdog;
+
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
@@ -21,6 +23,7 @@ use crate::vhost::device::BlkDevice;
 use crate::vhost::framework;
 use crate::vhost::server::Server;
 use crate::vhost::status::ServerStatus;
+use watchdog::Watchdog;
 
 /// Why serving did not start, or ended: one line that names the device, the number and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -202,7 +205,8 @@ pub fn serve(options: &ServeOptions, front_end: FrontEnd, stop: OwnedFd) -> Resu
     let open = if options.incoming { HeldVolume::incoming } else { HeldVolume::open };
     let volume = Arc::new(open(options, workers(options))?);
     let device = Arc::new(BlkDevice::new(volume.disk(), options.num_queues));
-    let served = serve_volume(options, &volume, &device, front_end, &stop);
+    let mut watchdog = None;
+    let served = serve_volume(options, &volume, &device, front_end, &stop, &mut watchdog);
     match (served, volume.give(!device.is_writeback())) {
         (served, Ok(())) => served,
         (Ok(()), Err(error)) => Err(error.into()),
@@ -217,6 +221,7 @@ fn serve_volume(
     device: &Arc<BlkDevice>,
     front_end: FrontEnd,
     stop: &OwnedFd,
+    watchdog: &mut Option<Watchdog>,
 ) -> Result<(), ServeError> {
     let control = options.control_path.as_ref().map(|path| bind_unix(path)).transpose()?;
     if let (Some((_, file)), Some(group)) = (&control, &options.control_group) {
@@ -235,7 +240,9 @@ fn serve_volume(
     });
     let (control, _control_file) = start_control(control, http, options, volume)?;
     announce(options, volume);
+    let watchdog = watchdog.insert(Watchdog::start(volume.clone(), server.status())?);
     let served = server.run(stop);
+    watchdog.closing();
     // The workers first: what they still wait for comes from the healer.
     drop(server);
     drop(control);

@@ -13,6 +13,7 @@
 //! | guest memory, the in-flight region | the protocol thread and the workers | counted references to immutable maps; what the guest writes is read once |
 //! | [`Progress`](crate::engine::view::Progress) | the shards and the healer | atomics, ordered where a comment there says so |
 //! | numbers for `status`, the negotiated settings | workers, protocol thread, whoever asks | single atomics, each meaningful alone |
+//! | what is counted ([`counters`](crate::runtime::counters)) | each worker and the healer, whoever asks | relaxed atomics of the standard library, each written by one thread |
 //! | what the front-end is told unasked | the protocol thread and who gives orders | under a lock; a message is sent or dropped, never waited for |
 //! | operations and their results | a reactor and its pool of threads | two queues under locks, a condition variable, an eventfd |
 //! | fault rules, the event log | all threads | under locks that are never held across a device operation |

@@ -51,6 +51,10 @@ mod migration;
 mod model;
 #[path = "process/modes.rs"]
 mod modes;
+#[path = "process/monitoring.rs"]
+mod monitoring;
+#[path = "process/notify.rs"]
+mod notify;
 #[path = "process/operator.rs"]
 mod operator;
 #[path = "process/packaging.rs"]

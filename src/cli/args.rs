@@ -8,6 +8,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, Subcommand};
 
 use super::fault::{self, FaultErrno};
+use super::logging::LogFormat;
 use super::parse;
 use super::report_args::{HealthArgs, StatusOutputArgs, SurfaceArgs};
 use crate::device::DeviceIndex;
@@ -246,6 +247,9 @@ pub struct ServeArgs {
     #[arg(long, aliases = ["dm_remap_debug", "debug_level"], value_name = "0..3", default_value_t = 1,
         value_parser = parse::number(0_u8, 3))]
     pub log_level: u8,
+    /// How log lines look.
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
+    pub log_format: LogFormat,
     /// How long to wait for another process to let go of the devices.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = parse::number(0_u64, u64::from(u32::MAX)))]
     pub lock_wait: u64,
@@ -297,14 +301,24 @@ impl ListArgs {
 
 /// Options of `events`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  vhost-remap events --control-path /run/vm1.sock.ctl --follow")]
+#[command(after_help = "Example:\n  vhost-remap events --control-path /run/vm1.sock.ctl --follow\n  \
+vhost-remap events --control-path /run/vm1.sock.ctl --follow --on health,lost,exhausted --exec ./mail-me")]
 pub struct EventsArgs {
     /// Server.
     #[command(flatten)]
     pub control: ControlArgs,
-    /// Go on printing as things happen.
+    /// Go on printing as things happen, also when the server is restarted meanwhile.
     #[arg(long)]
     pub follow: bool,
+    /// Only events of these kinds, or `health` (the volume's state got worse), `lost` (sectors), `exhausted` (the spare
+    /// fills or is full), `errors`.
+    #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
+    pub on: Vec<String>,
+    /// Run this command by /bin/sh for each event, one after the other. It gets the event as JSON on its input, and in
+    /// variables VHOST_REMAP_EVENT, _VOLUME, _SEVERITY, _DEVICE, _SECTOR, _SECTORS, _CAUSE, _ACTION and _SEQ. If it
+    /// fails, that is reported.
+    #[arg(long, value_name = "COMMAND")]
+    pub exec: Option<String>,
 }
 
 /// What to do with fault rules.

@@ -3,7 +3,9 @@
 pub mod args;
 mod capabilities;
 mod fault;
+mod follow;
 mod health;
+pub mod logging;
 mod parse;
 pub mod report_args;
 pub mod run;

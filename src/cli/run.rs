@@ -8,23 +8,20 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::args::{
-    AdoptArgs, Args, Command, ControlArgs, CreateArgs, EventsArgs, ListArgs, LogLevelArgs, SectorsArgs, ServeArgs,
-    ShapeArgs,
+    AdoptArgs, Args, Command, ControlArgs, CreateArgs, ListArgs, LogLevelArgs, SectorsArgs, ServeArgs, ShapeArgs,
 };
-use super::{parse, show, stats};
+use super::logging::LogFormat;
+use super::{follow, parse, show, stats};
 use crate::control::api::{Done, ListPage, LogLevel, Pong, Resize, Sectors};
 use crate::control::client::{Client, ClientError, ORDER_TIMEOUT, REPORT_TIMEOUT};
 use crate::runtime::options::{
     AdoptOptions, CreateIfAbsent, CreateOptions, Listen, MAX_REMAPS_DEFAULT, ServeOptions, VolumeShape,
 };
-use crate::runtime::report::{EventPage, ListFilter};
+use crate::runtime::report::ListFilter;
 use crate::runtime::signals;
 use crate::runtime::stats::StatsReport;
 use crate::runtime::volume::{MakeError, adopt, create};
 use crate::serve::{FrontEnd, ServeError, serve};
-
-/// How long the server puts off its answer while `events --follow` waits for something to happen.
-const FOLLOW_WAIT_SECONDS: u64 = 30;
 
 /// Why a command failed: one line for a person.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +86,14 @@ pub fn log_level(args: &Args) -> u8 {
     }
 }
 
+/// How this command's log lines look.
+pub fn log_format(args: &Args) -> LogFormat {
+    match &args.command {
+        Command::Serve(args) => args.log_format,
+        _ => LogFormat::Text,
+    }
+}
+
 /// Do it; answers go to `out`.
 ///
 /// # Errors
@@ -106,7 +111,7 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
         Command::Status(args) => super::status::run(&args, out),
         Command::Stats(args) => Server::of(&args)?.stats(out),
         Command::List(args) => Server::of(&args.control)?.list(&args, out),
-        Command::Events(args) => Server::of(&args.control)?.events(&args, out),
+        Command::Events(args) => follow::events(&Server::of(&args.control)?, &args, out),
         Command::Fault(command) => super::fault::run(command, out),
         Command::Clear(args) => Server::of(&args)?.order("/v1/clear", &serde_json::json!({}), out),
         Command::Save(args) => Server::of(&args)?.order("/v1/save", &serde_json::json!({}), out),
@@ -269,26 +274,18 @@ impl Server {
         Ok(())
     }
 
-    fn events(&self, args: &EventsArgs, out: &mut dyn Write) -> Result<(), CliError> {
-        let mut after = 0;
-        let mut dropped = 0;
-        loop {
-            let wait = if args.follow { FOLLOW_WAIT_SECONDS } else { 0 };
-            let target = self.target("/v1/events", &[("after", after.to_string()), ("wait", wait.to_string())]);
-            let page: EventPage = self.client.get(&target, REPORT_TIMEOUT + Duration::from_secs(wait))?;
-            for event in &page.events {
-                self.print(event, show::event, out)?;
-            }
-            if page.dropped > dropped && !self.json {
-                writeln!(out, "({} events dropped because the log was full)", page.dropped - dropped)?;
-            }
-            out.flush()?;
-            dropped = page.dropped;
-            if page.events.is_empty() && !args.follow {
-                return Ok(());
-            }
-            after = page.last_seq.max(after);
-        }
+    /// As [`Server::get_with`], for answers that may be put off.
+    pub(super) fn ask<T: DeserializeOwned>(
+        &self,
+        route: &str,
+        query: &[(&str, String)],
+        timeout: Duration,
+    ) -> Result<T, ClientError> {
+        self.client.get(&self.target(route, query), timeout)
+    }
+
+    pub(super) fn prints_json(&self) -> bool {
+        self.json
     }
 
     fn ping(&self, out: &mut dyn Write) -> Result<(), CliError> {

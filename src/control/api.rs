@@ -27,6 +27,7 @@
 //! Every failure is a [`Failure`] with a status of 400 and up. Where a server has several volumes,
 //! `volume=NAME` or `volume=UUID` in the query says which.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::device::fault::FaultReport;
@@ -44,7 +45,7 @@ pub const WAIT_MAX_SECONDS: u64 = 60;
 pub const REQUEST_BODY_MAX: usize = 64 << 10;
 
 /// A request that was not carried out.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Failure {
     /// One line for a person.
     pub error: String,
@@ -76,7 +77,7 @@ pub struct ListQuery {
 }
 
 /// A page of `list`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ListPage {
     /// By address.
     pub entries: Vec<ListEntry>,

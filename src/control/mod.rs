@@ -13,6 +13,7 @@ pub mod log_level;
 pub mod metrics;
 pub mod proc_text;
 mod routes;
+pub mod schema;
 pub mod server;
 pub mod socket;
 #[cfg(test)]

@@ -179,7 +179,7 @@ pub(crate) mod scripted {
             let all = self.events.lock().unwrap_or_else(PoisonError::into_inner);
             let events: Vec<_> = all.iter().filter(|e| e.seq > after).take(limit).cloned().collect();
             let last_seq = events.last().map_or(after, |e| e.seq);
-            EventPage { events, last_seq, dropped: 0 }
+            EventPage { events, last_seq, run: "1".into(), ..EventPage::default() }
         }
 
         fn faults(&self) -> Option<&Arc<FaultTable>> {

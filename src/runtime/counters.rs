@@ -64,6 +64,11 @@ impl OperationCounters {
             buckets: std::array::from_fn(|_| Counter::default()),
         }
     }
+
+    #[cold]
+    fn fail(&self) {
+        self.failed.add(1);
+    }
 }
 
 /// What one worker counts. Aligned, so that no line of it (nor the one that a processor fetches along) is another's.
@@ -83,7 +88,7 @@ impl WorkerCounters {
         let counters = &self.operations[operation.index()];
         match bytes {
             Some(bytes) => counters.bytes.add(bytes),
-            None => counters.failed.add(1),
+            None => counters.fail(),
         }
         counters.took_ns.add(took_ns);
         if took_ns > counters.took_ns_max.get() {
@@ -94,9 +99,9 @@ impl WorkerCounters {
 
     /// How many requests of each kind are under way, and when the oldest was taken.
     #[inline]
-    pub fn set_under_way(&self, under_way: &[(usize, Option<Time>); Operation::COUNT]) {
+    pub fn set_under_way(&self, under_way: &[(u32, Option<Time>); Operation::COUNT]) {
         for (counters, (len, oldest)) in self.operations.iter().zip(under_way) {
-            counters.under_way.set(*len as u64);
+            counters.under_way.set(u64::from(*len));
             counters.oldest_start_ns.set(oldest.map_or(NEVER, |time| time.0));
         }
     }
@@ -120,18 +125,32 @@ impl DeviceCounters {
     /// An operation is submitted.
     #[inline]
     pub fn submitted(&self, op: &Op) {
-        let kind = match op.kind {
-            OpKind::Read => 0,
-            OpKind::Write => 1,
-            OpKind::Flush => 2,
-            OpKind::Discard => 3,
-            OpKind::WriteZeroes { .. } => 4,
-            OpKind::Identify => return,
-        };
+        // The two that matter first.
+        if op.kind == OpKind::Read {
+            self.count(op, 0);
+        } else if op.kind == OpKind::Write {
+            self.count(op, 1);
+        } else {
+            self.rarely(op);
+        }
+    }
+
+    #[inline]
+    fn count(&self, op: &Op, kind: usize) {
         if let Some(device) = self.0.get(usize::from(op.device.0)) {
             let [count, bytes] = &device[kind];
             count.add(1);
             bytes.add(op.len);
+        }
+    }
+
+    #[cold]
+    fn rarely(&self, op: &Op) {
+        match op.kind {
+            OpKind::Flush => self.count(op, 2),
+            OpKind::Discard => self.count(op, 3),
+            OpKind::WriteZeroes { .. } => self.count(op, 4),
+            OpKind::Read | OpKind::Write | OpKind::Identify => {}
         }
     }
 

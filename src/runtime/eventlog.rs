@@ -3,16 +3,17 @@
 use std::collections::VecDeque;
 use std::sync::PoisonError;
 
+use log::Record;
+use log::kv::Value;
+use uuid::Uuid;
+
+use super::lines::{LINES_MAX, LINES_SECONDS, Lines};
 use super::report::{EventPage, EventRecord};
 use crate::engine::event::{Event, Severity};
 use crate::sync::{Mutex, MutexGuard};
-use crate::units::Time;
 
 /// Events kept; older ones are dropped and counted.
 const EVENTS_MAX: usize = 4096;
-/// Lines logged in [`LINES_SECONDS`], at most: a guest can cause as many events as it likes.
-const LINES_MAX: u64 = 500;
-const LINES_SECONDS: u64 = 10;
 
 #[derive(Default)]
 struct Log {
@@ -32,31 +33,11 @@ pub struct Lasts {
     pub device_error: Option<f64>,
 }
 
-/// How much was logged lately.
-#[derive(Default)]
-struct Lines {
-    /// Number of the stretch of time, from the volume's start.
-    stretch: u64,
-    events: u64,
-}
-
-impl Lines {
-    /// Count an event at `time`: whether to log it, and how many were left out before.
-    fn count(&mut self, time: Time) -> (bool, u64) {
-        let stretch = time.0 / (LINES_SECONDS * 1_000_000_000);
-        let mut left_out = 0;
-        if stretch > self.stretch {
-            left_out = self.events.saturating_sub(LINES_MAX);
-            *self = Lines { stretch, events: 0 };
-        }
-        self.events += 1;
-        (self.events <= LINES_MAX, left_out)
-    }
-}
-
 /// A bounded log. Its lock is held for copying only, never across I/O.
 pub struct EventLog {
     volume: String,
+    /// Of these events and no others.
+    run: String,
     /// Seconds since the epoch at time 0 of the volume's clock.
     epoch: f64,
     log: Mutex<Log>,
@@ -65,7 +46,7 @@ pub struct EventLog {
 impl EventLog {
     /// An empty log of the volume by that name.
     pub fn new(volume: String, epoch: f64) -> EventLog {
-        EventLog { volume, epoch, log: Mutex::default() }
+        EventLog { volume, run: Uuid::new_v4().to_string(), epoch, log: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Log> {
@@ -91,18 +72,12 @@ impl EventLog {
             Severity::Warn => log::Level::Warn,
             Severity::Error => log::Level::Error,
         };
-        let place = match record.sector {
-            Some(sector) => format!(" sector {sector}+{}", record.sectors),
-            None => String::new(),
-        };
         let (in_time, left_out) = self.lock().lines.count(event.time);
         if left_out > 0 {
             log::warn!("{}: {left_out} events more than {LINES_MAX} in {LINES_SECONDS} s were not logged", self.volume);
         }
-        if in_time {
-            let EventRecord { kind, device, cause, action, .. } = &record;
-            let concerned = if device.is_empty() && place.is_empty() { "" } else { ": " };
-            log::log!(level, "{}: {kind}{concerned}{device}{place}: {cause}: {action}", self.volume);
+        if in_time && level <= log::max_level() {
+            self.write(level, &record);
         }
         let mut log = self.lock();
         if record.kind == "remapped" {
@@ -120,12 +95,36 @@ impl EventLog {
         }
     }
 
+    /// One line with volume, device, sector, cause and action, of which a logger can also have each by itself.
+    fn write(&self, level: log::Level, record: &EventRecord) {
+        let EventRecord { kind, device, cause, action, .. } = record;
+        let place = match record.sector {
+            Some(sector) => format!(" sector {sector}+{}", record.sectors),
+            None => String::new(),
+        };
+        let concerned = if device.is_empty() && place.is_empty() { "" } else { ": " };
+        let parts = [
+            ("volume", Value::from(self.volume.as_str())),
+            ("event", Value::from(kind.as_str())),
+            ("device", Value::from(device.as_str())),
+            ("sector", record.sector.map_or_else(Value::null, Value::from)),
+            ("sectors", Value::from(record.sectors)),
+            ("cause", Value::from(cause.as_str())),
+            ("action", Value::from(action.as_str())),
+        ];
+        let target = module_path!();
+        let args = format_args!("{}: {kind}{concerned}{device}{place}: {cause}: {action}", self.volume);
+        let mut line = Record::builder();
+        let line = line.level(level).target(target).module_path_static(Some(target)).key_values(&parts);
+        log::logger().log(&line.args(args).build());
+    }
+
     /// Events after number `after`, at most `limit`.
     pub fn page(&self, after: u64, limit: usize) -> EventPage {
         let log = self.lock();
         let events: Vec<EventRecord> = log.events.iter().filter(|e| e.seq > after).take(limit).cloned().collect();
         let last_seq = events.last().map_or(after.min(log.last_seq), |event| event.seq);
-        EventPage { events, last_seq, dropped: log.dropped }
+        EventPage { events, last_seq, dropped: log.dropped, volume: self.volume.clone(), run: self.run.clone() }
     }
 
     /// When things last happened.
@@ -136,21 +135,5 @@ impl EventLog {
     /// Events dropped because the log was full.
     pub fn dropped(&self) -> u64 {
         self.lock().dropped
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_flood_of_events_is_logged_in_part_and_says_so() {
-        let mut lines = Lines::default();
-        let second = |n: u64| Time(n * 1_000_000_000);
-        let logged = (0..LINES_MAX + 70).filter(|_| lines.count(second(3)).0).count() as u64;
-        assert_eq!(logged, LINES_MAX);
-        assert_eq!(lines.count(second(9)), (false, 0));
-        assert_eq!(lines.count(second(10)), (true, 71));
-        assert_eq!(lines.count(second(20)), (true, 0));
     }
 }

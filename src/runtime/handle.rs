@@ -159,6 +159,11 @@ impl VolumeHandle {
         self.0.devices.get(device).is_some()
     }
 
+    /// Whether the healer and every worker answer now.
+    pub(super) fn has_pulse(&self) -> bool {
+        matches!(self.ask(Order::Pulse, ANSWER_TIMEOUT), Some(Reply::Done(Ok(_))))
+    }
+
     fn judge(&self, healer: &HealerStatus, front_end: FrontEndState) -> (Vec<String>, Vec<String>) {
         let mut found: Vec<(&str, String)> = Vec::new();
         let path = |device| self.path(device);

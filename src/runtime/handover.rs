@@ -288,6 +288,16 @@ impl HeldVolume {
         Ok(generation)
     }
 
+    /// Whether it is being opened or closed at the moment.
+    pub fn is_changing_hands(&self) -> bool {
+        self.volume.try_lock().is_err()
+    }
+
+    /// Whether the healer and every worker answer now, if the volume is open here.
+    pub fn has_pulse(&self) -> bool {
+        self.handle().is_none_or(|handle| handle.has_pulse())
+    }
+
     fn name(&self) -> String {
         self.options.primary.display().to_string()
     }

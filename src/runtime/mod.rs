@@ -8,6 +8,7 @@ pub mod handover;
 pub mod healer;
 pub mod health;
 pub mod latency;
+pub mod lines;
 pub mod mailbox;
 pub mod options;
 pub mod report;

@@ -1,13 +1,14 @@
 //! What an operator can ask of a running volume, as plain data: the control socket serves it as JSON,
 //! the command line prints it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Version of the JSON documents below; raised when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 1;
 
 /// The state of one volume.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct StatusReport {
     /// [`SCHEMA_VERSION`].
     pub schema: u32,
@@ -71,7 +72,7 @@ pub struct StatusReport {
 }
 
 /// One device of a volume.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct DeviceReport {
     /// `primary` or `spare`.
     pub role: String,
@@ -92,7 +93,7 @@ pub struct DeviceReport {
 }
 
 /// Blocks by state.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct BlockReport {
     /// Live remapped blocks.
     pub remapped: u64,
@@ -111,7 +112,7 @@ pub struct BlockReport {
 }
 
 /// Things counted. Requests are the guest's; errors are failed device operations.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Counters {
     /// Guest reads.
     pub reads: u64,
@@ -177,7 +178,7 @@ impl Counters {
 }
 
 /// One row of `list`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ListEntry {
     /// First sector of the block.
     pub sector: u64,
@@ -197,7 +198,7 @@ pub struct ListEntry {
 }
 
 /// One thing that happened.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EventRecord {
     /// Number, from 1; gaps were dropped.
     pub seq: u64,
@@ -222,7 +223,7 @@ pub struct EventRecord {
 }
 
 /// A page of events.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EventPage {
     /// Oldest first.
     pub events: Vec<EventRecord>,
@@ -230,6 +231,12 @@ pub struct EventPage {
     pub last_seq: u64,
     /// Events dropped because the log was full, since the server started.
     pub dropped: u64,
+    /// The primary's path.
+    #[serde(default)]
+    pub volume: String,
+    /// Another one when the server was started again: the numbers of events then begin anew.
+    #[serde(default)]
+    pub run: String,
 }
 
 /// Which blocks `list` shows.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::counters::{Counters, DEVICE_OPERATIONS, OperationNumbers};
@@ -14,7 +15,7 @@ use crate::engine::request::Operation;
 use crate::units::Time;
 
 /// The statistics of one volume, since its server started.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct StatsReport {
     /// [`SCHEMA_VERSION`].
     pub schema: u32,
@@ -37,7 +38,7 @@ pub struct StatsReport {
 }
 
 /// The guest's requests of one kind.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct OperationReport {
     /// `read`, `write`, `flush`, `discard` or `write_zeroes`.
     pub operation: String,
@@ -59,7 +60,7 @@ pub struct OperationReport {
 }
 
 /// How long requests took, in nanoseconds.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct LatencyReport {
     /// All together.
     pub sum_ns: u64,
@@ -76,7 +77,7 @@ pub struct LatencyReport {
 }
 
 /// Requests that took longer than the bucket before allows, and no longer than this one does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct LatencyBucket {
     /// The longest latency in nanoseconds; absent for the last bucket, which has no end (from 68.7 seconds).
     pub le_ns: Option<u64>,
@@ -85,7 +86,7 @@ pub struct LatencyBucket {
 }
 
 /// Operations of one kind on one device.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct DeviceOperationReport {
     /// `primary` or `spare`.
     pub device: String,

@@ -6,8 +6,7 @@ use std::sync::Arc;
 use crate::device::{Event as DeviceEvent, Reactor, Wait};
 use crate::engine::event::{Event, Severity};
 use crate::engine::message::{ToHealer, ToShard};
-use crate::engine::request::Answer;
-use crate::engine::request::Status as RequestStatus;
+use crate::engine::request::{Answer, RequestOp, Status as RequestStatus};
 use crate::engine::shard::{Shard, ShardOut};
 use crate::runtime::counters::WorkerCounters;
 use crate::runtime::eventlog::EventLog;
@@ -74,7 +73,14 @@ impl Drive {
     #[inline]
     pub(crate) fn count(&self, answer: &Answer, taken: &Taken) {
         let took_ns = self.latest.since_ns(taken.started);
-        let bytes = (answer.status == RequestStatus::Ok).then(|| answer.request.op.bytes());
+        let bytes = match (&answer.request.op, answer.status) {
+            (_, RequestStatus::IoErr) => None,
+            // What matters first.
+            (RequestOp::Read { data, .. } | RequestOp::Write { data, .. }, RequestStatus::Ok) => {
+                Some(data.len() as u64)
+            }
+            (op, RequestStatus::Ok) => Some(op.bytes()),
+        };
         self.counters.answered(taken.operation, took_ns, bytes);
     }
 
@@ -84,7 +90,7 @@ impl Drive {
         let under_way = tokens.under_way();
         self.counters.set_under_way(&under_way);
         let oldest = under_way.iter().filter_map(|(_, start)| *start).min();
-        status.set(under_way.iter().map(|(len, _)| len).sum(), oldest);
+        status.set(tokens.len(), oldest);
     }
 
     /// Count and report a request that was answered with an error before the engine saw it (P1), or a chain that

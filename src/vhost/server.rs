@@ -137,7 +137,7 @@ impl Server {
                 break;
             }
             let channel = channel::peek(socket);
-            match handler.handle_request() {
+            match self.crew.status().handling(|| handler.handle_request()) {
                 Ok(()) => channel.into_iter().for_each(|channel| self.device.channel().open(channel)),
                 Err(error) if is_refusal(&error) => log::warn!("the front-end was refused: {error}"),
                 Err(Error::Disconnected) => {

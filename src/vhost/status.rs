@@ -1,7 +1,9 @@
 //! What others may know of the workers without asking them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use crate::runtime::worker::Clock;
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::units::Time;
 
@@ -43,15 +45,23 @@ impl Default for WorkerStatus {
 }
 
 /// What the vhost-user side of a volume is doing.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct ServerStatus {
     connected: AtomicBool,
     workers: Vec<Arc<WorkerStatus>>,
+    clock: Clock,
+    /// When the message that is being handled came.
+    message_start_ns: AtomicU64,
 }
 
 impl ServerStatus {
     pub(crate) fn new(workers: Vec<Arc<WorkerStatus>>) -> ServerStatus {
-        ServerStatus { connected: AtomicBool::new(false), workers }
+        ServerStatus {
+            connected: AtomicBool::new(false),
+            workers,
+            clock: Clock::start(),
+            message_start_ns: AtomicU64::new(NEVER),
+        }
     }
 
     /// Where worker `index` writes its numbers.
@@ -61,6 +71,20 @@ impl ServerStatus {
 
     pub(crate) fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
+    }
+
+    /// Handle a message of the front-end.
+    pub(crate) fn handling<T>(&self, handle: impl FnOnce() -> T) -> T {
+        self.message_start_ns.store(self.clock.now().0, Ordering::Relaxed);
+        let result = handle();
+        self.message_start_ns.store(NEVER, Ordering::Relaxed);
+        result
+    }
+
+    /// For how long a message of the front-end has been handled; nothing where there is none.
+    pub fn message_under_way(&self) -> Duration {
+        let start = self.message_start_ns.load(Ordering::Relaxed);
+        if start == NEVER { Duration::ZERO } else { Duration::from_nanos(self.clock.now().since_ns(Time(start))) }
     }
 
     /// Whether a front-end is connected.

@@ -8,6 +8,8 @@ use crate::units::Time;
 
 /// No entry: the end of a list.
 const NONE: u32 = u32::MAX;
+/// Requests looked at for the oldest of each kind; there may be thousands in front of the one.
+const LOOKED_AT_MAX: usize = 64;
 
 /// A request taken from a queue.
 #[derive(Debug)]
@@ -38,32 +40,26 @@ struct Entry {
     next: u32,
 }
 
-/// Requests of one kind, in their order.
-#[derive(Clone, Copy, Debug)]
-struct Line {
-    oldest: u32,
-    newest: u32,
-    len: usize,
-}
-
-/// A table of requests by token, which also knows the order of those of a kind.
+/// A table of requests by token, which also knows their order.
 #[derive(Debug)]
 pub(crate) struct Tokens {
     entries: Vec<Entry>,
     free: u32,
-    lines: [Line; Operation::COUNT],
+    oldest: u32,
+    newest: u32,
+    /// By kind.
+    len: [u32; Operation::COUNT],
     serial: u64,
 }
 
 impl Tokens {
     pub(crate) fn new() -> Tokens {
-        let line = Line { oldest: NONE, newest: NONE, len: 0 };
-        Tokens { entries: Vec::new(), free: NONE, lines: [line; Operation::COUNT], serial: 0 }
+        Tokens { entries: Vec::new(), free: NONE, oldest: NONE, newest: NONE, len: [0; Operation::COUNT], serial: 0 }
     }
 
     /// Requests in the table.
     pub(crate) fn len(&self) -> usize {
-        self.lines.iter().map(|line| line.len).sum()
+        self.len.iter().map(|len| usize::try_from(*len).expect("32 bits fit in a usize")).sum()
     }
 
     /// Number that the next request gets: those in the table have smaller ones.
@@ -71,17 +67,31 @@ impl Tokens {
         self.serial
     }
 
-    /// By kind: requests in the table, and when the oldest was taken.
+    /// By kind: requests in the table, and when the oldest was taken. That of a kind which comes far behind others is
+    /// known once those have ended.
     #[inline]
-    pub(crate) fn under_way(&self) -> [(usize, Option<Time>); Operation::COUNT] {
-        self.lines.map(|line| match line.len {
-            0 => (0, None),
-            len => (len, self.get(line.oldest).and_then(|entry| entry.taken.as_ref()).map(|taken| taken.started)),
-        })
+    pub(crate) fn under_way(&self) -> [(u32, Option<Time>); Operation::COUNT] {
+        let mut under_way = self.len.map(|len| (len, None));
+        let mut missing = self.len.iter().filter(|len| **len > 0).count();
+        let mut at = self.oldest;
+        for _ in 0..LOOKED_AT_MAX {
+            let Some(entry) = self.get(at).filter(|_| missing > 0) else { break };
+            if let Some(taken) = &entry.taken {
+                let oldest = &mut under_way[taken.operation.index()].1;
+                missing -= usize::from(oldest.is_none());
+                oldest.get_or_insert(taken.started);
+            }
+            at = entry.next;
+        }
+        under_way
     }
 
     /// Add a request.
+    #[inline]
     pub(crate) fn insert(&mut self, taken: Taken) -> Token {
+        // Bounded as the table is.
+        let len = &mut self.len[taken.operation.index()];
+        *len = len.wrapping_add(1);
         let index = if self.free == NONE {
             // Bounded by the sizes of all queues: a head is taken once.
             self.entries.push(Entry { taken: None, serial: 0, previous: NONE, next: NONE });
@@ -91,16 +101,13 @@ impl Tokens {
             self.free = self.at(index).next;
             index
         };
-        let kind = taken.operation.index();
-        let (serial, newest) = (self.serial, self.lines[kind].newest);
+        let (serial, newest) = (self.serial, self.newest);
         *self.at(index) = Entry { taken: Some(taken), serial, previous: newest, next: NONE };
         self.link(newest, |entry| &mut entry.next, index);
-        let line = &mut self.lines[kind];
-        line.newest = index;
-        if line.oldest == NONE {
-            line.oldest = index;
+        self.newest = index;
+        if self.oldest == NONE {
+            self.oldest = index;
         }
-        line.len += 1;
         self.serial += 1;
         Token(index)
     }
@@ -109,6 +116,7 @@ impl Tokens {
     ///
     /// # Panics
     /// If there is none of that token: the engine answers once.
+    #[inline]
     pub(crate) fn remove(&mut self, token: Token) -> Taken {
         let free = self.free;
         let entry = self.at(token.0);
@@ -118,14 +126,14 @@ impl Tokens {
         self.free = token.0;
         self.link(previous, |entry| &mut entry.next, next);
         self.link(next, |entry| &mut entry.previous, previous);
-        let line = &mut self.lines[taken.operation.index()];
-        if line.oldest == token.0 {
-            line.oldest = next;
+        if self.oldest == token.0 {
+            self.oldest = next;
         }
-        if line.newest == token.0 {
-            line.newest = previous;
+        if self.newest == token.0 {
+            self.newest = previous;
         }
-        line.len -= 1;
+        let len = &mut self.len[taken.operation.index()];
+        *len = len.wrapping_sub(1);
         taken
     }
 
@@ -136,16 +144,14 @@ impl Tokens {
 
     /// Whether a request older than number `before` touches one of `regions`.
     pub(crate) fn touch(&self, regions: RegionBits, before: u64) -> bool {
-        self.lines.iter().any(|line| {
-            let mut at = line.oldest;
-            while let Some(entry) = self.get(at).filter(|entry| entry.serial < before) {
-                if entry.taken.as_ref().is_some_and(|taken| taken.regions.intersects(regions)) {
-                    return true;
-                }
-                at = entry.next;
+        let mut at = self.oldest;
+        while let Some(entry) = self.get(at).filter(|entry| entry.serial < before) {
+            if entry.taken.as_ref().is_some_and(|taken| taken.regions.intersects(regions)) {
+                return true;
             }
-            false
-        })
+            at = entry.next;
+        }
+        false
     }
 
     fn get(&self, index: u32) -> Option<&Entry> {

@@ -50,6 +50,8 @@ pub enum Order {
         /// Bytes that the primary has.
         primary_size: u64,
     },
+    /// See that every shard hears and answers, within the time that a fence may take.
+    Pulse,
     /// Everything durable, before closing.
     Settle,
     /// The last write of a clean close.
@@ -154,6 +156,10 @@ impl Core {
                     Reply::Done(core.prepare_resize(size).await.map(|()| "prepared".to_owned()))
                 }
                 Order::Resize { capacity, primary_size } => Reply::Resized(core.resize(capacity, primary_size).await),
+                Order::Pulse => {
+                    let answer = if core.tell_everywhere().await { Ok(String::new()) } else { Err(String::new()) };
+                    Reply::Done(answer)
+                }
                 Order::Settle => Reply::Settled(core.settle().await.map_err(|failure| failure.cause)),
                 Order::Seal(stamp) => {
                     let sealed = core.seal(stamp).await;

@@ -166,7 +166,7 @@ impl Volume for Noting {
             cause: "EIO".into(),
             action: "moved".into(),
         });
-        EventPage { events: events.collect(), last_seq: 3.max(after), dropped: 0 }
+        EventPage { events: events.collect(), last_seq: 3.max(after), ..EventPage::default() }
     }
 
     fn faults(&self) -> Option<&Arc<FaultTable>> {

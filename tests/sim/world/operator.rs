@@ -21,7 +21,7 @@ impl World {
             Order::PrepareResize(_) => Ordered::PrepareResize,
             Order::Resize { capacity, .. } => Ordered::Resize(*capacity),
             Order::Settle | Order::Seal(_) => Ordered::Close,
-            Order::Status | Order::List { .. } => unreachable!("these are answered at once"),
+            Order::Pulse | Order::Status | Order::List { .. } => unreachable!("these change nothing"),
         };
         self.orders.insert(id, ordered);
         let now = self.now;
