@@ -15,7 +15,7 @@ pub mod report;
 mod resize;
 pub mod signals;
 mod signature;
-pub mod surface;
 pub mod stats;
+pub mod surface;
 pub mod volume;
 pub mod worker;
