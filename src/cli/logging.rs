@@ -9,7 +9,7 @@ use log::kv::{Error, Key, Value, VisitSource};
 use log::{LevelFilter, Log, Metadata, Record};
 use serde::Serialize;
 
-use crate::runtime::lines::{LINES_MAX, LINES_SECONDS, Lines};
+use crate::runtime::lines::{LINES_SECONDS, Lines, OTHER_LINES_MAX};
 use crate::units::Time;
 
 /// How log lines look.
@@ -68,9 +68,11 @@ impl Limited {
             return;
         }
         if record.key_values().get(Key::from_str("event")).is_none() {
-            let (in_time, left_out) = self.lines.lock().unwrap_or_else(PoisonError::into_inner).count(now);
+            let (in_time, left_out) =
+                self.lines.lock().unwrap_or_else(PoisonError::into_inner).count(now, OTHER_LINES_MAX);
             if left_out > 0 {
-                let args = format_args!("{left_out} lines more than {LINES_MAX} in {LINES_SECONDS} s were not logged");
+                let args =
+                    format_args!("{left_out} lines more than {OTHER_LINES_MAX} in {LINES_SECONDS} s were not logged");
                 let said = Record::builder().level(log::Level::Warn).target(module_path!()).args(args).build();
                 self.inner.log(&said);
             }
@@ -180,13 +182,13 @@ mod tests {
             let record = record.level(log::Level::Warn).target("vhost_remap").key_values(&pairs);
             limited.log_at(Time(second * 1_000_000_000), &record.args(args).build());
         };
-        (0..LINES_MAX + 30).for_each(|_| log(1, "refused", None));
+        (0..OTHER_LINES_MAX + 30).for_each(|_| log(1, "refused", None));
         log(2, "a block moved", Some("remapped"));
         log(11, "refused again", None);
         let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.iter().filter(|line| **line == "refused").count() as u64, LINES_MAX);
-        let left_out = format!("30 lines more than {LINES_MAX} in {LINES_SECONDS} s were not logged");
+        assert_eq!(lines.iter().filter(|line| **line == "refused").count() as u64, OTHER_LINES_MAX);
+        let left_out = format!("30 lines more than {OTHER_LINES_MAX} in {LINES_SECONDS} s were not logged");
         assert_eq!(lines[lines.len() - 3..], ["a block moved", &left_out, "refused again"]);
     }
 

@@ -7,7 +7,7 @@ use log::Record;
 use log::kv::Value;
 use uuid::Uuid;
 
-use super::lines::{LINES_MAX, LINES_SECONDS, Lines};
+use super::lines::{EVENT_LINES_MAX, LINES_SECONDS, Lines};
 use super::report::{EventPage, EventRecord};
 use crate::engine::event::{Event, Severity};
 use crate::sync::{Mutex, MutexGuard};
@@ -72,9 +72,12 @@ impl EventLog {
             Severity::Warn => log::Level::Warn,
             Severity::Error => log::Level::Error,
         };
-        let (in_time, left_out) = self.lock().lines.count(event.time);
+        let (in_time, left_out) = self.lock().lines.count(event.time, EVENT_LINES_MAX);
         if left_out > 0 {
-            log::warn!("{}: {left_out} events more than {LINES_MAX} in {LINES_SECONDS} s were not logged", self.volume);
+            log::warn!(
+                "{}: {left_out} events more than {EVENT_LINES_MAX} in {LINES_SECONDS} s were not logged",
+                self.volume
+            );
         }
         if in_time && level <= log::max_level() {
             self.write(level, &record);
