@@ -233,13 +233,13 @@ impl Core {
     async fn clear(self: &Rc<Self>) -> Result<String, String> {
         self.refuse_closing()?;
         let mode = self.mode.get();
-        let (poison, seen) = (self.poison_report(), self.poison_sequence());
         let mut done = Vec::new();
         if mode.primary == PrimaryState::Gone {
             self.clear_breaker().await?;
             done.push("the primary is used again".to_owned());
         }
-        if let Some(report) = poison {
+        if let Some(report) = self.poison_report() {
+            let seen = self.poison_sequence();
             if mode.read_only {
                 return Err("the volume is read-only: open it for writing to clear a failed flush".into());
             }
