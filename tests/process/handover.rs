@@ -162,7 +162,9 @@ fn a_target_with_another_map_refuses_the_guest() {
         fs::copy(&volume.spare, &copy.spare).unwrap();
     };
     copy_files();
+    // As often opened and closed as the first will be: told from it by its name alone.
     let other = Volume::create(32, 64);
+    other.serve(&[]).stop();
     let source = volume.serve(&[]);
     let mut here = FrontEnd::connect(&source.socket, SETUP);
     write(&mut here, 80, 1);
