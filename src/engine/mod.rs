@@ -20,6 +20,7 @@
 //! use vhost_remap::engine::create::{CreateParams, Creation};
 //! use vhost_remap::engine::open::{DeviceFacts, OpenParams, Opening};
 //! use vhost_remap::engine::request::{Request, RequestOp, Status, Token};
+//! use vhost_remap::engine::scan::ScanParams;
 //! use vhost_remap::engine::shard::{Shard, ShardOut};
 //! use vhost_remap::units::{Block, Sector, SectorRange, Time};
 //! use vhost_remap::volume::layout::{label_size, spare_size};
@@ -76,7 +77,7 @@
 //!     ended = execute(take(&mut ops));
 //! }
 //! let policy = Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false };
-//! let (mut healer, _) = opening.finish(&HealerParams { shards: 1, policy, epoch: 0 })?;
+//! let (mut healer, _) = opening.finish(&HealerParams { shards: 1, policy, epoch: 0, scan: ScanParams::default() })?;
 //! let mut shard = Shard::new(0, healer.view(), healer.progress());
 //!
 //! // Write to the bad block.
@@ -114,6 +115,7 @@ mod io;
 pub mod message;
 pub mod open;
 pub mod request;
+pub mod scan;
 mod script;
 pub mod shard;
 mod task;

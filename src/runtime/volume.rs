@@ -24,6 +24,7 @@ use crate::engine::create::{CreateParams, Creation};
 use crate::engine::event::{Event, Severity};
 use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
 use crate::engine::open::{DeviceFacts, LabelSearch, OldLabel, OpenError, OpenParams, Opening};
+use crate::engine::scan::ScanParams;
 use crate::engine::shard::Shard;
 use crate::runtime::options::IoEngine;
 use crate::sync::Mutex;
@@ -490,7 +491,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         to_shards.push(to_shard);
         inboxes.push(inbox);
     }
-    let params = HealerParams { shards: inboxes.len(), policy: policy(options), epoch };
+    let params = HealerParams { shards: inboxes.len(), policy: policy(options), epoch, scan: ScanParams::default() };
     let setup = HealerSetup {
         devices: devices.clone(),
         opening,

@@ -6,6 +6,7 @@ use vhost_remap::device::{self, Completion, Device, DeviceIndex, Errno, Op, OpKi
 use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::{Healer, HealerParams, OnLoss, Policy};
 use vhost_remap::engine::open::{DeviceFacts, LabelSearch, OldLabel, OpenError, OpenParams, Opening};
+use vhost_remap::engine::scan::ScanParams;
 use vhost_remap::units::{Sector, SectorRange, Time};
 use vhost_remap::volume::layout::{Home, LabelLayout, Layout, Place, label_size, spare_size};
 
@@ -364,7 +365,7 @@ impl Rig {
             opening.is_done()
         })?;
         let policy = Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false };
-        let params = HealerParams { shards: 1, policy, epoch: EPOCH };
+        let params = HealerParams { shards: 1, policy, epoch: EPOCH, scan: ScanParams::default() };
         Ok(opening.finish(&params).map(|(healer, _)| healer))
     }
 

@@ -5,6 +5,7 @@ use vhost_remap::device::{Completion, DeviceIndex, Op, OpKind};
 use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::{HealerParams, Order};
 use vhost_remap::engine::open::{DeviceFacts, OpenError, OpenParams, Opening};
+use vhost_remap::engine::scan::ScanParams;
 use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::volume::superblock::CloseStamp;
 
@@ -162,7 +163,12 @@ impl World {
             self.model.crash(crash);
             return None;
         }
-        let params = HealerParams { shards: self.config.shards, policy: self.config.policy, epoch: 1_000_000 };
+        let params = HealerParams {
+            shards: self.config.shards,
+            policy: self.config.policy,
+            epoch: 1_000_000,
+            scan: ScanParams::default(),
+        };
         Some(opening.finish(&params).map(|(healer, _)| {
             let poisoned = healer.view().mode.poisoned;
             trace!(self, "open: {:?}", healer.view().mode);
@@ -489,7 +495,12 @@ impl World {
             assert!(ops.iter().all(|op| op.kind == OpKind::Read && op.device == DeviceIndex::PRIMARY), "{ops:?}");
             opening.is_done()
         });
-        let params = HealerParams { shards: self.config.shards, policy: self.config.policy, epoch: 1_000_000 };
+        let params = HealerParams {
+            shards: self.config.shards,
+            policy: self.config.policy,
+            epoch: 1_000_000,
+            scan: ScanParams::default(),
+        };
         let (healer, _) = opening.finish(&params)?;
         self.read_only = true;
         let poisoned = healer.view().mode.poisoned;

@@ -4,7 +4,7 @@
 //! Each kind of work has its file: `fence` keeps shards away from blocks under repair, `flush` is the
 //! only one to flush, `commit` the only one to write table pages, `place` and `label` the other metadata,
 //! `breaker` tells a bad medium from a gone device, `read` and `write` are the two ladders,
-//! `operator` does what people ask for, `resize` among it, `health` judges.
+//! `operator` does what people ask for, `resize` among it, `health` judges, `scan` looks at all of it from time to time.
 
 mod breaker;
 mod commit;
@@ -18,6 +18,7 @@ mod pending;
 mod place;
 mod read;
 mod resize;
+mod scan;
 mod write;
 
 use std::cell::{Cell, RefCell};
@@ -33,6 +34,7 @@ use super::event::{Event, Severity};
 use super::io::Io;
 use super::message::{Cursor, FenceId, Handed, Outcome, ToHealer, ToShard, Why};
 use super::request::{Operation, Request, RequestOp};
+use super::scan::{GuestLoad, ScanParams};
 use super::shard::first_piece;
 use super::task::Executor;
 use super::view::{Geometry, Mode, PrimaryState, Progress, View};
@@ -188,6 +190,7 @@ pub(super) struct Core {
     breaker: breaker::Breaker,
     places: place::Places,
     health: health::Health,
+    scan: scan::Scanner,
     pending: RefCell<pending::PendingSectors>,
     /// Blocks rewritten in place after a failure, with the sectors that were (bit mask).
     rewritten: RefCell<BTreeMap<Block, u8>>,
@@ -239,6 +242,8 @@ pub struct HealerParams {
     pub policy: Policy,
     /// Seconds since the epoch at time 0 of the clock.
     pub epoch: u64,
+    /// Of the scanner.
+    pub scan: ScanParams,
 }
 
 impl Healer {
@@ -253,6 +258,7 @@ impl Healer {
         let flushes = flush::Flushes::new(opened.poison, geometry.capacity);
         let written = flushes.written();
         let health = health::Health::new(&opened.saved, &map);
+        let scan = scan::Scanner::new(&params.scan, &opened.saved);
         let view = Arc::new(View { geometry, map: map.clone(), mode, dense: Arc::default(), written });
         let core = Rc::new(Core {
             geometry: Cell::new(geometry),
@@ -276,6 +282,7 @@ impl Healer {
             breaker: breaker::Breaker::default(),
             places: place::Places::new(opened.saved, opened.saved_sequence),
             health,
+            scan,
             pending: RefCell::default(),
             rewritten: RefCell::default(),
             told_used: Cell::new(0),
@@ -338,6 +345,16 @@ impl Healer {
         self.core.io.set_now(now);
         self.core.order(id, order);
         self.turn(out);
+    }
+
+    /// How the guest is served: to be told before a [`Healer::tick`] while [`Healer::wants_load`].
+    pub fn hear(&mut self, load: GuestLoad) {
+        self.core.scan.hear(load);
+    }
+
+    /// Whether a pass of the scanner is under way.
+    pub fn wants_load(&self) -> bool {
+        self.core.scan.wants_load()
     }
 
     /// Time has passed; see [`Healer::wake_at`].

@@ -10,6 +10,7 @@ use crate::device::DeviceIndex;
 use crate::engine::health::Assessment;
 use crate::engine::health::history::Day;
 use crate::engine::request::Operation;
+use crate::engine::scan::{ScanOrder, ScanStatus};
 use crate::engine::task::join_all;
 use crate::engine::view::{Mode, PrimaryState};
 use crate::units::{BLOCK_SIZE, Block, BlockRange, Sector, SectorRange};
@@ -41,6 +42,8 @@ pub enum Order {
     Release(SectorRange),
     /// Save counters and the label's table.
     Save,
+    /// Begin, pause, continue or give up a pass of the scanner.
+    Scan(ScanOrder),
     /// See that a primary of so many bytes can be extended: to be given before that is done for [`Order::Resize`].
     PrepareResize(u64),
     /// Grow the volume on a primary that has grown.
@@ -106,6 +109,8 @@ pub struct HealerStatus {
     pub held: usize,
     /// Fences that stand.
     pub fences: usize,
+    /// The scanner.
+    pub scan: ScanStatus,
     /// How volume and devices are.
     pub health: Assessment,
     /// The days on which the volume was open.
@@ -152,6 +157,7 @@ impl Core {
                 Order::Remap(range) => Reply::Done(core.remap_blocks(range).await),
                 Order::Release(range) => Reply::Done(core.release_blocks(range).await),
                 Order::Save => Reply::Done(core.save().await),
+                Order::Scan(order) => Reply::Done(core.scan_order(order).await),
                 Order::PrepareResize(size) => {
                     Reply::Done(core.prepare_resize(size).await.map(|()| "prepared".to_owned()))
                 }
@@ -219,6 +225,7 @@ impl Core {
             repairs: self.running.get() + self.waiting.borrow().len(),
             held: self.held.borrow().len(),
             fences: self.fences.standing(),
+            scan: self.scan_status(),
             health: self.assess(),
             days: self.days(),
         }

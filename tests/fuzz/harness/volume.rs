@@ -9,6 +9,7 @@ use vhost_remap::engine::healer::{Healer, HealerOut, HealerParams, Order, OrderI
 use vhost_remap::engine::message::{ToHealer, ToShard};
 use vhost_remap::engine::open::{OpenParams, Opening};
 use vhost_remap::engine::request::Status;
+use vhost_remap::engine::scan::ScanParams;
 use vhost_remap::engine::shard::Shard;
 use vhost_remap::runtime::eventlog::EventLog;
 use vhost_remap::runtime::mailbox::{Inbox, Outbox, mailbox};
@@ -82,7 +83,7 @@ pub(crate) fn open(disks: &MemoryDisks, policy: Policy, workers: usize) -> (Keep
         submit(&mut device, &mut ops);
         device.poll(Time(0), Wait::No, &mut events);
     }
-    let params = HealerParams { shards: workers, policy, epoch: EPOCH };
+    let params = HealerParams { shards: workers, policy, epoch: EPOCH, scan: ScanParams::default() };
     let (healer, facts) = opening.finish(&params).expect("the volume is good");
     let (to_healer, from_shards) = mailbox().expect("descriptors are left");
     device.watch(from_shards.as_raw_fd(), 0);

@@ -1,0 +1,167 @@
+//! A scanner pass in plain data: what is asked for and how it stands. What is done is in
+//! [`healer`](super::healer); [`plan`] has the order of it, [`pace`] its speed, [`window`] its times.
+
+pub mod pace;
+pub mod plan;
+pub mod window;
+
+use crate::device::DeviceIndex;
+use crate::units::SectorRange;
+
+pub use pace::GuestLoad;
+pub use window::Window;
+
+/// What the operator chose of the scanner.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScanParams {
+    /// Seconds from the start of a pass to that of the next one; where absent, passes begin only by order.
+    pub interval: Option<u64>,
+    /// Bytes of a second read at most.
+    pub rate: Option<u64>,
+    /// When passes that were not ordered go on.
+    pub window: Window,
+    /// Whether weak blocks move to slots.
+    pub move_weak: bool,
+}
+
+/// What a pass is to cover.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScanScope {
+    /// Only these sectors, wherever they live; the whole volume, slots and metadata where absent.
+    pub range: Option<SectorRange>,
+    /// Only look: nothing is moved, healed or repaired.
+    pub check_only: bool,
+}
+
+/// An operator's order to the scanner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScanOrder {
+    /// Begin a pass.
+    Start(ScanScope),
+    /// Stop reading, and keep the place.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Give the pass up.
+    Cancel,
+}
+
+/// What the scanner is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ScanState {
+    /// There are no passes but by order.
+    #[default]
+    Off,
+    /// The next pass has not begun.
+    Waiting,
+    /// A pass is under way.
+    Running,
+    /// A pass was paused by order.
+    Paused,
+    /// A pass goes on when its window opens.
+    OutsideWindow,
+    /// A pass goes on when a device is back, or the volume is written again.
+    Held,
+}
+
+impl ScanState {
+    /// For reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            ScanState::Off => "off",
+            ScanState::Waiting => "waiting",
+            ScanState::Running => "running",
+            ScanState::Paused => "paused",
+            ScanState::OutsideWindow => "outside-window",
+            ScanState::Held => "held",
+        }
+    }
+}
+
+/// What a pass came upon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Blocks with sectors that could not be read.
+    pub bad: u64,
+    /// Blocks read only after retries.
+    pub recovered: u64,
+    /// Blocks far slower than their neighbours, also when they were read again.
+    pub slow: u64,
+    /// Sectors that are lost, and stayed so.
+    pub lost: u64,
+    /// Lost sectors that read again, and rewritten blocks that were read.
+    pub healed: u64,
+    /// Blocks moved to a slot, or to another one.
+    pub moved: u64,
+    /// Blocks that the guest rewrote in place meanwhile after a failure.
+    pub rewritten: u64,
+    /// Damaged copies of metadata.
+    pub metadata: u64,
+}
+
+/// A part of a device that a pass could not look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    /// The device.
+    pub device: DeviceIndex,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Why.
+    pub why: String,
+}
+
+/// A pass that has ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LastPass {
+    /// Its number.
+    pub pass: u64,
+    /// When it began, seconds since the epoch.
+    pub started: u64,
+    /// When it ended.
+    pub ended: u64,
+    /// Whether it was of the whole volume and skipped nothing.
+    pub complete: bool,
+    /// What it came upon.
+    pub found: Found,
+}
+
+/// How the scanner stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScanStatus {
+    /// What it is doing.
+    pub state: ScanState,
+    /// Why it does not go on, where it is held.
+    pub held: Option<String>,
+    /// The number of the pass that is under way; of the last one where none is.
+    pub pass: u64,
+    /// What that covers.
+    pub scope: ScanScope,
+    /// When that began, seconds since the epoch.
+    pub started: u64,
+    /// Bytes it has been over.
+    pub covered: u64,
+    /// Bytes it is to go over, as they are now.
+    pub total: u64,
+    /// Bytes read from devices for it, counted where operations are submitted.
+    pub read: u64,
+    /// Bytes of a second covered lately.
+    pub speed_now: u64,
+    /// Bytes of a second covered since it began or went on.
+    pub speed_average: u64,
+    /// Seconds it will take at its average speed; where it moves.
+    pub eta_seconds: Option<u64>,
+    /// What it has come upon.
+    pub found: Found,
+    /// What it could not look at: the first parts.
+    pub skipped: Vec<Skipped>,
+    /// Bytes of all such parts.
+    pub skipped_bytes: u64,
+    /// The pass that ended last.
+    pub last: Option<LastPass>,
+    /// When the last pass ended that was of the whole volume and skipped nothing, seconds since the epoch.
+    pub last_complete: Option<u64>,
+    /// When the next one begins by itself.
+    pub next: Option<u64>,
+}
