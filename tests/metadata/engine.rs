@@ -8,6 +8,7 @@ use vhost_remap::engine::event::Event;
 use vhost_remap::engine::healer::{Healer, HealerOut, HealerStatus, Order, OrderId, Reply};
 use vhost_remap::engine::message::{ToHealer, ToShard};
 use vhost_remap::engine::request::{Answer, Request, RequestOp, Status, Token};
+use vhost_remap::engine::scan::{LastPass, ScanOrder, ScanScope, ScanState};
 use vhost_remap::engine::shard::{Shard, ShardOut};
 use vhost_remap::units::{Block, Sector, SectorRange, Time};
 use vhost_remap::volume::superblock::CloseStamp;
@@ -221,6 +222,36 @@ impl Engine {
         Ok(())
     }
 
+    /// Why an order is refused.
+    pub(crate) fn refused(&mut self, rig: &mut Rig, order: Order) -> String {
+        match self.order(rig, order).expect("no end was set") {
+            Reply::Done(Err(why)) => why,
+            reply => panic!("{reply:?}"),
+        }
+    }
+
+    /// Begin a pass of the scanner.
+    pub(crate) fn begin_scan(&mut self, rig: &mut Rig, scope: ScanScope) {
+        self.done(rig, Order::Scan(ScanOrder::Start(scope)));
+    }
+
+    /// Let time pass until no pass is under way; what came of the last one.
+    pub(crate) fn end_scan(&mut self, rig: &mut Rig) -> LastPass {
+        for _ in 0..1000 {
+            if self.status(rig).scan.state != ScanState::Running {
+                return self.status(rig).scan.last.expect("one has ended");
+            }
+            self.pass(rig, 1).expect("no end was set");
+        }
+        panic!("a pass does not end: {:?}", self.status(rig).scan);
+    }
+
+    /// One pass over everything.
+    pub(crate) fn scan(&mut self, rig: &mut Rig) -> LastPass {
+        self.begin_scan(rig, ScanScope::default());
+        self.end_scan(rig)
+    }
+
     /// An order that must be carried out.
     pub(crate) fn done(&mut self, rig: &mut Rig, order: Order) {
         match self.order(rig, order).expect("no end was set") {
@@ -230,9 +261,25 @@ impl Engine {
     }
 
     pub(crate) fn status(&mut self, rig: &mut Rig) -> HealerStatus {
-        match self.order(rig, Order::Status).expect("asks no device") {
+        self.settle(rig).expect("no end was set");
+        self.status_now(rig)
+    }
+
+    /// In the middle of what is under way.
+    pub(crate) fn status_now(&mut self, rig: &mut Rig) -> HealerStatus {
+        let id = self.begin_order(rig, Order::Status);
+        let at = self.replies.iter().position(|(of, _)| *of == id).expect("answered at once");
+        match self.replies.remove(at).1 {
             Reply::Status(status) => *status,
             reply => panic!("{reply:?}"),
+        }
+    }
+
+    /// Let a pass come so far, and no further.
+    pub(crate) fn scan_until(&mut self, rig: &mut Rig, covered: u64) {
+        self.tick(rig, 1);
+        while self.status_now(rig).scan.covered < covered {
+            assert!(self.step(rig).expect("no end was set"), "a pass does not go on");
         }
     }
 

@@ -28,5 +28,7 @@ mod resize;
 mod resize_fails;
 mod returns;
 mod rig;
+mod scan;
+mod scan_metadata;
 mod seat;
 mod story;

@@ -87,6 +87,8 @@ pub(crate) enum Reads {
     /// A write that succeeds makes it readable again.
     UntilWritten,
     Never,
+    /// So many more times.
+    Times(u32),
 }
 
 /// Disks with what goes wrong on them.
@@ -115,6 +117,8 @@ pub(crate) struct Rig {
     pub(crate) fails: Option<(u64, u64)>,
     /// Operations that may still be performed before the power goes.
     pub(crate) left: Option<u64>,
+    /// What the next opening's scanner does by itself.
+    pub(crate) scan: ScanParams,
     /// Performed since the last start, in order.
     pub(crate) performed: Vec<Pending>,
     spare_ops: u64,
@@ -143,6 +147,7 @@ impl Rig {
             held_flush: None,
             fails: None,
             left: None,
+            scan: ScanParams::default(),
             performed: Vec::new(),
             spare_ops: 0,
         }
@@ -218,10 +223,20 @@ impl Rig {
             return Some(self.flush_errno);
         }
         let struck = |bad: &Bad| {
-            let fails = if op.kind == OpKind::Read { bad.reads != Reads::Good } else { bad.writes };
+            let fails = match bad.reads {
+                _ if op.kind != OpKind::Read => bad.writes,
+                Reads::Good | Reads::Times(0) => false,
+                Reads::UntilWritten | Reads::Never | Reads::Times(_) => true,
+            };
             fails && bad.device == op.device && op.offset < bad.to && bad.from < op.offset + op.len
         };
-        self.bad.iter().any(struck).then_some(Errno(libc::EIO))
+        let bad = self.bad.iter_mut().find(|bad| struck(bad))?;
+        if let Reads::Times(times) = &mut bad.reads
+            && op.kind == OpKind::Read
+        {
+            *times -= 1;
+        }
+        Some(Errno(libc::EIO))
     }
 
     /// Whether it is a write of that page of the table.
@@ -365,7 +380,7 @@ impl Rig {
             opening.is_done()
         })?;
         let policy = Policy { primary_gone: OnLoss::Fail, spare_full: OnLoss::Fail, passthrough: false };
-        let params = HealerParams { shards: 1, policy, epoch: EPOCH, scan: ScanParams::default() };
+        let params = HealerParams { shards: 1, policy, epoch: EPOCH, scan: self.scan.clone() };
         Ok(opening.finish(&params).map(|(healer, _)| healer))
     }
 

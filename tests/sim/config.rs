@@ -2,6 +2,7 @@
 //! a run, so that each gets its turn to be frequent).
 
 use vhost_remap::engine::healer::{OnLoss, Policy};
+use vhost_remap::engine::scan::ScanParams;
 use vhost_remap::volume::layout::{Layout, label_size, spare_size};
 
 use crate::rng::Rng;
@@ -152,6 +153,7 @@ pub(crate) struct Config {
     pub(crate) discards: bool,
     pub(crate) no_zeroes: bool,
     pub(crate) no_discard: bool,
+    pub(crate) scan: ScanParams,
 }
 
 impl Config {
@@ -202,6 +204,7 @@ impl Config {
             discards: rng.percent(40),
             no_zeroes: rng.percent(20),
             no_discard: rng.percent(20),
+            scan: ScanParams::default(),
         }
     }
 

@@ -3,6 +3,7 @@
 //! affair, so that a deed that is left out changes nothing of the others.
 
 use vhost_remap::engine::healer::Order;
+use vhost_remap::engine::scan::{ScanOrder, ScanParams, ScanScope};
 use vhost_remap::units::{Sector, SectorRange};
 
 use crate::config::{Config, Fault};
@@ -17,6 +18,9 @@ const FAULTS_MIN: usize = 3;
 
 /// Makes another seed of a seed.
 const GROWING: u64 = 0x6772_6f77_6772_6f77;
+
+/// Makes yet another.
+const SCANNING: u64 = 0x7363_616e_7363_616e;
 
 /// What the guest asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +60,8 @@ pub(crate) enum Deed {
     Beyond { write: bool, at: u64, count: u64, queue: u16 },
     /// A queue stops: its parked requests come back, and with `finish` are served to their end.
     Reset { queue: u16, finish: bool },
+    /// The scanner reads for a while.
+    ScanThrough,
     /// Until everything is answered.
     Settle,
     /// The devices are back: they must be in use again within seconds.
@@ -75,13 +81,23 @@ pub(crate) struct Script {
 impl Script {
     pub(crate) fn of(seed: u64) -> Script {
         let mut rng = Rng::new(seed);
-        let config = Config::of(&mut rng);
+        let mut config = Config::of(&mut rng);
+        // By a chance of its own, as below.
+        let mut scanning = Rng::new(seed ^ SCANNING);
+        if scanning.percent(15) {
+            let interval = scanning.percent(30).then(|| 600 + scanning.below(1200));
+            config.scan = ScanParams { interval, move_weak: scanning.percent(60), ..ScanParams::default() };
+        }
         let mut author = Author { config: &config, rng };
         let mut deeds = author.deeds();
         // By a chance of its own: what else a seed does is what it did before disks grew.
         author.rng = Rng::new(seed ^ GROWING);
         if author.rng.percent(15) {
             author.grow(&mut deeds);
+        }
+        author.rng = scanning;
+        if author.config.scan != ScanParams::default() || author.rng.percent(10) {
+            author.scan(&mut deeds);
         }
         Script { config, deeds }
     }
@@ -158,6 +174,24 @@ impl Author<'_> {
             let beyond = Deed::Beyond { write, at, count, queue: self.queue() };
             let place = first + 1 + self.rng.index(deeds.len() - first);
             deeds.insert(place, beyond);
+        }
+    }
+
+    /// Passes of the scanner here and there, or parts of them.
+    fn scan(&mut self, deeds: &mut Vec<Deed>) {
+        for _ in 0..3 + self.rng.below(6) {
+            let range = self.rng.percent(30).then(|| self.range());
+            let scope = ScanScope { range, check_only: self.rng.percent(20) };
+            let mut some = vec![Deed::Order(Order::Scan(ScanOrder::Start(scope)))];
+            match self.rng.below(8) {
+                0 => some.push(Deed::Order(Order::Scan(ScanOrder::Pause))),
+                1 => some.push(Deed::Order(Order::Scan(ScanOrder::Cancel))),
+                2 => some.extend([ScanOrder::Pause, ScanOrder::Resume].map(|order| Deed::Order(Order::Scan(order)))),
+                3 => {}
+                _ => some.push(Deed::ScanThrough),
+            }
+            let at = self.rng.index(deeds.len());
+            deeds.splice(at..at, some);
         }
     }
 

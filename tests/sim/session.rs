@@ -5,7 +5,7 @@ use vhost_remap::device::{Completion, DeviceIndex, Op, OpKind};
 use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::{HealerParams, Order};
 use vhost_remap::engine::open::{DeviceFacts, OpenError, OpenParams, Opening};
-use vhost_remap::engine::scan::ScanParams;
+use vhost_remap::engine::scan::ScanState;
 use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::volume::superblock::CloseStamp;
 
@@ -167,7 +167,7 @@ impl World {
             shards: self.config.shards,
             policy: self.config.policy,
             epoch: 1_000_000,
-            scan: ScanParams::default(),
+            scan: self.config.scan.clone(),
         };
         Some(opening.finish(&params).map(|(healer, _)| {
             let poisoned = healer.view().mode.poisoned;
@@ -281,6 +281,13 @@ impl World {
         self.settle_down();
     }
 
+    /// Let a pass of the scanner go on, for a minute at most, unless it waits for something.
+    pub(crate) fn scan_through(&mut self) {
+        let until = self.now.plus_secs(60);
+        self.serve_until(|world| world.now >= until || world.status().scan.state != ScanState::Running);
+        self.settle_down();
+    }
+
     /// Close cleanly; what does not close is killed.
     pub(crate) fn close(&mut self) {
         self.settle_down();
@@ -340,6 +347,7 @@ impl World {
                 Deed::Resize(blocks) => self.resize(*blocks),
                 Deed::Beyond { write, at, count, queue } => self.ask_beyond(*write, *at, *count, *queue),
                 Deed::Reset { queue, finish } => self.reset_queue(*queue, *finish),
+                Deed::ScanThrough => self.scan_through(),
                 Deed::Settle => self.settle_down(),
                 Deed::Return => self.check_return(),
                 Deed::Close(reopening) => {
@@ -499,7 +507,7 @@ impl World {
             shards: self.config.shards,
             policy: self.config.policy,
             epoch: 1_000_000,
-            scan: ScanParams::default(),
+            scan: self.config.scan.clone(),
         };
         let (healer, _) = opening.finish(&params)?;
         self.read_only = true;

@@ -1,6 +1,7 @@
 //! What scenarios are made of: what is done, and what is made to fail.
 
 use vhost_remap::engine::healer::Order;
+use vhost_remap::engine::scan::{ScanOrder, ScanScope};
 use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::volume::layout::{Home, Layout, Place};
 
@@ -65,6 +66,12 @@ pub(super) fn mark(disk: &mut Disk, sectors: std::ops::Range<u64>, read: bool) {
     marks.extend(sectors.map(|sector| (usize::try_from(sector).expect("small"), bad)));
 }
 
+/// Reads of a sector of a device fail.
+pub(super) fn bad_read(world: &mut World, device: usize, sector: u64, until: Until) {
+    let bad = Bad { errno: libc::EIO, until, fault: None };
+    world.disks[device].bad_reads.insert(usize::try_from(sector).expect("small"), bad);
+}
+
 pub(super) fn bad_blocks(world: &mut World, first: u64, count: u64) {
     mark(&mut world.disks[0], first * 8..(first + count) * 8, false);
 }
@@ -105,6 +112,12 @@ pub(super) fn flush(world: &mut World) {
 pub(super) fn order(world: &mut World, order: Order) {
     world.order(order);
     world.settle_down();
+}
+
+/// One pass of the scanner, or as much of it as comes about.
+pub(super) fn scan(world: &mut World) {
+    world.order(Order::Scan(ScanOrder::Start(ScanScope::default())));
+    world.scan_through();
 }
 
 /// Have the disk grow by so many blocks, and write where it has grown, if it has.

@@ -1,15 +1,17 @@
 //! The table: what is done while one operation after the other fails.
 
 use vhost_remap::engine::healer::Order;
+use vhost_remap::engine::scan::ScanParams;
 use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::volume::layout::{Home, Place};
 
 use super::acts::{
-    ask_write, bad_blocks, bad_slots, bad_table, blocks, flush, grow_and_use, layout, make, make_crowded, mark, open,
-    open_with_bad_blocks, open_with_remaps, order, read, try_open, write,
+    ask_write, bad_blocks, bad_read, bad_slots, bad_table, blocks, flush, grow_and_use, layout, make, make_crowded,
+    mark, open, open_with_bad_blocks, open_with_remaps, order, read, scan, try_open, write,
 };
 use crate::config::Config;
 use crate::disk::{Bad, Disk, Effect, Until};
+use crate::faults::damage;
 use crate::guest::SECTOR;
 use crate::world::World;
 
@@ -32,6 +34,8 @@ pub(crate) struct Scenario {
     pub(crate) creates: bool,
     /// It loses a sector that no device reads.
     pub(crate) loses: bool,
+    /// Weak blocks move.
+    scans: bool,
     /// It begins with damage, or does some, beyond which not every further trouble leaves a whole copy.
     pub(crate) damaged: bool,
 }
@@ -47,13 +51,14 @@ const PLAIN: Scenario = Scenario {
     act: |_| {},
     creates: false,
     loses: false,
+    scans: false,
     damaged: false,
 };
 
 /// The first 60 slots are taken: what is committed from then on takes two sectors of its page.
 const CROWDED: Scenario = Scenario { blocks: 64, slots: 72, prepare: make_crowded, ..PLAIN };
 
-pub(crate) const TABLE: [Scenario; 34] = [
+pub(crate) const TABLE: [Scenario; 37] = [
     Scenario {
         name: "first remap",
         begin: |world| open_with_bad_blocks(world, 2, 1),
@@ -485,6 +490,66 @@ pub(crate) const TABLE: [Scenario; 34] = [
         },
         ..PLAIN
     },
+    // A block reads only after retries, another one not at all, a third one had been rewritten, and a slot fails.
+    Scenario {
+        name: "scan that moves, heals and finds",
+        begin: |world| {
+            open_with_remaps(world, 2, 2);
+            bad_read(world, 0, 5 * 8, Until::Written);
+            read(world, blocks(5, 1));
+            write(world, blocks(5, 1));
+            bad_read(world, 0, 6 * 8 + 1, Until::Healed);
+            bad_read(world, 0, 7 * 8 + 2, Until::Times(7));
+            let slots = layout(world).slots_start / SECTOR as u64;
+            bad_read(world, 1, slots + 3, Until::Times(7));
+        },
+        act: |world| {
+            scan(world);
+            flush(world);
+            read(world, blocks(1, 4));
+            write(world, blocks(7, 1));
+            flush(world);
+        },
+        scans: true,
+        ..PLAIN
+    },
+    Scenario {
+        name: "scan that heals lost sectors",
+        loses: true,
+        begin: |world| {
+            open(world);
+            bad_read(world, 0, 2 * 8, Until::Healed);
+            bad_blocks(world, 2, 1);
+            write(world, SectorRange { start: Sector(17), count: 2 });
+            flush(world);
+            world.disks[0].bad_reads.clear();
+        },
+        act: |world| {
+            scan(world);
+            read(world, blocks(2, 1));
+            flush(world);
+        },
+        scans: true,
+        ..PLAIN
+    },
+    Scenario {
+        name: "scan that repairs a page of the table",
+        damaged: true,
+        begin: |world| {
+            open_with_remaps(world, 2, 1);
+            let layout = layout(world);
+            let home = layout.table(Place::Tail, Home::A, 0) - layout.place_start(Place::Tail);
+            damage(world, home / SECTOR as u64);
+        },
+        act: |world| {
+            scan(world);
+            world.order(Order::Remap(blocks(5, 1)));
+            world.settle_down();
+            flush(world);
+        },
+        scans: true,
+        ..PLAIN
+    },
     // Into where its label is.
     Scenario {
         name: "resize",
@@ -518,6 +583,7 @@ const SECOND: u64 = 1_000_000_000;
 
 impl Scenario {
     pub(crate) fn config(&self) -> Config {
-        Config::without_faults(2, self.blocks * 8, self.slots, self.labelled)
+        let scan = ScanParams { move_weak: self.scans, ..ScanParams::default() };
+        Config { scan, ..Config::without_faults(2, self.blocks * 8, self.slots, self.labelled) }
     }
 }

@@ -71,6 +71,8 @@ pub(super) struct Pass {
     /// Units round hits: to be read next, and all that were.
     pub(super) urgent: VecDeque<u64>,
     pub(super) near: BTreeSet<u64>,
+    /// Units that are being read.
+    pub(super) reading: Vec<u64>,
     /// Blocks in trouble, found already in this stage.
     met: BTreeSet<Block>,
     /// What was covered, at times of the last seconds and when it began or went on.
@@ -95,6 +97,7 @@ impl Pass {
             skipped_bytes: 0,
             urgent: VecDeque::new(),
             near: BTreeSet::new(),
+            reading: Vec::new(),
             met: BTreeSet::new(),
             covered_at: VecDeque::new(),
             began: None,
@@ -119,7 +122,7 @@ impl Pass {
     /// Trouble in a unit: read those around it next which were not read yet.
     pub(super) fn hit(&mut self, order: &Order, unit: u64) {
         for other in order.neighbours(unit) {
-            let read = order.position_of(other) < self.cursor.position;
+            let read = order.position_of(other) < self.cursor.position || self.reading.contains(&other);
             if !read && self.near.len() < NEAR_MAX && self.near.insert(other) {
                 self.urgent.push_back(other);
             }

@@ -64,6 +64,7 @@ impl Core {
             let mut next = pass.cursor.position;
             let urgent: Vec<u64> = pass.urgent.iter().take(parallel).copied().collect();
             if !urgent.is_empty() {
+                pass.reading.clone_from(&urgent);
                 return (urgent, next, true);
             }
             let mut units = Vec::new();
@@ -71,6 +72,7 @@ impl Core {
                 units.extend(order.unit_at(next).filter(|unit| !pass.near.contains(unit)));
                 next += 1;
             }
+            pass.reading.clone_from(&units);
             (units, next, false)
         })?;
         let ranges: Vec<SectorRange> = units.iter().map(|unit| order.sectors_of(*unit)).collect();

@@ -1,0 +1,111 @@
+//! Damaged copies of metadata that a pass comes upon while the volume is open.
+
+use vhost_remap::engine::healer::Order;
+use vhost_remap::engine::scan::{Found, ScanScope};
+
+use crate::commits::{MOVED, SMALL, begun, old};
+use crate::crash::at_every_operation;
+use crate::rig::{BLOCK, Bad, Reads, Rig, range_of};
+use crate::seat::{At, Kind, Seat, is_whole, seats};
+
+/// Whether a pass writes it anew; superblocks and notes of a failed flush are left to the next opening.
+fn is_repaired(seat: &Seat) -> bool {
+    matches!((seat.kind, seat.at), (Kind::Table(..) | Kind::Counters, _))
+}
+
+fn damage(rig: &Rig, seat: &Seat) {
+    let mut bytes = seat.read(rig);
+    bytes[100] ^= 0x40;
+    seat.write(rig, &bytes);
+}
+
+fn quiet(rig: &mut Rig) -> crate::engine::Engine {
+    rig.bad.clear();
+    let mut engine = rig.open().unwrap();
+    // So that there are counters on the disk.
+    engine.done(rig, Order::Save);
+    engine.pass(rig, 1).unwrap();
+    engine
+}
+
+#[test]
+fn each_damaged_copy_is_found_and_all_but_superblocks_and_notes_are_written_anew() {
+    for seat in seats(&SMALL) {
+        let mut rig = begun(SMALL);
+        let mut engine = quiet(&mut rig);
+        if seat.kind == Kind::Poison {
+            // Nothing has been noted: there is nothing to be damaged but zeros.
+            let mut bytes = seat.read(&rig);
+            bytes[0] = 1;
+            seat.write(&rig, &bytes);
+        } else {
+            damage(&rig, &seat);
+        }
+        let map = engine.map();
+        let last = engine.scan(&mut rig);
+        assert!(last.complete && last.found == Found { metadata: 1, ..Found::default() }, "{seat:?}: {last:?}");
+        assert_eq!(engine.causes("metadata-damaged").len(), 1, "{seat:?}");
+        let bytes = seat.read(&rig);
+        assert_eq!(is_whole(&seat, &bytes), is_repaired(&seat), "{seat:?}");
+        let repairs = engine.status(&mut rig).tally.metadata_repairs;
+        assert_eq!(repairs, u64::from(is_repaired(&seat)), "{seat:?}");
+        assert_eq!(engine.map(), map);
+        drop(engine);
+        rig.kill();
+        let mut engine = rig.open().unwrap();
+        assert_eq!(engine.map(), map, "{seat:?}");
+        assert_eq!(engine.read(&mut rig, MOVED * BLOCK, BLOCK), Some(old(MOVED)));
+    }
+}
+
+#[test]
+fn a_copy_that_does_not_read_is_written_anew() {
+    let table = seats(&SMALL).into_iter().filter(|seat| matches!(seat.kind, Kind::Table(..)) && seat.at != At::Label);
+    for seat in table {
+        let mut rig = begun(SMALL);
+        let mut engine = quiet(&mut rig);
+        let (from, to) = (seat.offset, seat.offset + 4096);
+        rig.bad = vec![Bad { device: seat.device(), from, to, reads: Reads::UntilWritten, writes: false }];
+        let found = engine.scan(&mut rig).found;
+        assert_eq!((found.metadata, rig.bad.len()), (1, 0), "{seat:?}");
+    }
+}
+
+#[test]
+fn only_looking_leaves_a_damaged_copy() {
+    let mut rig = begun(SMALL);
+    let mut engine = quiet(&mut rig);
+    let seat = seats(&SMALL).into_iter().find(|seat| matches!(seat.kind, Kind::Table(0, 0))).unwrap();
+    damage(&rig, &seat);
+    engine.begin_scan(&mut rig, ScanScope { range: None, check_only: true });
+    assert_eq!(engine.end_scan(&mut rig).found.metadata, 1);
+    assert!(!is_whole(&seat, &seat.read(&rig)));
+}
+
+/// The page is written as any commit writes it: whatever moment the power goes at, what is in it counts.
+#[test]
+fn the_power_may_go_while_a_damaged_copy_is_written_anew() {
+    for home in [0, 1] {
+        let mut rig = begun(SMALL);
+        rig.bad.clear();
+        let engine = quiet(&mut rig);
+        let map = engine.map();
+        drop(engine);
+        rig.kill();
+        let seat = seats(&SMALL).into_iter().find(|seat| seat.kind == Kind::Table(home, 0)).unwrap();
+        let act = |rig: &mut Rig, (): &mut ()| {
+            let mut engine = rig.try_open(rig.open_params())?.expect("opens");
+            damage(rig, &seat);
+            engine.order(rig, Order::Scan(vhost_remap::engine::scan::ScanOrder::Start(ScanScope::default())))?;
+            // A block moves meanwhile.
+            engine.begin_order(rig, Order::Remap(range_of(0, 4096)));
+            engine.pass(rig, 1)
+        };
+        at_every_operation(&rig, act, |mut after, ()| {
+            let mut engine = after.open().unwrap();
+            let found = engine.map();
+            assert!(map.iter().all(|entry| found.contains(entry)), "{found:?}");
+            assert_eq!(engine.read(&mut after, MOVED * BLOCK, BLOCK), Some(old(MOVED)));
+        });
+    }
+}
