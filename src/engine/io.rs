@@ -183,10 +183,21 @@ impl Io {
 
     /// Read `len` bytes at `offset`.
     pub(super) async fn read(&self, device: DeviceIndex, offset: u64, len: usize) -> (Result<AlignedBuf, Errno>, Took) {
-        let memory = Memory::Read(AlignedBuf::zeroed(len));
-        let (result, memory, took) = self.run(device, OpKind::Read, offset, len, memory).await;
-        let Memory::Read(buf) = memory else { unreachable!("the memory comes back as it went") };
+        let (result, buf, took) = self.read_into(device, offset, AlignedBuf::zeroed(len)).await;
         (result.map(|()| buf), took)
+    }
+
+    /// Read as much as `into` takes; it comes back however the read went.
+    pub(super) async fn read_into(
+        &self,
+        device: DeviceIndex,
+        offset: u64,
+        into: AlignedBuf,
+    ) -> (Result<(), Errno>, AlignedBuf, Took) {
+        let len = into.len();
+        let (result, memory, took) = self.run(device, OpKind::Read, offset, len, Memory::Read(into)).await;
+        let Memory::Read(buf) = memory else { unreachable!("the memory comes back as it went") };
+        (result, buf, took)
     }
 
     /// Read a page of metadata whose copies need not agree, and of which a passing failure must not hide the

@@ -27,6 +27,8 @@ pub(super) struct Commit {
 
 struct Queued {
     commit: Commit,
+    /// A page to be written although nothing of it changes.
+    rewrite: Option<u32>,
     promise: Promise<Result<(), Failure>>,
 }
 
@@ -49,8 +51,19 @@ impl Core {
     /// Make the changes durable. On success the table has them; the map is the caller's to change.
     /// On failure the commit is in doubt unless nothing was written.
     pub(super) async fn commit(self: &Rc<Self>, commit: Commit) -> Result<(), Failure> {
+        self.enqueue(commit, None).await
+    }
+
+    /// Write a page of the table to both homes in all places as it is, and wait until it is there.
+    pub(super) async fn rewrite_page(self: &Rc<Self>, number: u32) -> Result<(), Failure> {
+        self.enqueue(Commit { changes: Vec::new(), blocks: Vec::new() }, Some(number)).await?;
+        self.second_home_is_up(number).await;
+        Ok(())
+    }
+
+    async fn enqueue(self: &Rc<Self>, commit: Commit, rewrite: Option<u32>) -> Result<(), Failure> {
         let (promise, awaited) = promise();
-        self.commits.queue.borrow_mut().push(Queued { commit, promise });
+        self.commits.queue.borrow_mut().push(Queued { commit, rewrite, promise });
         if !self.commits.running.replace(true) {
             let core = self.clone();
             self.spawn(async move {
@@ -69,10 +82,11 @@ impl Core {
 
     async fn commit_batch(self: &Rc<Self>, batch: Vec<Queued>) {
         let changes: Vec<Change> = batch.iter().flat_map(|queued| queued.commit.changes.iter().copied()).collect();
-        if changes.is_empty() {
+        let changed = changes.iter().map(|change| page_of(change.slot));
+        let pages: BTreeSet<u32> = changed.chain(batch.iter().filter_map(|queued| queued.rewrite)).collect();
+        if pages.is_empty() {
             return batch.into_iter().for_each(|queued| queued.promise.keep(Ok(())));
         }
-        let pages: BTreeSet<u32> = changes.iter().map(|change| page_of(change.slot)).collect();
         for page in &pages {
             self.second_home_is_up(*page).await;
         }

@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::{Core, Severity, used_slots};
+use super::{Core, Severity, scan, used_slots};
 use crate::device::DeviceIndex;
 use crate::engine::health::history::{Day, History, Totals, WORDS};
 use crate::engine::health::{Assessment, Burst, DeviceInputs, HealthState, Inputs, Part, assess};
@@ -15,6 +15,7 @@ use crate::volume::sidecar::COUNTERS_MAX;
 /// Where the days begin among the saved counters.
 pub(super) const HISTORY_AT: usize = 48;
 const _: () = assert!(HISTORY_AT + WORDS == COUNTERS_MAX);
+const _: () = assert!(scan::SAVED_AT + scan::WORDS == HISTORY_AT);
 
 const SECONDS_A_DAY: u64 = 86_400;
 

@@ -94,7 +94,7 @@ pub struct Tally {
     pub lost: u64,
     /// Lost sectors and rewritten blocks since proven readable.
     pub healed: u64,
-    /// Completed scanner passes.
+    /// Scanner passes over the whole volume that skipped nothing.
     pub health_scans: u64,
     /// Commits of the map.
     pub commits: u64,
@@ -399,6 +399,7 @@ impl Core {
     /// Background work of a freshly opened volume.
     fn start(self: &Rc<Self>, superseded: Vec<crate::units::Slot>, primary_size: u64) {
         if self.mode.get().read_only || self.policy.passthrough {
+            self.scan.wait_for_order();
             return;
         }
         if !superseded.is_empty() {
@@ -408,6 +409,7 @@ impl Core {
         self.spawn(async move { core.keep_sidecars_fresh().await });
         let core = self.clone();
         self.spawn(async move { core.finish_resize(primary_size).await });
+        self.begin_scanning();
     }
 
     fn geometry(&self) -> Geometry {

@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use super::commit::Commit;
 use super::flush::PoisonReport;
+use super::write::Reason;
 use super::{Class, Core, FailureClass, NotResized, Severity, Tally};
 use crate::device::DeviceIndex;
 use crate::engine::health::Assessment;
@@ -263,7 +264,7 @@ impl Core {
         }
     }
 
-    fn blocks_of(&self, range: SectorRange) -> Result<BlockRange, String> {
+    pub(super) fn blocks_of(&self, range: SectorRange) -> Result<BlockRange, String> {
         if range.is_empty() || !self.geometry().contains(range) {
             let last = self.geometry().capacity - 1;
             let count = range.count;
@@ -313,7 +314,7 @@ impl Core {
             return Ok(0);
         }
         let mut placement = self.rescue(block, 0).await.map_err(|failure| failure.cause)?;
-        placement.order = Some("the operator's order");
+        placement.reason = Reason::Ordered;
         if placement.lost != 0 {
             // R4: a read error alone marks nothing lost.
             return Err(format!("sector {} cannot be read: rewrite it first, then nothing is lost", block.start()));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Core;
 use crate::engine::view::View;
-use crate::units::{Block, SectorRange};
+use crate::units::{Block, BlockRange, SectorRange};
 
 /// Blocks kept exactly, at most; beyond, a region counts as a whole.
 const EXACT_MAX: usize = 65_536;
@@ -36,6 +36,11 @@ impl PendingSectors {
     /// Regions with more pending blocks than are kept.
     pub(super) fn dense(&self) -> Arc<BTreeSet<u64>> {
         self.regions.clone()
+    }
+
+    /// Those of `blocks` that are known exactly.
+    pub(super) fn in_range(&self, blocks: BlockRange) -> impl Iterator<Item = Block> {
+        self.exact.range(blocks.start..blocks.end).map(|(block, _)| *block)
     }
 
     /// Sectors of a block (bit mask) that failed.

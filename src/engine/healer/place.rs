@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use super::failure::{Failure, Hold};
-use super::health::HISTORY_AT;
+use super::scan::SAVED_AT;
 use super::{Core, Severity, Tally};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
@@ -25,7 +25,7 @@ const SAVE_SECONDS: u64 = 60;
 pub(super) struct Places {
     /// Counters of earlier runs, in the order of [`saved_values`].
     base: Vec<u64>,
-    saved_sequence: Cell<u64>,
+    pub(super) saved_sequence: Cell<u64>,
     /// Commits when the label was last stamped.
     pub(super) stamped_commits: Cell<Option<u64>>,
     /// Held while the label is written, or the capacity: one after the other.
@@ -40,7 +40,7 @@ pub(super) struct Places {
     /// Why the spare is down.
     down_cause: RefCell<String>,
     /// Held while the superblock changes: two changes at a time would not know of each other.
-    turn: Permits,
+    pub(super) turn: Permits,
     /// The highest generation written anywhere, durably or not.
     tried: Cell<u64>,
     /// Samples of the primary that could be read at the last [`Core::sample_primary`].
@@ -324,8 +324,9 @@ impl Core {
     /// All that is kept beside each other: the counters, what others keep behind them, the days.
     fn values_to_save(&self) -> Vec<u64> {
         let mut values = self.lifetime_values();
-        values.extend(self.places.base.iter().take(HISTORY_AT).skip(values.len()));
-        values.resize(HISTORY_AT, 0);
+        assert!(values.len() <= SAVED_AT, "the scanner's come behind them");
+        values.resize(SAVED_AT, 0);
+        values.extend(self.scan.values());
         values.append(&mut self.days_to_save());
         values
     }

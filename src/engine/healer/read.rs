@@ -199,7 +199,12 @@ impl Core {
     }
 
     /// Read a run of the guest's sectors, widened to logical blocks, and note what that proves.
-    async fn read_run(self: &Rc<Self>, run: Run, failed: Option<Errno>, budget: &Budget) -> Result<ReadRun, Failure> {
+    pub(super) async fn read_run(
+        self: &Rc<Self>,
+        run: Run,
+        failed: Option<Errno>,
+        budget: &Budget,
+    ) -> Result<ReadRun, Failure> {
         let unit = u64::from(self.geometry().logical_block);
         let start = run.offset / unit * unit;
         let end = (run.offset + run.range.bytes()).next_multiple_of(unit);
@@ -240,7 +245,9 @@ impl Core {
         let cause = ladder.errno.map_or_else(String::new, |errno| errno.to_string());
         let cause = format!("unreadable after {RETRIES} retries: {cause}");
         let failure = Failure::new(Some(run.device), cause).of(FailureClass::Medium);
-        Ok(ReadRun { data: ladder.data, skip: usize::try_from(skip).expect("less than a block"), bad, failure })
+        let (unread, recovered) = (ladder.bad.iter().any(|part| !part.proven), !ladder.recovered.is_empty());
+        let skip = usize::try_from(skip).expect("less than a block");
+        Ok(ReadRun { data: ladder.data, skip, bad, unread, recovered, failure })
     }
 
     fn report_read(
@@ -265,7 +272,7 @@ impl Core {
     }
 
     /// Look for a lost sector where the primary still holds its last content; heal it into its slot.
-    async fn read_lost(
+    pub(super) async fn read_lost(
         self: &Rc<Self>,
         block: Block,
         sector: Sector,
@@ -327,11 +334,15 @@ impl Core {
 }
 
 /// A run as the guest asked for it.
-struct ReadRun {
+pub(super) struct ReadRun {
     data: AlignedBuf,
     /// Bytes before the guest's first.
     skip: usize,
-    bad: Vec<SectorRange>,
+    pub(super) bad: Vec<SectorRange>,
+    /// Some of what is bad was not tried to the last, as time was up.
+    pub(super) unread: bool,
+    /// Some of it was read only after retries.
+    pub(super) recovered: bool,
     failure: Failure,
 }
 

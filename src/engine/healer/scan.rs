@@ -1,19 +1,92 @@
 //! The scanner: reads everything from time to time, so that trouble is met while it can be helped.
+//!
+//! A pass is one task at a time. It reads without a fence, for what is read well is not looked at; only blocks in
+//! trouble are fenced and seen to like a guest's request. `pass` is how it stands, `read` how it reads, `examine`
+//! what becomes of a block in trouble, `metadata` looks at the pages of places and label, `saved` is what a restart
+//! leaves.
 
-use std::cell::Cell;
+mod examine;
+mod metadata;
+mod pass;
+mod read;
+mod saved;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::rc::Rc;
+use std::sync::atomic::Ordering::Relaxed;
 
-use super::Core;
-use crate::engine::scan::{GuestLoad, ScanOrder, ScanParams, ScanStatus};
+use super::{Core, Severity};
+use crate::device::DeviceIndex;
+use crate::device::buffer::AlignedBuf;
+use crate::engine::scan::pace::Pace;
+use crate::engine::scan::plan::{Order, UNIT_SLOTS};
+use crate::engine::scan::{
+    Found, GuestLoad, LastPass, ScanOrder, ScanParams, ScanScope, ScanState, ScanStatus, Window,
+};
+use crate::units::{Block, SECTOR_SIZE, Sector, SectorRange};
+
+use pass::{Pass, Stage};
+use saved::Record;
+pub(super) use saved::{SAVED_AT, WORDS};
+
+/// The first pass that is due begins so many seconds after the volume was opened.
+const SETTLE_SECONDS: u64 = 600;
+/// What keeps a pass from going on is looked at again after so many seconds.
+const HELD_SECONDS: u64 = 1;
+/// Pages of metadata looked at in one step.
+const PAGES_A_STEP: usize = 64;
+
+/// One of the tasks that work at passes after each other. A task whose turn is over stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Turn(u64);
+
+/// A pass was paused or given up, or the volume is being closed.
+struct Stopped;
+
+/// How far a step came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// All of it was read, or listed as skipped.
+    Done,
+    /// A device went: to be taken again.
+    Again,
+}
 
 /// State of everything here.
 pub(super) struct Scanner {
+    params: ScanParams,
     load: Cell<GuestLoad>,
+    pass: RefCell<Option<Pass>>,
+    record: RefCell<Record>,
+    turn: Cell<Turn>,
+    /// As fast as a pass may go now.
+    pace: RefCell<Option<Pace>>,
+    /// Usual times of reads of a device, of pieces as they are read beside an idle guest and beside a busy one.
+    usual_ns: [[Cell<u64>; 2]; 2],
+    /// Blocks rewritten in place that no pass has read since.
+    unproven: RefCell<BTreeSet<Block>>,
+    /// Memory to read into.
+    buffers: RefCell<Vec<AlignedBuf>>,
+    /// When the volume was opened, seconds since the epoch.
+    opened: Cell<u64>,
 }
 
 impl Scanner {
-    pub(super) fn new(_params: &ScanParams, _saved: &[u64]) -> Scanner {
-        Scanner { load: Cell::default() }
+    pub(super) fn new(params: &ScanParams, saved: &[u64]) -> Scanner {
+        let (record, pass) = saved::decode(saved);
+        Scanner {
+            params: params.clone(),
+            load: Cell::default(),
+            pass: RefCell::new(pass),
+            record: RefCell::new(record),
+            turn: Cell::new(Turn(0)),
+            pace: RefCell::default(),
+            usual_ns: std::array::from_fn(|_| std::array::from_fn(|_| Cell::new(0))),
+            unproven: RefCell::default(),
+            buffers: RefCell::default(),
+            opened: Cell::new(0),
+        }
     }
 
     pub(super) fn hear(&self, load: GuestLoad) {
@@ -21,17 +94,368 @@ impl Scanner {
     }
 
     pub(super) fn wants_load(&self) -> bool {
-        false
+        self.pass.borrow().as_ref().is_some_and(|pass| !pass.paused)
+    }
+
+    /// A block was rewritten in place after a failure: it is healed once a pass has read it (W1).
+    pub(super) fn was_rewritten(&self, block: Block) {
+        self.unproven.borrow_mut().insert(block);
+    }
+
+    /// The block has moved: what it was rewritten to does not matter.
+    pub(super) fn has_moved(&self, block: Block) {
+        self.unproven.borrow_mut().remove(&block);
+    }
+
+    /// A pass that was under way goes on only by order: it cannot be saved how far it came.
+    pub(super) fn wait_for_order(&self) {
+        if let Some(pass) = self.pass.borrow_mut().as_mut() {
+            pass.paused = true;
+        }
+    }
+
+    /// What is to be saved.
+    pub(super) fn values(&self) -> [u64; WORDS] {
+        saved::encode(&self.record.borrow(), self.pass.borrow().as_ref())
     }
 }
 
 impl Core {
-    pub(super) fn scan_status(&self) -> ScanStatus {
-        ScanStatus::default()
+    /// Go on with a pass that the last close interrupted, and begin those that are due.
+    pub(super) fn begin_scanning(self: &Rc<Self>) {
+        self.scan.opened.set(self.wall_seconds());
+        if let Some(pass) = self.scan.pass.borrow_mut().as_mut() {
+            // A volume only ever grows; what a damaged page says is not believed.
+            let whole = self.geometry();
+            pass.scope.range = pass.scope.range.filter(|range| whole.contains(*range));
+        }
+        if self.scan.wants_load() {
+            self.work_at_pass();
+        }
+        if self.scan.params.interval.is_some() {
+            let core = self.clone();
+            self.spawn(async move { core.scan_when_due().await });
+        }
     }
 
-    pub(super) async fn scan_order(self: &Rc<Self>, _order: ScanOrder) -> Result<String, String> {
-        self.refuse_closing()?;
-        Err("not yet".into())
+    async fn scan_when_due(self: &Rc<Self>) {
+        while let Some(due) = self.next_scan() {
+            let now = self.wall_seconds();
+            if due > now {
+                self.io.sleep_until(self.io.now().plus_secs(due - now)).await;
+            } else if self.scan.pass.borrow().is_some() {
+                self.io.sleep_until(self.io.now().plus_secs(SETTLE_SECONDS)).await;
+            } else {
+                self.begin_pass(ScanScope::default(), false);
+            }
+            if self.closing.get() {
+                return;
+            }
+        }
     }
+
+    /// When a pass is due, seconds since the epoch.
+    fn next_scan(&self) -> Option<u64> {
+        let record = self.scan.record.borrow();
+        let settled = self.scan.opened.get() + SETTLE_SECONDS;
+        let interval = self.scan.params.interval?;
+        Some(if record.whole_ended == 0 { settled } else { settled.max(record.whole_ended.saturating_add(interval)) })
+    }
+
+    /// What the operator wants of the scanner.
+    pub(super) async fn scan_order(self: &Rc<Self>, order: ScanOrder) -> Result<String, String> {
+        self.refuse_closing()?;
+        if self.policy.passthrough {
+            return Err("a volume served with --passthrough is not scanned: nothing could be done for it".into());
+        }
+        match order {
+            ScanOrder::Start(scope) => self.start_scan(scope),
+            ScanOrder::Pause => self.pause_scan().await,
+            ScanOrder::Resume => self.resume_scan(),
+            ScanOrder::Cancel => self.cancel_scan().await,
+        }
+    }
+
+    fn start_scan(self: &Rc<Self>, scope: ScanScope) -> Result<String, String> {
+        if let Some(pass) = self.scan.pass.borrow().as_ref() {
+            let how = if pass.paused { "paused: `scan resume` or `scan cancel` it" } else { "under way" };
+            return Err(format!("pass {} is {how}", pass.number));
+        }
+        let mut scope = scope;
+        if let Some(range) = scope.range {
+            let blocks = self.blocks_of(range)?;
+            let (start, end) = (blocks.start.start(), Sector(blocks.end.start().0.min(self.geometry().capacity)));
+            scope.range = Some(SectorRange { start, count: end.0 - start.0 });
+        }
+        // What serves a volume that it must not write looks only.
+        scope.check_only |= self.mode.get().read_only;
+        let number = self.begin_pass(scope, true);
+        Ok(format!("pass {number} has begun; see `scan wait` or `status`"))
+    }
+
+    fn begin_pass(self: &Rc<Self>, scope: ScanScope, ordered: bool) -> u64 {
+        let number = {
+            let mut record = self.scan.record.borrow_mut();
+            record.pass += 1;
+            record.pass
+        };
+        let pass = Pass::new(number, scope, ordered, self.wall_seconds());
+        *self.scan.pass.borrow_mut() = Some(pass);
+        let cause = if ordered { "the operator's order" } else { "it was due" };
+        self.scan_event(Severity::Info, cause, format!("pass {number} began"));
+        self.work_at_pass();
+        number
+    }
+
+    async fn pause_scan(self: &Rc<Self>) -> Result<String, String> {
+        let number = match self.scan.pass.borrow_mut().as_mut() {
+            None => return Err("no pass is under way".into()),
+            Some(pass) if pass.paused => return Err(format!("pass {} is paused already", pass.number)),
+            Some(pass) => {
+                pass.paused = true;
+                pass.number
+            }
+        };
+        self.end_turn();
+        self.keep_place().await;
+        Ok(format!("pass {number} is paused, also over a restart; `scan resume` goes on with it"))
+    }
+
+    fn resume_scan(self: &Rc<Self>) -> Result<String, String> {
+        let number = match self.scan.pass.borrow_mut().as_mut() {
+            None => return Err("no pass is paused".into()),
+            Some(pass) if !pass.paused => return Err(format!("pass {} is not paused", pass.number)),
+            Some(pass) => {
+                pass.paused = false;
+                pass.number
+            }
+        };
+        self.work_at_pass();
+        Ok(format!("pass {number} goes on"))
+    }
+
+    async fn cancel_scan(self: &Rc<Self>) -> Result<String, String> {
+        let Some(pass) = self.scan.pass.borrow_mut().take() else { return Err("no pass is under way".into()) };
+        self.end_turn();
+        let number = pass.number;
+        self.record_end(&pass, false);
+        self.scan_event(Severity::Info, "the operator's order", format!("pass {number} was given up"));
+        self.keep_place().await;
+        Ok(format!("pass {number} was given up"))
+    }
+
+    /// Save where a pass stands. It is saved from time to time anyway: if it cannot be now, more is read again.
+    async fn keep_place(self: &Rc<Self>) {
+        if self.may_write().is_ok() {
+            let _ = self.save_counters().await;
+        }
+    }
+
+    fn end_turn(&self) -> Turn {
+        let next = Turn(self.scan.turn.get().0 + 1);
+        self.scan.turn.set(next);
+        next
+    }
+
+    /// Start the task of a pass.
+    fn work_at_pass(self: &Rc<Self>) {
+        let turn = self.end_turn();
+        let now = self.io.now();
+        let (total, requests) = (self.scan_total(), self.requests_answered());
+        let params = &self.scan.params;
+        *self.scan.pace.borrow_mut() = Some(Pace::new(now, total, params.interval, params.rate, requests));
+        if let Some(pass) = self.scan.pass.borrow_mut().as_mut() {
+            pass.goes_on(now);
+        }
+        let core = self.clone();
+        self.spawn(async move {
+            if core.work(turn).await.is_ok() {
+                core.end_pass().await;
+            }
+        });
+    }
+
+    async fn work(self: &Rc<Self>, turn: Turn) -> Result<(), Stopped> {
+        loop {
+            self.may_go_on(turn).await?;
+            let cursor = self.of_pass(turn, |pass| pass.cursor)?;
+            let (step, next) = match cursor.stage {
+                Stage::Primary => self.read_units(turn).await?,
+                Stage::Slots => (self.read_slots(turn, cursor.position).await?, cursor.position + 1),
+                Stage::Metadata => {
+                    let step = self.read_metadata(turn, cursor.position).await?;
+                    (step, cursor.position + PAGES_A_STEP as u64)
+                }
+            };
+            if step == Step::Again {
+                continue;
+            }
+            let over = match cursor.stage {
+                Stage::Primary => next >= self.scan_order_of(turn)?.positions(),
+                Stage::Slots => next >= u64::from(self.geometry().slots.div_ceil(UNIT_SLOTS)),
+                Stage::Metadata => next >= self.metadata_pages(),
+            };
+            let goes_on = self.of_pass(turn, |pass| {
+                pass.cursor.position = next;
+                !(over && pass.urgent.is_empty()) || pass.next_stage()
+            })?;
+            if !goes_on {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Do something with the pass, as long as it is this task's.
+    fn of_pass<T>(&self, turn: Turn, with: impl FnOnce(&mut Pass) -> T) -> Result<T, Stopped> {
+        let mut pass = self.scan.pass.borrow_mut();
+        match pass.as_mut() {
+            Some(pass) if turn == self.scan.turn.get() && !self.closing.get() => Ok(with(pass)),
+            _ => Err(Stopped),
+        }
+    }
+
+    /// Wait until the window is open, and the device is there that is read next.
+    async fn may_go_on(self: &Rc<Self>, turn: Turn) -> Result<(), Stopped> {
+        let mut waited = false;
+        loop {
+            let (stage, ordered) = self.of_pass(turn, |pass| (pass.cursor.stage, pass.ordered))?;
+            let local = self.wall_seconds().saturating_add_signed(self.scan.load.get().local_offset);
+            let mut devices = match stage {
+                Stage::Primary => [DeviceIndex::PRIMARY].iter(),
+                Stage::Slots => [DeviceIndex::SPARE].iter(),
+                // The label's are there too.
+                Stage::Metadata => [DeviceIndex::SPARE, DeviceIndex::PRIMARY].iter(),
+            };
+            let (waits, seconds) = if !ordered && !self.scan.params.window.is_open(local) {
+                let why = format!("its window is {}", self.scan.params.window);
+                (Some((ScanState::OutsideWindow, why)), Window::until_next_minute(local))
+            } else if let Some(device) = devices.find(|device| self.refuse_gone(**device).is_err()) {
+                (Some((ScanState::Held, format!("the {device} cannot be used"))), HELD_SECONDS)
+            } else {
+                (None, 0)
+            };
+            let now = self.io.now();
+            let goes_on = waits.is_none();
+            self.of_pass(turn, |pass| {
+                pass.waits = waits;
+                if goes_on && waited {
+                    pass.goes_on(now);
+                }
+            })?;
+            if goes_on {
+                return Ok(());
+            }
+            waited = true;
+            self.io.sleep_until(now.plus_secs(seconds)).await;
+        }
+    }
+
+    /// The order in which a pass reads the primary.
+    fn scan_order_of(&self, turn: Turn) -> Result<Order, Stopped> {
+        let range = self.of_pass(turn, |pass| pass.scope.range)?;
+        Ok(self.order_of(range))
+    }
+
+    fn order_of(&self, range: Option<SectorRange>) -> Order {
+        Order::new(range.unwrap_or(SectorRange { start: Sector(0), count: self.geometry().capacity }))
+    }
+
+    async fn end_pass(self: &Rc<Self>) {
+        let Some(pass) = self.scan.pass.borrow_mut().take() else { return };
+        self.end_turn();
+        self.scan.buffers.borrow_mut().clear();
+        let complete = pass.scope.range.is_none() && pass.skipped_bytes == 0;
+        if complete {
+            self.tally.borrow_mut().health_scans += 1;
+        }
+        self.record_end(&pass, complete);
+        let Found { bad, recovered, slow, lost, healed, moved, rewritten, metadata } = pass.found;
+        let severity = if bad + slow + lost + metadata > 0 { Severity::Warn } else { Severity::Info };
+        let cause = format!(
+            "found {bad} bad, {recovered} read after retries, {slow} slow blocks, {lost} lost sectors, \
+             {metadata} damaged copies of metadata; {healed} healed, {moved} moved, {rewritten} rewritten"
+        );
+        let number = pass.number;
+        let action = match pass.skipped_bytes {
+            0 if complete => format!("pass {number} ended"),
+            0 => format!("pass {number} over a range ended"),
+            bytes => format!("pass {number} ended and does not count: {bytes} bytes were skipped"),
+        };
+        self.scan_event(severity, cause, action);
+        self.keep_place().await;
+    }
+
+    fn record_end(&self, pass: &Pass, complete: bool) {
+        let ended = self.wall_seconds();
+        let mut record = self.scan.record.borrow_mut();
+        record.last = LastPass { pass: pass.number, started: pass.started, ended, complete, found: pass.found };
+        if pass.scope.range.is_none() {
+            record.whole_ended = ended;
+        }
+        if complete {
+            record.complete_ended = ended;
+        }
+    }
+
+    fn scan_event(&self, severity: Severity, cause: impl Into<String>, action: impl Into<String>) {
+        self.event(severity, "scan", None, SectorRange::default(), cause, action);
+    }
+
+    fn requests_answered(&self) -> u64 {
+        let p = &self.progress;
+        [&p.reads, &p.writes, &p.flushes, &p.discards].into_iter().map(|counter| counter.load(Relaxed)).sum()
+    }
+
+    /// Bytes that the pass is to go over: each block where it lives, and all pages of metadata.
+    fn scan_total(&self) -> u64 {
+        let range = self.scan.pass.borrow().as_ref().and_then(|pass| pass.scope.range);
+        let metadata = if range.is_some() { 0 } else { self.metadata_bytes() };
+        self.order_of(range).bytes() + metadata
+    }
+
+    /// How the scanner stands.
+    pub(super) fn scan_status(&self) -> ScanStatus {
+        let now = self.io.now();
+        let (total, next) = (self.scan_total(), self.next_scan());
+        let record = self.scan.record.borrow();
+        let last = Some(record.last).filter(|last| last.pass > 0);
+        let last_complete = Some(record.complete_ended).filter(|ended| *ended > 0);
+        let pass = self.scan.pass.borrow();
+        let Some(pass) = pass.as_ref() else {
+            let state = if next.is_some() { ScanState::Waiting } else { ScanState::Off };
+            return ScanStatus { state, pass: record.pass, last, last_complete, next, ..ScanStatus::default() };
+        };
+        let (state, held) = match &pass.waits {
+            _ if pass.paused => (ScanState::Paused, None),
+            Some((state, why)) => (*state, Some(why.clone())),
+            None => (ScanState::Running, None),
+        };
+        let covered = pass.covered.min(total);
+        let (speed_now, speed_average) =
+            if state == ScanState::Running { pass.speeds(now) } else { (0, pass.speeds(now).1) };
+        ScanStatus {
+            state,
+            held,
+            pass: pass.number,
+            scope: pass.scope,
+            started: pass.started,
+            covered,
+            total,
+            read: pass.read,
+            speed_now,
+            speed_average,
+            eta_seconds: (total - covered).checked_div(speed_average).filter(|_| state == ScanState::Running),
+            found: pass.found,
+            skipped: pass.skipped.clone(),
+            skipped_bytes: pass.skipped_bytes,
+            last,
+            last_complete,
+            next,
+        }
+    }
+}
+
+/// Bytes of so many sectors.
+fn bytes_of(range: SectorRange) -> u64 {
+    range.count * SECTOR_SIZE
 }

@@ -58,8 +58,17 @@ pub(super) struct Placement {
     stale: bool,
     /// Sectors of the guest's write.
     written: u8,
-    /// Why it moves, where not because it failed.
-    pub(super) order: Option<&'static str>,
+    pub(super) reason: Reason,
+}
+
+/// Why a block moves.
+pub(super) enum Reason {
+    /// It failed, or its slot did.
+    Failed,
+    /// The operator wants it.
+    Ordered,
+    /// It is weak, for the reason given.
+    Weak(String),
 }
 
 impl Core {
@@ -317,6 +326,7 @@ impl Core {
             return;
         }
         self.tally.borrow_mut().rewritten += rewritten.len() as u64;
+        rewritten.iter().for_each(|block| self.scan.was_rewritten(*block));
         let cause = cause.map_or_else(|| "its last read had failed".to_owned(), |errno| errno.to_string());
         let first = rewritten.first().expect("not empty");
         let last = rewritten.last().expect("not empty");
@@ -413,7 +423,7 @@ impl Core {
             lost: state.lost & rest,
             stale: state.primary_stale && state.lost & rest != 0,
             written,
-            order: None,
+            reason: Reason::Failed,
         };
         let wanted = rest & !state.lost;
         if wanted == 0 {
@@ -562,6 +572,7 @@ impl Core {
         let block = placement.block;
         self.pending.borrow_mut().forget(block);
         self.rewritten.borrow_mut().remove(&block);
+        self.scan.has_moved(block);
         let before = self.map.borrow().get(block);
         self.update_map(block, |state| {
             state.slot = Some(slot);
@@ -574,12 +585,16 @@ impl Core {
         tally.remaps += 1;
         tally.lost += u64::from(newly_lost.count_ones());
         drop(tally);
-        if placement.order.is_some() {
+        if matches!(placement.reason, Reason::Ordered) {
             self.health.moved_by_order();
         }
         let range = self.geometry().sectors_of(block);
-        let failed = if before.slot.is_some() { "its slot failed" } else { "the block failed again" };
-        let (severity, cause) = placement.order.map_or((Severity::Warn, failed), |order| (Severity::Info, order));
+        let (severity, cause) = match &placement.reason {
+            Reason::Failed if before.slot.is_some() => (Severity::Warn, "its slot failed"),
+            Reason::Failed => (Severity::Warn, "the block failed again"),
+            Reason::Ordered => (Severity::Info, "the operator's order"),
+            Reason::Weak(why) => (Severity::Warn, &**why),
+        };
         self.event(severity, "remapped", Some(DeviceIndex::PRIMARY), range, cause, format!("moved to slot {slot}"));
         for sector in sectors_of_mask(block, newly_lost) {
             let range = SectorRange { start: sector, count: 1 };

@@ -48,6 +48,17 @@ impl Order {
         (unit < self.units() && position / regions < REGION_UNITS).then_some(unit)
     }
 
+    /// Where a unit is in the sequence.
+    pub fn position_of(&self, unit: u64) -> u64 {
+        let regions = self.units().div_ceil(REGION_UNITS);
+        unit % REGION_UNITS * regions + unit / REGION_UNITS
+    }
+
+    /// The unit of a sector of the range.
+    pub fn unit_of(&self, sector: Sector) -> u64 {
+        (sector.0 / UNIT_SECTORS).saturating_sub(self.first_unit())
+    }
+
     /// The sectors of a unit.
     pub fn sectors_of(&self, unit: u64) -> SectorRange {
         let start = ((self.first_unit() + unit) * UNIT_SECTORS).max(self.range.start.0);
@@ -78,6 +89,12 @@ mod tests {
         {
             let order = Order::new(SectorRange { start: Sector(start), count });
             let units: Vec<u64> = (0..order.positions()).filter_map(|position| order.unit_at(position)).collect();
+            for position in 0..order.positions() {
+                if let Some(unit) = order.unit_at(position) {
+                    assert_eq!(order.position_of(unit), position);
+                    assert_eq!(order.unit_of(order.sectors_of(unit).start), unit);
+                }
+            }
             let mut ranges: Vec<SectorRange> = units.iter().map(|unit| order.sectors_of(*unit)).collect();
             if order.units() > 2 * REGION_UNITS {
                 assert_eq!(units[..4], [0, 128, 256, 1]);

@@ -17,7 +17,7 @@ impl World {
         let ordered = match &order {
             Order::Clear => Ordered::Clear(self.status().poison),
             Order::Remap(_) | Order::Release(_) => Ordered::Move,
-            Order::Save => Ordered::Save,
+            Order::Save | Order::Scan(_) => Ordered::Save,
             Order::PrepareResize(_) => Ordered::PrepareResize,
             Order::Resize { capacity, .. } => Ordered::Resize(*capacity),
             Order::Settle | Order::Seal(_) => Ordered::Close,

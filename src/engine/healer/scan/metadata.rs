@@ -1,0 +1,202 @@
+//! A pass over metadata: each page is read and checked, and a damaged copy is written anew from what is known.
+
+use std::rc::Rc;
+
+use super::{PAGES_A_STEP, Step, Stopped, Turn};
+use crate::device::DeviceIndex;
+use crate::engine::healer::{Core, Severity};
+use crate::engine::task::join_all;
+use crate::units::SectorRange;
+use crate::volume::layout::{Home, LabelLayout, PAGE, Place};
+use crate::volume::sidecar::{Poison, SavedCounters};
+use crate::volume::superblock::{Seat, Superblock};
+use crate::volume::table::{Page, PageSeat};
+
+const PAGE_BYTES: u64 = PAGE as u64;
+
+/// One copy of a page.
+#[derive(Clone, Copy, Debug)]
+enum Copy {
+    Superblock(Place, u8),
+    Poison(Place),
+    Counters(Place),
+    Table(Place, Home, u32),
+    LabelSuperblock(LabelLayout, u8),
+    LabelPoison(LabelLayout),
+    LabelTable(LabelLayout, u32),
+}
+
+impl Copy {
+    fn name(self) -> String {
+        match self {
+            Copy::Superblock(place, copy) => format!("superblock {copy} at the {}", place.name()),
+            Copy::Poison(place) => format!("the poison page at the {}", place.name()),
+            Copy::Counters(place) => format!("the counters at the {}", place.name()),
+            Copy::Table(place, home, page) => format!("table page {page}, home {home:?}, at the {}", place.name()),
+            Copy::LabelSuperblock(_, copy) => format!("superblock {copy} of the label"),
+            Copy::LabelPoison(_) => "the poison page of the label".into(),
+            Copy::LabelTable(_, page) => format!("table page {page} of the label"),
+        }
+    }
+}
+
+impl Core {
+    /// All copies of all pages, in the order in which a pass goes over them.
+    fn copies(&self) -> Vec<Copy> {
+        let table = 0..self.table.borrow().pages();
+        let mut copies = Vec::new();
+        for place in self.live_places() {
+            copies.extend([Copy::Superblock(place, 0), Copy::Superblock(place, 1)]);
+            copies.extend([Copy::Poison(place), Copy::Counters(place)]);
+            for home in Home::ALL {
+                copies.extend(table.clone().map(|page| Copy::Table(place, home, page)));
+            }
+        }
+        if let Some(label) = self.label.get() {
+            copies.extend([Copy::LabelSuperblock(label, 0), Copy::LabelSuperblock(label, 1)]);
+            copies.push(Copy::LabelPoison(label));
+            copies.extend((0..label.table_pages).map(|page| Copy::LabelTable(label, page)));
+        }
+        copies
+    }
+
+    /// Number of all copies.
+    pub(super) fn metadata_pages(&self) -> u64 {
+        let table = u64::from(self.table.borrow().pages());
+        let places = self.live_places().len() as u64 * (4 + 2 * table);
+        places + self.label.get().map_or(0, |label| 3 + u64::from(label.table_pages))
+    }
+
+    /// Bytes of all copies.
+    pub(super) fn metadata_bytes(&self) -> u64 {
+        self.metadata_pages() * PAGE_BYTES
+    }
+
+    fn seat_of(&self, copy: Copy) -> (DeviceIndex, u64) {
+        let offset = match copy {
+            Copy::Superblock(place, copy) => self.layout.superblock(place, copy),
+            Copy::Poison(place) => self.layout.poison(place),
+            Copy::Counters(place) => self.layout.counters(place),
+            Copy::Table(place, home, page) => self.layout.table(place, home, page),
+            Copy::LabelSuperblock(label, copy) => return (DeviceIndex::PRIMARY, label.superblock(copy)),
+            Copy::LabelPoison(label) => return (DeviceIndex::PRIMARY, label.poison()),
+            Copy::LabelTable(label, page) => return (DeviceIndex::PRIMARY, label.table(page)),
+        };
+        (DeviceIndex::SPARE, offset)
+    }
+
+    /// Read and check some copies from a position on.
+    pub(super) async fn read_metadata(self: &Rc<Self>, turn: Turn, position: u64) -> Result<Step, Stopped> {
+        let copies = self.copies();
+        let from = usize::try_from(position).unwrap_or(usize::MAX).min(copies.len());
+        let some = &copies[from..(from + PAGES_A_STEP).min(copies.len())];
+        self.await_pace(turn, some.len() as u64 * PAGE_BYTES).await?;
+        let found = join_all(some.iter().map(|copy| self.trouble_with(*copy))).await;
+        for (copy, trouble) in some.iter().zip(found) {
+            if let Some(trouble) = trouble {
+                let (device, offset) = self.seat_of(*copy);
+                if self.refuse_gone(device).is_err() {
+                    return Ok(Step::Again);
+                }
+                self.of_pass(turn, |pass| pass.found.metadata += 1)?;
+                let action = self.repair_copy(turn, *copy).await;
+                let cause = format!("{}, byte {offset}: {trouble}", copy.name());
+                let none = SectorRange::default();
+                self.event(Severity::Warn, "metadata-damaged", Some(device), none, cause, action);
+            }
+        }
+        let now = self.io.now();
+        self.of_pass(turn, |pass| pass.cover(now, some.len() as u64 * PAGE_BYTES))?;
+        Ok(Step::Done)
+    }
+
+    /// What is wrong with a copy, if it is so when nobody writes it.
+    async fn trouble_with(self: &Rc<Self>, copy: Copy) -> Option<String> {
+        const TRIES: usize = 4;
+        for _ in 0..TRIES {
+            // The label is written by one at a time, superblocks too; the others are whole between commits.
+            let permits = match copy {
+                Copy::Superblock(..) => Some(&self.places.turn),
+                Copy::LabelSuperblock(..) | Copy::LabelPoison(_) | Copy::LabelTable(..) => Some(&self.places.label),
+                _ => None,
+            };
+            if let Some(permits) = permits {
+                permits.acquire().await;
+            }
+            let (before, busy) = (self.written_so_far(), self.commits_under_way());
+            let (device, offset) = self.seat_of(copy);
+            let (read, _) = self.io.read(device, offset, PAGE).await;
+            if let Some(permits) = permits {
+                permits.release();
+            }
+            let trouble = match read {
+                Ok(page) => self.check(copy, &page).err()?.to_owned(),
+                Err(errno) => {
+                    // Whether it is the device, which is then waited for.
+                    let _ = self.diagnose(device, errno, true, SectorRange::default()).await;
+                    errno.to_string()
+                }
+            };
+            if !busy && !self.commits_under_way() && before == self.written_so_far() {
+                return Some(trouble);
+            }
+        }
+        // It is written all the time: then it is whole each time it was.
+        None
+    }
+
+    /// What changes when something of the metadata was written.
+    fn written_so_far(&self) -> (u64, u64, u64) {
+        (self.tally.borrow().commits, self.places.saved_sequence.get(), self.poison_sequence())
+    }
+
+    fn check(&self, copy: Copy, page: &[u8]) -> Result<(), &'static str> {
+        let empty = page.iter().all(|byte| *byte == 0);
+        let superblock =
+            |seat, number| Superblock::decode(page, seat, number).is_ok_and(|superblock| superblock.set == self.set);
+        let whole = match copy {
+            Copy::Superblock(place, number) => superblock(Seat::Spare(place), number),
+            Copy::LabelSuperblock(_, number) => superblock(Seat::Label, number),
+            // Nothing is there until something is to be said.
+            Copy::Poison(place) => empty || Poison::decode(page, self.set, Seat::Spare(place)).is_some(),
+            Copy::LabelPoison(_) => empty || Poison::decode(page, self.set, Seat::Label).is_some(),
+            Copy::Counters(place) => empty || SavedCounters::decode(page, self.set, Seat::Spare(place)).is_some(),
+            Copy::Table(place, home, number) => {
+                Page::decode(page, self.set, number, PageSeat::Spare(place, home)).is_some()
+            }
+            Copy::LabelTable(_, number) => Page::decode(page, self.set, number, PageSeat::Label).is_some(),
+        };
+        if whole { Ok(()) } else { Err("its checksum or what it says of itself is wrong") }
+    }
+
+    /// Write a damaged copy anew where that is somebody's to do while the volume is open; what was done.
+    async fn repair_copy(self: &Rc<Self>, turn: Turn, copy: Copy) -> &'static str {
+        if !self.acts(turn) {
+            return "left as it is";
+        }
+        match copy {
+            Copy::Table(_, _, number) => {
+                if self.rewrite_page(number).await.is_err() {
+                    return "it could not be written anew";
+                }
+            }
+            Copy::Counters(_) => {
+                if self.save_counters().await.is_err() {
+                    return "it could not be written anew";
+                }
+            }
+            Copy::LabelTable(..) => {
+                self.label_is_old();
+                self.stamp_label().await;
+            }
+            Copy::Superblock(..) | Copy::Poison(_) | Copy::LabelSuperblock(..) | Copy::LabelPoison(_) => {
+                return "the other copies count; it is written anew when the volume is opened next";
+            }
+        }
+        if self.trouble_with(copy).await.is_some() {
+            return "written anew, and damaged still";
+        }
+        self.tally.borrow_mut().metadata_repairs += 1;
+        "written anew"
+    }
+}

@@ -1,0 +1,316 @@
+//! How a pass reads: large pieces while all is well, down to the block where one fails or is slow.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+use super::{Step, Stopped, Turn, bytes_of};
+use crate::device::buffer::AlignedBuf;
+use crate::device::{DeviceIndex, Errno};
+use crate::engine::healer::Core;
+use crate::engine::scan::Skipped;
+use crate::engine::scan::plan::UNIT_SLOTS;
+use crate::engine::task::join_all;
+use crate::engine::view::runs;
+use crate::units::{BLOCK_SIZE, Block, SectorRange, Slot};
+use crate::volume::table::SlotState;
+
+const BLOCK_LEN: usize = BLOCK_SIZE as usize;
+/// Blocks of a piece that is looked at block by block once it failed or was slow (64 KiB).
+const PART_BLOCKS: usize = 16;
+/// A read that takes less is never slow, in nanoseconds (30 ms): a disk may have to turn and seek.
+const SLOW_NS: u64 = 30_000_000;
+/// A piece is looked at more closely if it takes so many times as long as usual.
+const SLOW_PIECE: u64 = 3;
+/// A block is slow if it takes so many times as long as its neighbours (the median of its part).
+const SLOW_BLOCK: u64 = 5;
+/// Times a slow block is read again, and slow each time, before it is called so.
+const CONFIRMATIONS: usize = 2;
+
+/// Blocks that lie behind each other on a device.
+pub(super) struct Piece {
+    pub(super) device: DeviceIndex,
+    offset: u64,
+    len: u64,
+    blocks: Vec<Block>,
+}
+
+impl Piece {
+    /// A part of it: so many blocks from one of them on.
+    fn part(&self, from: usize, blocks: usize) -> Piece {
+        let blocks = self.blocks[from..(from + blocks).min(self.blocks.len())].to_vec();
+        let start = from as u64 * BLOCK_SIZE;
+        let len = (blocks.len() as u64 * BLOCK_SIZE).min(self.len - start);
+        Piece { device: self.device, offset: self.offset + start, len, blocks }
+    }
+
+    fn parts(&self, blocks: usize) -> Vec<Piece> {
+        (0..self.blocks.len()).step_by(blocks).map(|from| self.part(from, blocks)).collect()
+    }
+}
+
+/// How the read of a piece went.
+enum Read {
+    Well,
+    Slowly,
+    Not,
+}
+
+impl Core {
+    /// Read the next units of the primary; the position behind them.
+    pub(super) async fn read_units(self: &Rc<Self>, turn: Turn) -> Result<(Step, u64), Stopped> {
+        let order = self.scan_order_of(turn)?;
+        let (_, parallel) = self.reads_now();
+        let (units, next, was_urgent) = self.of_pass(turn, |pass| {
+            let mut next = pass.cursor.position;
+            let urgent: Vec<u64> = pass.urgent.iter().take(parallel).copied().collect();
+            if !urgent.is_empty() {
+                return (urgent, next, true);
+            }
+            let mut units = Vec::new();
+            while units.len() < parallel && next < order.positions() {
+                units.extend(order.unit_at(next).filter(|unit| !pass.near.contains(unit)));
+                next += 1;
+            }
+            (units, next, false)
+        })?;
+        let ranges: Vec<SectorRange> = units.iter().map(|unit| order.sectors_of(*unit)).collect();
+        let map = self.map.borrow().clone();
+        let geometry = self.geometry();
+        let runs = ranges.iter().flat_map(|range| runs(&map, &geometry, *range));
+        let pieces = runs.filter(|run| run.device == DeviceIndex::PRIMARY).map(|run| Piece {
+            device: run.device,
+            offset: run.offset,
+            len: run.range.bytes(),
+            blocks: run.range.blocks().iter().collect(),
+        });
+        if self.read_pieces(turn, pieces.collect()).await? == Step::Again {
+            return Ok((Step::Again, next));
+        }
+        for range in ranges {
+            for block in self.to_be_seen_to(range) {
+                if self.examine(turn, block, None).await? == Step::Again {
+                    return Ok((Step::Again, next));
+                }
+            }
+        }
+        if was_urgent {
+            self.of_pass(turn, |pass| pass.urgent.drain(..units.len()).for_each(drop))?;
+        }
+        Ok((Step::Done, next))
+    }
+
+    /// Blocks on the primary that failed before and may be well now, whatever the read of their piece said.
+    fn to_be_seen_to(&self, range: SectorRange) -> BTreeSet<Block> {
+        let blocks = range.blocks();
+        let mut found: BTreeSet<Block> = self.pending.borrow().in_range(blocks).collect();
+        found.extend(self.scan.unproven.borrow().range(blocks.start..blocks.end));
+        found.retain(|block| self.map.borrow().get(*block).slot.is_none());
+        found
+    }
+
+    /// Read the slots of a unit that are in use.
+    pub(super) async fn read_slots(self: &Rc<Self>, turn: Turn, unit: u64) -> Result<Step, Stopped> {
+        let range = self.of_pass(turn, |pass| pass.scope.range)?;
+        let first = u32::try_from(unit).unwrap_or(u32::MAX).saturating_mul(UNIT_SLOTS);
+        let last = first.saturating_add(UNIT_SLOTS).min(self.geometry().slots);
+        let mut pieces: Vec<Piece> = Vec::new();
+        let mut lossy = Vec::new();
+        for slot in (first..last).map(Slot) {
+            let entry = self.table.borrow().entry(slot);
+            let state = self.map.borrow().get(entry.block);
+            let wanted = range.is_none_or(|range| range.blocks().contains(entry.block));
+            // Of a block that is moving the table has two.
+            if entry.state != SlotState::Live || state.slot != Some(slot) || !wanted {
+                continue;
+            }
+            if state.lost != 0 || state.pending {
+                lossy.push(entry.block);
+            }
+            let offset = self.geometry().slot_offset(slot);
+            match pieces.last_mut() {
+                Some(piece) if piece.offset + piece.len == offset => {
+                    piece.len += BLOCK_SIZE;
+                    piece.blocks.push(entry.block);
+                }
+                _ => pieces.push(Piece {
+                    device: DeviceIndex::SPARE,
+                    offset,
+                    len: BLOCK_SIZE,
+                    blocks: vec![entry.block],
+                }),
+            }
+        }
+        if self.read_pieces(turn, pieces).await? == Step::Again {
+            return Ok(Step::Again);
+        }
+        for block in lossy {
+            if self.examine(turn, block, None).await? == Step::Again {
+                return Ok(Step::Again);
+            }
+        }
+        Ok(Step::Done)
+    }
+
+    /// How much may be read at a time now, and how often side by side.
+    fn reads_now(&self) -> (usize, usize) {
+        let now = self.io.now();
+        let (bytes, parallel) = self.scan.pace.borrow().as_ref().map_or((BLOCK_SIZE, 1), |pace| pace.reads(now));
+        (usize::try_from(bytes / BLOCK_SIZE).expect("a few hundred"), parallel)
+    }
+
+    async fn read_pieces(self: &Rc<Self>, turn: Turn, pieces: Vec<Piece>) -> Result<Step, Stopped> {
+        let (blocks, parallel) = self.reads_now();
+        let pieces: Vec<Piece> = pieces.iter().flat_map(|piece| piece.parts(blocks)).collect();
+        for some in pieces.chunks(parallel) {
+            let reads = join_all(some.iter().map(|piece| self.read_piece(turn, piece))).await;
+            for (piece, read) in some.iter().zip(reads) {
+                if !matches!(read?, Read::Well) && self.narrow(turn, piece).await? == Step::Again {
+                    return Ok(Step::Again);
+                }
+                let now = self.io.now();
+                let bytes = self.bytes_living_in(piece);
+                self.of_pass(turn, |pass| pass.cover(now, bytes))?;
+            }
+        }
+        Ok(Step::Done)
+    }
+
+    /// Bytes of the guest that a piece has.
+    fn bytes_living_in(&self, piece: &Piece) -> u64 {
+        piece.blocks.iter().map(|block| bytes_of(self.geometry().sectors_of(*block))).sum()
+    }
+
+    async fn read_piece(self: &Rc<Self>, turn: Turn, piece: &Piece) -> Result<Read, Stopped> {
+        let (result, took) = self.paced_read(turn, piece.device, piece.offset, piece.len).await?;
+        Ok(match result {
+            Err(_) => Read::Not,
+            Ok(()) if self.took_long(piece, took) => Read::Slowly,
+            Ok(()) => Read::Well,
+        })
+    }
+
+    /// Whether a piece took so long that one of its blocks may be weak; what it took is remembered if not.
+    fn took_long(&self, piece: &Piece, took: u64) -> bool {
+        let large = usize::from(piece.blocks.len() > PART_BLOCKS);
+        let usual = &self.scan.usual_ns[usize::from(piece.device.0)][large];
+        if took >= SLOW_NS.max(usual.get() * SLOW_PIECE) && self.is_calm() {
+            return true;
+        }
+        usual.set(if usual.get() == 0 { took } else { (usual.get() * 15 + took) / 16 });
+        false
+    }
+
+    fn is_calm(&self) -> bool {
+        let load = self.scan.load.get();
+        self.scan.pace.borrow().as_ref().is_none_or(|pace| pace.is_calm(load))
+    }
+
+    /// Find the blocks that make a piece fail, or slow.
+    async fn narrow(self: &Rc<Self>, turn: Turn, piece: &Piece) -> Result<Step, Stopped> {
+        for part in piece.parts(PART_BLOCKS) {
+            // A piece as small as that has just been read.
+            if piece.blocks.len() > PART_BLOCKS && matches!(self.read_piece(turn, &part).await?, Read::Well) {
+                continue;
+            }
+            if self.narrow_part(turn, &part).await? == Step::Again {
+                return Ok(Step::Again);
+            }
+        }
+        Ok(Step::Done)
+    }
+
+    async fn narrow_part(self: &Rc<Self>, turn: Turn, part: &Piece) -> Result<Step, Stopped> {
+        let mut failing = Vec::new();
+        let mut times = Vec::new();
+        for single in part.parts(1) {
+            let (result, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
+            match result {
+                Ok(()) => times.push((single, took)),
+                Err(_) => failing.push(single),
+            }
+        }
+        for single in failing {
+            if self.examine(turn, single.blocks[0], None).await? == Step::Again {
+                return Ok(Step::Again);
+            }
+        }
+        let mut sorted: Vec<u64> = times.iter().map(|(_, took)| *took).collect();
+        sorted.sort_unstable();
+        let median = sorted.get(sorted.len() / 2).copied().unwrap_or(0);
+        let slow_ns = SLOW_NS.max(median * SLOW_BLOCK);
+        for (single, took) in times {
+            if took < slow_ns || !self.stays_slow(turn, &single, slow_ns).await? {
+                continue;
+            }
+            let cause = format!("{} ms, and again, where {} ms are usual", took / 1_000_000, median / 1_000_000);
+            if self.examine(turn, single.blocks[0], Some(&cause)).await? == Step::Again {
+                return Ok(Step::Again);
+            }
+        }
+        Ok(Step::Done)
+    }
+
+    async fn stays_slow(self: &Rc<Self>, turn: Turn, single: &Piece, slow_ns: u64) -> Result<bool, Stopped> {
+        for _ in 0..CONFIRMATIONS {
+            let (_, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
+            if took < slow_ns || !self.is_calm() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Read when it is this pass's turn to; what is read is not looked at.
+    pub(super) async fn paced_read(
+        self: &Rc<Self>,
+        turn: Turn,
+        device: DeviceIndex,
+        offset: u64,
+        len: u64,
+    ) -> Result<(Result<(), Errno>, u64), Stopped> {
+        self.await_pace(turn, len).await?;
+        let len = usize::try_from(len).expect("a piece fits in memory");
+        let kept = self.scan.buffers.borrow_mut().pop().filter(|kept| kept.len() == len);
+        let buffer = kept.unwrap_or_else(|| AlignedBuf::zeroed(len));
+        let (result, buffer, took) = self.io.read_into(device, offset, buffer).await;
+        // Large ones are of one size, as a rule, and their pages are not taken anew for each read.
+        if len > PART_BLOCKS * BLOCK_LEN {
+            self.scan.buffers.borrow_mut().push(buffer);
+        }
+        if result.is_err()
+            && let Some(pace) = self.scan.pace.borrow_mut().as_mut()
+        {
+            pace.pause(self.io.now(), took.0);
+        }
+        Ok((result, took.0))
+    }
+
+    /// Wait until so many bytes may be read.
+    pub(super) async fn await_pace(self: &Rc<Self>, turn: Turn, len: u64) -> Result<(), Stopped> {
+        let now = self.io.now();
+        let begin = {
+            let mut pace = self.scan.pace.borrow_mut();
+            let Some(pace) = pace.as_mut() else { return Err(Stopped) };
+            pace.look(now, self.requests_answered(), self.scan.load.get());
+            pace.begin(now, len)
+        };
+        self.io.sleep_until(begin).await;
+        self.of_pass(turn, |pass| pass.read += len)
+    }
+
+    /// Part of what is to be covered is not read; whether the step goes on.
+    pub(super) fn skip(
+        &self,
+        turn: Turn,
+        device: DeviceIndex,
+        offset: u64,
+        len: u64,
+        why: String,
+    ) -> Result<Step, Stopped> {
+        if self.refuse_gone(device).is_err() {
+            return Ok(Step::Again);
+        }
+        self.of_pass(turn, |pass| pass.skip(Skipped { device, offset, len, why }))?;
+        Ok(Step::Done)
+    }
+}
