@@ -25,7 +25,9 @@ pub(super) fn run(command: ScanCommand, out: &mut dyn Write) -> Result<(), CliEr
         ScanCommand::Resume(args) => Server::of(&args)?.order("/v1/scan/resume", &nothing, out),
         ScanCommand::Cancel(args) => Server::of(&args)?.order("/v1/scan/cancel", &nothing, out),
         ScanCommand::Wait(ScanWaitArgs { control, timeout }) => {
-            wait(&Server::of(&control)?, timeout.map(Duration::from_secs), out)
+            let server = Server::of(&control)?;
+            let scan = scanner(&server)?;
+            wait(&server, scan, timeout.map(Duration::from_secs), out)
         }
     }
 }
@@ -42,7 +44,8 @@ fn start(args: &ScanStartArgs, out: &mut dyn Write) -> Result<(), CliError> {
         writeln!(out, "{}", done.message)?;
         out.flush()?;
     }
-    wait(&server, None, out)
+    let begun = scanner(&server).map_err(stopped)?;
+    wait(&server, begun, None, out)
 }
 
 /// The scanner of the server's volume, unless that has left.
@@ -55,9 +58,9 @@ fn scanner(server: &Server) -> Result<ScanReport, CliError> {
     Ok(status.scan)
 }
 
-fn wait(server: &Server, timeout: Option<Duration>, out: &mut dyn Write) -> Result<(), CliError> {
+/// Wait for the end of the pass that stood like that.
+fn wait(server: &Server, mut scan: ScanReport, timeout: Option<Duration>, out: &mut dyn Write) -> Result<(), CliError> {
     let begun = Instant::now();
-    let mut scan = scanner(server)?;
     let pass = scan.pass;
     let bar = bar(server.prints_json());
     while scan.is_under_way() && scan.pass == pass {
@@ -70,7 +73,7 @@ fn wait(server: &Server, timeout: Option<Duration>, out: &mut dyn Write) -> Resu
         std::thread::sleep(timeout.map_or(POLL, |timeout| POLL.min(timeout.saturating_sub(begun.elapsed()))));
         scan = scanner(server).map_err(|error| {
             bar.finish_and_clear();
-            stopped(pass, error)
+            stopped(error)
         })?;
     }
     bar.finish_and_clear();
@@ -86,13 +89,11 @@ fn wait(server: &Server, timeout: Option<Duration>, out: &mut dyn Write) -> Resu
 }
 
 /// It answered before: this is how a server ends.
-fn stopped(pass: u64, error: CliError) -> CliError {
+fn stopped(error: CliError) -> CliError {
     match error {
         CliError::Client(ClientError::NoSocket(_) | ClientError::NotListening(_) | ClientError::Broken { .. }) => {
-            CliError::Scan(format!(
-                "pass {pass} has not ended: the server has stopped; the pass goes on from its place when it is started \
-                 again"
-            ))
+            let text = "the pass has not ended: the server has stopped; it goes on when that is started again";
+            CliError::Scan(text.into())
         }
         other => other,
     }
@@ -103,16 +104,17 @@ fn verdict(pass: u64, scan: &ScanReport) -> Result<String, String> {
     if pass == 0 {
         return Err("no pass is under way, and there was none; begin one with `scan start`".into());
     }
-    let last = scan.last.filter(|last| last.pass == pass);
-    // What it has covered and skipped is known until the next one begins.
-    let known = scan.pass == pass;
-    let read_all = known && scan.skipped_bytes == 0 && scan.total_bytes > 0 && scan.covered_bytes >= scan.total_bytes;
-    match last {
-        Some(last) if last.complete || read_all => Ok(scan_text::ended(&last, known.then_some(scan))),
-        Some(_) if known && scan.skipped_bytes > 0 => {
-            Err(format!("pass {pass} is not complete: {}", scan_text::skipped(scan)))
+    // What it covered and skipped is known until the next one begins.
+    let known = Some(scan).filter(|scan| scan.pass == pass && scan.total_bytes > 0);
+    match (scan.last.filter(|last| last.pass == pass), known) {
+        (Some(last), _) if last.cancelled => {
+            Err(format!("pass {pass} was cancelled before it had read everything; `scan start` begins another"))
         }
-        _ => Err(format!("pass {pass} was cancelled, and has not read everything; `scan start` begins another")),
+        (Some(last), known) if last.complete => Ok(scan_text::ended(&last, known)),
+        (Some(last), Some(scan)) if scan.skipped_bytes == 0 => Ok(scan_text::ended(&last, Some(scan))),
+        (Some(_), Some(scan)) => Err(format!("pass {pass} is not complete: {}", scan_text::skipped(scan))),
+        (Some(_), None) => Err(format!("pass {pass} was of a part, or skipped something; `events` says which")),
+        (None, _) => Err(format!("pass {pass} has ended, and others after it; see `events`")),
     }
 }
 
@@ -135,13 +137,14 @@ fn show(bar: &ProgressBar, scan: &ScanReport) {
 mod tests {
     use super::*;
     use crate::control::volume::scripted::sample_scan;
-    use crate::runtime::scan_report::{LastPassReport, SkippedReport};
+    use crate::runtime::scan_report::{LastPassReport, ScanRange, SkippedReport};
 
     /// Pass 3, when it is over.
     fn over(complete: bool) -> ScanReport {
         let mut scan = sample_scan();
         scan.state = "waiting".into();
-        scan.last = Some(LastPassReport { pass: 3, started: 100, ended: 223, complete, found: scan.found });
+        scan.last =
+            Some(LastPassReport { pass: 3, started: 100, ended: 223, complete, cancelled: false, found: scan.found });
         scan
     }
 
@@ -156,12 +159,13 @@ mod tests {
     }
 
     #[test]
-    fn a_pass_over_a_range_is_success_when_all_of_it_was_read() {
+    fn a_pass_over_a_range_is_success_when_nothing_of_it_was_skipped() {
         let mut scan = over(false);
-        (scan.covered_bytes, scan.total_bytes) = (8192, 8192);
+        scan.range = Some(ScanRange { start: 8, count: 16 });
         assert!(verdict(3, &scan).is_ok());
-        scan.covered_bytes = 4096;
-        assert!(verdict(3, &scan).unwrap_err().contains("was cancelled"));
+        // After a restart nobody knows.
+        scan.total_bytes = 0;
+        assert!(verdict(3, &scan).unwrap_err().contains("`events`"));
     }
 
     #[test]
@@ -178,10 +182,11 @@ mod tests {
     }
 
     #[test]
-    fn a_pass_that_left_no_result_was_cancelled() {
-        let mut scan = sample_scan();
-        scan.state = "waiting".into();
+    fn a_pass_that_was_cancelled_or_is_forgotten_is_an_error() {
+        let mut scan = over(false);
+        scan.last = scan.last.map(|last| LastPassReport { cancelled: true, ..last });
         assert!(verdict(3, &scan).unwrap_err().contains("pass 3 was cancelled"));
+        assert!(verdict(1, &scan).unwrap_err().contains("pass 1 has ended, and others after it"));
         assert!(verdict(0, &ScanReport::default()).unwrap_err().contains("`scan start`"));
     }
 }

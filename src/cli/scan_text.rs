@@ -22,7 +22,12 @@ pub(super) fn lines(scan: &ScanReport) -> Vec<String> {
     }
     let date = |seconds| time(seconds, humantime::format_rfc3339_seconds).unwrap_or_else(|| "-".into());
     if let Some(last) = scan.last {
-        let complete = if last.complete { "complete" } else { "not complete" };
+        let complete = match (last.complete, last.cancelled) {
+            (true, _) => "complete",
+            (_, true) => "cancelled",
+            _ if scan.pass == last.pass && scan.range.is_some() && scan.skipped_bytes == 0 => "of a range",
+            _ => "not complete",
+        };
         let mut line = format!("last: pass {}, {complete}, {} to {}", last.pass, date(last.started), date(last.ended));
         if let Some(ended) = scan.last_complete.filter(|_| !last.complete) {
             line.push_str(&format!("; the last complete one ended {}", date(ended)));

@@ -285,6 +285,7 @@ pub(crate) mod scripted {
             started: 1_767_000_000,
             ended: 1_767_003_600,
             complete: true,
+            cancelled: false,
             found: ScanFound::default(),
         };
         ScanReport {

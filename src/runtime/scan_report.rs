@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::scan::{Found, LastPass, ScanParams, ScanStatus, Skipped};
 
-/// The scanner: what it was told, and how its pass stands.
+/// The scanner: what it was told, and how its pass stands. Where none is under way, `started` to `skipped_bytes` are of
+/// the last one: how far it came, and what it skipped, until the volume is closed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ScanReport {
     /// `off` (passes begin only by order, and none is under way), `waiting` (for the time of the next one), `running`,
@@ -26,7 +27,7 @@ pub struct ScanReport {
     pub move_weak: bool,
     /// The number of the pass that is under way; of the last one where none is; 0 before the first.
     pub pass: u64,
-    /// The sectors that it covers; absent where that is the whole volume, with slots and metadata.
+    /// The sectors that it covers, or covered; absent where that is the whole volume, with slots and metadata.
     #[serde(default)]
     pub range: Option<ScanRange>,
     /// Whether it only looks: nothing is moved, healed or repaired.
@@ -150,14 +151,16 @@ pub struct LastPassReport {
     pub ended: u64,
     /// Whether it was of the whole volume and skipped nothing.
     pub complete: bool,
+    /// Whether it was given up by order.
+    pub cancelled: bool,
     /// What it came upon.
     pub found: ScanFound,
 }
 
 impl From<LastPass> for LastPassReport {
     fn from(last: LastPass) -> Self {
-        let LastPass { pass, started, ended, complete, found } = last;
-        LastPassReport { pass, started, ended, complete, found: found.into() }
+        let LastPass { pass, started, ended, complete, cancelled, found } = last;
+        LastPassReport { pass, started, ended, complete, cancelled, found: found.into() }
     }
 }
 

@@ -66,6 +66,8 @@ pub(super) struct Scanner {
     usual_ns: [[Cell<u64>; 2]; 2],
     /// Blocks rewritten in place that no pass has read since.
     unproven: RefCell<BTreeSet<Block>>,
+    /// How the pass stood that ended last.
+    over: RefCell<ScanStatus>,
     /// Memory to read into.
     buffers: RefCell<Vec<AlignedBuf>>,
     /// When the volume was opened, seconds since the epoch.
@@ -84,6 +86,7 @@ impl Scanner {
             pace: RefCell::default(),
             usual_ns: std::array::from_fn(|_| std::array::from_fn(|_| Cell::new(0))),
             unproven: RefCell::default(),
+            over: RefCell::default(),
             buffers: RefCell::default(),
             opened: Cell::new(0),
         }
@@ -235,13 +238,21 @@ impl Core {
     }
 
     async fn cancel_scan(self: &Rc<Self>) -> Result<String, String> {
-        let Some(pass) = self.scan.pass.borrow_mut().take() else { return Err("no pass is under way".into()) };
-        self.end_turn();
+        let Some(pass) = self.take_pass() else { return Err("no pass is under way".into()) };
         let number = pass.number;
-        self.record_end(&pass, false);
+        self.record_end(&pass, false, true);
         self.scan_event(Severity::Info, "the operator's order", format!("pass {number} was given up"));
         self.keep_place().await;
         Ok(format!("pass {number} was given up"))
+    }
+
+    /// The pass that was under way, which is so no more.
+    fn take_pass(&self) -> Option<Pass> {
+        let status = self.scan_status();
+        let pass = self.scan.pass.borrow_mut().take()?;
+        *self.scan.over.borrow_mut() = status;
+        self.end_turn();
+        Some(pass)
     }
 
     /// Save where a pass stands. It is saved from time to time anyway: if it cannot be now, more is read again.
@@ -361,14 +372,13 @@ impl Core {
     }
 
     async fn end_pass(self: &Rc<Self>) {
-        let Some(pass) = self.scan.pass.borrow_mut().take() else { return };
-        self.end_turn();
+        let Some(pass) = self.take_pass() else { return };
         self.scan.buffers.borrow_mut().clear();
         let complete = pass.scope.range.is_none() && pass.skipped_bytes == 0;
         if complete {
             self.tally.borrow_mut().health_scans += 1;
         }
-        self.record_end(&pass, complete);
+        self.record_end(&pass, complete, false);
         let Found { bad, recovered, slow, lost, healed, moved, rewritten, metadata } = pass.found;
         let severity = if bad + slow + lost + metadata > 0 { Severity::Warn } else { Severity::Info };
         let cause = format!(
@@ -385,10 +395,11 @@ impl Core {
         self.keep_place().await;
     }
 
-    fn record_end(&self, pass: &Pass, complete: bool) {
+    fn record_end(&self, pass: &Pass, complete: bool, cancelled: bool) {
         let ended = self.wall_seconds();
         let mut record = self.scan.record.borrow_mut();
-        record.last = LastPass { pass: pass.number, started: pass.started, ended, complete, found: pass.found };
+        let Pass { number, started, found, .. } = *pass;
+        record.last = LastPass { pass: number, started, ended, complete, cancelled, found };
         if pass.scope.range.is_none() {
             record.whole_ended = ended;
         }
@@ -423,7 +434,11 @@ impl Core {
         let pass = self.scan.pass.borrow();
         let Some(pass) = pass.as_ref() else {
             let state = if next.is_some() { ScanState::Waiting } else { ScanState::Off };
-            return ScanStatus { state, pass: record.pass, last, last_complete, next, ..ScanStatus::default() };
+            let over = self.scan.over.borrow().clone();
+            let found = record.last.found;
+            let (held, speed_now, eta_seconds) = (None, 0, None);
+            let pass = record.pass;
+            return ScanStatus { state, held, pass, found, speed_now, eta_seconds, last, last_complete, next, ..over };
         };
         let (state, held) = match &pass.waits {
             _ if pass.paused => (ScanState::Paused, None),

@@ -123,11 +123,14 @@ pub struct LastPass {
     pub ended: u64,
     /// Whether it was of the whole volume and skipped nothing.
     pub complete: bool,
+    /// Whether it was given up by order.
+    pub cancelled: bool,
     /// What it came upon.
     pub found: Found,
 }
 
-/// How the scanner stands.
+/// How the scanner stands. Where no pass is under way, what is said of one is said of the last one, how far it came and
+/// what it skipped only until the volume is closed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ScanStatus {
     /// What it is doing.

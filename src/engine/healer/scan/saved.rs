@@ -68,7 +68,7 @@ pub(super) fn encode(record: &Record, pass: Option<&Pass>) -> [u64; WORDS] {
         last.pass,
         last.started,
         last.ended,
-        u64::from(last.complete) | record.whole_ended << 1,
+        u64::from(last.complete) | u64::from(last.cancelled) << 1 | record.whole_ended << 2,
     ]);
     words_of[21..29].copy_from_slice(&words(&last.found));
     words_of[29] = record.complete_ended;
@@ -89,9 +89,10 @@ pub(super) fn decode(saved: &[u64]) -> (Record, Option<Pass>) {
             started: w[18],
             ended: w[19],
             complete: w[20] & 1 == 1,
+            cancelled: w[20] & 2 == 2,
             found: found(&w[21..29]),
         },
-        whole_ended: w[20] >> 1,
+        whole_ended: w[20] >> 2,
         complete_ended: w[29],
         weak_day: low(w[30] >> 32),
         weak_of_day: low(w[30]),
@@ -134,7 +135,7 @@ mod tests {
         };
         let record = Record {
             pass: 3,
-            last: LastPass { pass: 2, started: 10, ended: 20, complete: true, found: some(100) },
+            last: LastPass { pass: 2, started: 10, ended: 20, complete: true, cancelled: true, found: some(100) },
             whole_ended: 20,
             complete_ended: 19,
             weak_day: 20_000,
