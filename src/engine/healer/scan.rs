@@ -22,7 +22,7 @@ use crate::device::buffer::AlignedBuf;
 use crate::engine::scan::pace::Pace;
 use crate::engine::scan::plan::{Order, UNIT_SLOTS};
 use crate::engine::scan::{
-    Found, GuestLoad, LastPass, ScanOrder, ScanParams, ScanScope, ScanState, ScanStatus, Window,
+    Found, GuestLoad, LastPass, ScanOrder, ScanParams, ScanScope, ScanState, ScanStatus, Skipped, Window,
 };
 use crate::units::{Block, SECTOR_SIZE, Sector, SectorRange};
 
@@ -129,8 +129,9 @@ impl Core {
         self.scan.opened.set(self.wall_seconds());
         if let Some(pass) = self.scan.pass.borrow_mut().as_mut() {
             // A volume only ever grows; what a damaged page says is not believed.
-            let whole = self.geometry();
-            pass.scope.range = pass.scope.range.filter(|range| whole.contains(*range));
+            if pass.extent.is_empty() || !self.geometry().contains(pass.extent) {
+                (pass.scope.range, pass.extent) = (None, self.whole());
+            }
         }
         if self.scan.wants_load() {
             self.work_at_pass();
@@ -202,7 +203,8 @@ impl Core {
             record.pass += 1;
             record.pass
         };
-        let pass = Pass::new(number, scope, ordered, self.wall_seconds());
+        let mut pass = Pass::new(number, scope, ordered, self.wall_seconds());
+        pass.extent = scope.range.unwrap_or_else(|| self.whole());
         *self.scan.pass.borrow_mut() = Some(pass);
         let cause = if ordered { "the operator's order" } else { "it was due" };
         self.scan_event(Severity::Info, cause, format!("pass {number} began"));
@@ -292,8 +294,12 @@ impl Core {
             let cursor = self.of_pass(turn, |pass| pass.cursor)?;
             let (step, next) = match cursor.stage {
                 Stage::Primary => self.read_units(turn).await?,
-                Stage::Slots => (self.read_slots(turn, cursor.position).await?, cursor.position + 1),
+                Stage::Slots => {
+                    self.of_pass(turn, |pass| pass.begin_step(0))?;
+                    (self.read_slots(turn, cursor.position).await?, cursor.position + 1)
+                }
                 Stage::Metadata => {
+                    self.of_pass(turn, |pass| pass.begin_step(0))?;
                     let step = self.read_metadata(turn, cursor.position).await?;
                     (step, cursor.position + PAGES_A_STEP as u64)
                 }
@@ -307,7 +313,9 @@ impl Core {
                 Stage::Metadata => next >= self.metadata_pages(),
             };
             let goes_on = self.of_pass(turn, |pass| {
-                pass.cursor.position = next;
+                if cursor.stage != Stage::Primary {
+                    pass.end_step(next, std::iter::empty());
+                }
                 !(over && pass.urgent.is_empty()) || pass.next_stage()
             })?;
             if !goes_on {
@@ -363,15 +371,22 @@ impl Core {
 
     /// The order in which a pass reads the primary.
     fn scan_order_of(&self, turn: Turn) -> Result<Order, Stopped> {
-        let range = self.of_pass(turn, |pass| pass.scope.range)?;
-        Ok(self.order_of(range))
+        self.of_pass(turn, |pass| Order::new(pass.extent))
     }
 
-    fn order_of(&self, range: Option<SectorRange>) -> Order {
-        Order::new(range.unwrap_or(SectorRange { start: Sector(0), count: self.geometry().capacity }))
+    fn whole(&self) -> SectorRange {
+        SectorRange { start: Sector(0), count: self.geometry().capacity }
     }
 
     async fn end_pass(self: &Rc<Self>) {
+        if let Some(pass) = self.scan.pass.borrow_mut().as_mut()
+            && pass.scope.range.is_none()
+            && pass.extent != self.whole()
+        {
+            let (from, to) = (bytes_of(pass.extent), bytes_of(self.whole()));
+            let why = "the disk has grown since the pass began".to_owned();
+            pass.skip(Skipped { device: DeviceIndex::PRIMARY, offset: from, len: to.saturating_sub(from), why });
+        }
         let Some(pass) = self.take_pass() else { return };
         self.scan.buffers.borrow_mut().clear();
         let complete = pass.scope.range.is_none() && pass.skipped_bytes == 0;
@@ -419,9 +434,10 @@ impl Core {
 
     /// Bytes that the pass is to go over: each block where it lives, and all pages of metadata.
     fn scan_total(&self) -> u64 {
-        let range = self.scan.pass.borrow().as_ref().and_then(|pass| pass.scope.range);
-        let metadata = if range.is_some() { 0 } else { self.metadata_bytes() };
-        self.order_of(range).bytes() + metadata
+        let pass = self.scan.pass.borrow();
+        let (extent, all) =
+            pass.as_ref().map_or((self.whole(), true), |pass| (pass.extent, pass.scope.range.is_none()));
+        bytes_of(extent) + if all { self.metadata_bytes() } else { 0 }
     }
 
     /// How the scanner stands.
