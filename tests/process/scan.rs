@@ -39,9 +39,36 @@ fn wait(server: &Server) -> Output {
     }
 }
 
-/// Bytes read from both devices, counted where operations are submitted.
+/// Says at its end that it is over, also when that is a panic.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Wait for the pass, and work meanwhile.
+fn wait_beside(server: &Server, mut work: impl FnMut()) -> Output {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        let waiting = threads.spawn(|| {
+            let _over = Over(&over);
+            wait(server)
+        });
+        while !over.load(Ordering::Relaxed) {
+            work();
+        }
+        waiting.join().expect("it says why")
+    })
+}
+
+/// Bytes read from both devices, counted where operations are submitted, less those that the guest asked for.
 fn device_bytes_read(server: &Server) -> u64 {
-    stats(server).devices.iter().filter(|row| row.operation == "read").map(|row| row.bytes).sum()
+    let report = stats(server);
+    let devices: u64 = report.devices.iter().filter(|row| row.operation == "read").map(|row| row.bytes).sum();
+    let guest: u64 = report.operations.iter().filter(|row| row.operation == "read").map(|row| row.bytes).sum();
+    devices - guest
 }
 
 /// Add a fault rule for each of the sectors.
@@ -159,34 +186,24 @@ fn a_pass_beside_a_guest_finds_the_same_and_the_guest_gets_what_it_wrote() {
     let mut model = Model::written(&mut guest, PLACES_END, 8 * MIB, 1);
     let before = device_bytes_read(&server);
     server.order(&["scan", "start"]);
-    let over = AtomicBool::new(false);
-    let (status, read) = std::thread::scope(|threads| {
-        threads.spawn(|| {
-            let mut random = Random(9);
-            let mut stamp = 1;
-            while !over.load(Ordering::Relaxed) {
-                let ios: Vec<Io> = (0..4)
-                    .map(|i| {
-                        // Each in a part of its own: they run at the same time.
-                        let sector = PLACES_END + i * 2 * MIB + random.below(2 * MIB - 16);
-                        stamp += 1;
-                        if random.below(3) > 0 {
-                            Io::Read { sector, count: 8 }
-                        } else {
-                            model.write(sector, pattern(sector, 16, stamp))
-                        }
-                    })
-                    .collect();
-                assert!(guest.queue().run(&ios).iter().all(Result::is_ok));
+    let mut random = Random(9);
+    let mut stamp = 1;
+    let output = wait_beside(&server, || {
+        let mut request = |part: u64| {
+            // Each in a part of its own: they run at the same time.
+            let sector = PLACES_END + part * 2 * MIB + random.below(2 * MIB - 16);
+            stamp += 1;
+            match random.below(3) {
+                0 => model.write(sector, pattern(sector, 16, stamp)),
+                _ => Io::Read { sector, count: 8 },
             }
-            model.check_all(guest.queue());
-        });
-        let output = wait(&server);
-        let found = (server.status(), device_bytes_read(&server) - before);
-        over.store(true, Ordering::Relaxed);
-        done(&output);
-        found
+        };
+        let ios: Vec<Io> = (0..4).map(&mut request).collect();
+        assert!(guest.queue().run(&ios).iter().all(Result::is_ok));
     });
+    done(&output);
+    let (status, read) = (server.status(), device_bytes_read(&server) - before);
+    model.check_all(guest.queue());
     places.check(&status, read);
     assert!(status.counters.reads > 0 && status.counters.guest_errors == 0, "{status:?}");
 }
@@ -203,19 +220,11 @@ fn a_pass_beside_a_full_queue_finds_what_is_bad_at_the_rate_it_was_told() {
     faults(&server, &["--ops", "read"], &bad);
     let mut guest = server.guest(1);
     server.order(&["scan", "start"]);
-    let over = AtomicBool::new(false);
-    std::thread::scope(|threads| {
-        threads.spawn(|| {
-            while !over.load(Ordering::Relaxed) {
-                let ios: Vec<Io> =
-                    (0..32).map(|_| Io::Read { sector: 24 * MIB + random.below(8 * MIB - 8), count: 8 }).collect();
-                assert!(guest.queue().run(&ios).iter().all(Result::is_ok));
-            }
-        });
-        let output = wait(&server);
-        over.store(true, Ordering::Relaxed);
-        done(&output);
-    });
+    done(&wait_beside(&server, || {
+        let ios: Vec<Io> =
+            (0..32).map(|_| Io::Read { sector: 24 * MIB + random.below(8 * MIB - 8), count: 8 }).collect();
+        assert!(guest.queue().run(&ios).iter().all(Result::is_ok));
+    }));
     let pending: Vec<u64> = server.list().iter().flat_map(|entry| entry.pending.clone()).collect();
     assert_eq!(pending, bad);
     let report = scan(&server);

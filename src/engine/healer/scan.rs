@@ -124,15 +124,19 @@ impl Scanner {
 }
 
 impl Core {
-    /// Go on with a pass that the last close interrupted, and begin those that are due.
-    pub(super) fn begin_scanning(self: &Rc<Self>) {
-        self.scan.opened.set(self.wall_seconds());
+    /// See that a pass that the last close interrupted fits the disk.
+    pub(super) fn fit_pass(&self) {
         if let Some(pass) = self.scan.pass.borrow_mut().as_mut() {
             // A volume only ever grows; what a damaged page says is not believed.
             if pass.extent.is_empty() || !self.geometry().contains(pass.extent) {
                 (pass.scope.range, pass.extent) = (None, self.whole());
             }
         }
+    }
+
+    /// Go on with a pass that the last close interrupted, and begin those that are due.
+    pub(super) fn begin_scanning(self: &Rc<Self>) {
+        self.scan.opened.set(self.wall_seconds());
         if self.scan.wants_load() {
             self.work_at_pass();
         }
