@@ -290,7 +290,8 @@ fn announce(options: &ServeOptions, volume: &HeldVolume) {
         Listen::Path(path) => path.display().to_string(),
         Listen::Fd(fd) => format!("descriptor {fd}"),
     };
-    let format = if options.passthrough { "passthrough".to_owned() } else { "format 1, scanning off".to_owned() };
+    let format = if options.passthrough { "passthrough" } else { "format 1" };
+    let scanning = if options.scan_interval().is_some() { "on" } else { "off" };
     let mode = if status.state.iter().any(|state| state != "ok") {
         format!(", state {}", status.state.join(" "))
     } else {
@@ -304,7 +305,7 @@ fn announce(options: &ServeOptions, volume: &HeldVolume) {
     // Whoever started the server may have closed its output; that is no reason not to serve.
     let _ = writeln!(
         io::stdout(),
-        "vhost-remap {}: {}: {} MiB, {format}, {remaps}, {}, {} workers, {} transport, listening on {listen}{mode}",
+        "vhost-remap {}: {}: {} MiB, {format}, scanning {scanning}, {remaps}, {}, {} workers, {} transport, listening on {listen}{mode}",
         status.version,
         options.primary.display(),
         status.capacity_sectors / 2048,

@@ -53,6 +53,16 @@ fn wrong_usage_exits_with_2_and_says_why() {
         "cannot be used with",
     );
     check_usage_error(&["status"], "--control-path");
+    let serve = |words: &[&'static str]| [&["serve", "--primary", "p", "--fd", "3"], words].concat();
+    check_usage_error(&serve(&["--scan-interval", "30m"]), "between 1h and 90d");
+    check_usage_error(&serve(&["--scan-interval", "soon"]), "no time such as 14d");
+    check_usage_error(&serve(&["--scan-interval-hours", "169"]), "a whole number from 1 to 168 is needed");
+    check_usage_error(&serve(&["--scan-interval-hours", "9", "--scan-interval", "9h"]), "cannot be used with");
+    check_usage_error(&serve(&["--scan-rate", "63K"]), "less than 64K");
+    check_usage_error(&serve(&["--scan-window", "25:00-26:00"]), "no window such as 22:00-06:00");
+    check_usage_error(&serve(&["--move-weak", "maybe"]), "auto");
+    check_usage_error(&["scan", "start", "--control-path", "c", "--range", "9-8"], "ends before it starts");
+    check_usage_error(&["scan", "stop", "--control-path", "c"], "unrecognized subcommand");
     check_usage_error(&["list", "--control-path", "c", "--lost", "--pending"], "cannot be used with");
     check_usage_error(&["remap", "--control-path", "c", "15-8"], "ends before it starts");
     check_usage_error(&["log-level", "--control-path", "c", "4"], "a whole number from 0 to 3 is needed");
@@ -88,6 +98,9 @@ fn without_a_server_every_question_fails_in_one_line() {
         &["health"],
         &["surface"],
         &["clear-stats"],
+        &["scan", "start"],
+        &["scan", "pause"],
+        &["scan", "wait"],
         &["status", "--line"],
         &["status", "--watch", "1"],
     ] {
@@ -122,7 +135,7 @@ fn capabilities_are_printed_whatever_else_is_asked() {
 /// Who types nothing is told what there is, and not what is wrong.
 #[test]
 fn without_words_the_help_is_shown_as_an_error() {
-    for words in [&[][..], &["fault"]] {
+    for words in [&[][..], &["fault"], &["scan"]] {
         let output = vhost_remap(words);
         assert_eq!(output.status.code(), Some(2), "{words:?}");
         assert!(output.stdout.is_empty() && text(&output.stderr).contains("Usage:"), "{words:?}");

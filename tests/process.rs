@@ -78,6 +78,8 @@ mod refusals;
 mod resize;
 #[path = "process/restart.rs"]
 mod restart;
+#[path = "process/scan.rs"]
+mod scan;
 #[path = "process/scenarios.rs"]
 mod scenarios;
 #[path = "process/seccomp.rs"]

@@ -11,6 +11,7 @@ use super::fault::{self, FaultErrno};
 use super::logging::LogFormat;
 use super::parse;
 use super::report_args::{HealthArgs, StatusOutputArgs, SurfaceArgs};
+use super::scan_args::{ScanCommand, ScanServeArgs};
 use crate::device::DeviceIndex;
 use crate::device::fault::{DELAY_MS_MAX, FaultOp};
 use crate::runtime::options::{Cache, FailOrHold, IoEngine, Transport};
@@ -72,6 +73,14 @@ pub enum Command {
     Save(ControlArgs),
     /// Grow the disk, under the running guest.
     Resize(ResizeArgs),
+    /// Read the whole volume, or a part, to meet trouble while it can be helped.
+    #[command(
+        subcommand,
+        alias = "scrub",
+        after_help = "Example:\n  vhost-remap scan start --control-path \
+/run/vm1.sock.ctl --wait"
+    )]
+    Scan(ScanCommand),
     /// Ask whether the server is there.
     #[command(after_help = "Example:\n  vhost-remap ping --control-path /run/vm1.sock.ctl")]
     Ping(ControlArgs),
@@ -243,6 +252,9 @@ pub struct ServeArgs {
     /// Where a write needs a slot and none is free: `fail` it, or `hold` it, for at most so many seconds.
     #[arg(long, value_name = "fail|hold[=SECONDS]", default_value = "fail")]
     pub on_spare_full: FailOrHold,
+    /// The scanner.
+    #[command(flatten)]
+    pub scan: ScanServeArgs,
     /// How much to log: 0 warnings, 1 information, 2 debugging, 3 everything.
     #[arg(long, aliases = ["dm_remap_debug", "debug_level"], value_name = "0..3", default_value_t = 1,
         value_parser = parse::number(0_u8, 3))]
@@ -426,7 +438,8 @@ pub struct LogLevelArgs {
     pub level: u8,
 }
 
-fn one_of<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+/// A value with one of these names.
+pub(super) fn one_of<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
 where
     T: std::str::FromStr<Err = String> + Clone + Send + Sync + 'static,
 {

@@ -14,8 +14,30 @@ const SUFFIXES: [(char, u32); 5] = [('K', 10), ('M', 20), ('G', 30), ('T', 40), 
 /// Bytes in the answer to GET_ID (virtio 1.3 §5.2.6).
 const SERIAL_MAX: usize = 20;
 
+/// The slowest that the scanner can be told to read, in bytes of a second.
+const RATE_MIN: u64 = 64 << 10;
+
 /// A size in bytes: `10G`, `512M`, `1T`, `4096`. A multiple of 512, not zero.
 pub(super) fn size(text: &str) -> Result<u64, String> {
+    let bytes = number_of_bytes(text)?;
+    if bytes == 0 {
+        return Err("a disk cannot have size 0".into());
+    }
+    if bytes % SECTOR_SIZE != 0 {
+        let (down, up) = (bytes - bytes % SECTOR_SIZE, bytes.next_multiple_of(SECTOR_SIZE));
+        let next = if down == 0 { format!("one is {up}") } else { format!("ones are {down} and {up}") };
+        return Err(format!("{bytes} bytes is not a multiple of {SECTOR_SIZE}; the next {next}"));
+    }
+    Ok(bytes)
+}
+
+/// Bytes of a second, written as a size: at least 64K.
+pub(super) fn rate(text: &str) -> Result<u64, String> {
+    let bytes = number_of_bytes(text)?;
+    if bytes < RATE_MIN { Err(format!("{text:?} of a second is less than 64K, the least")) } else { Ok(bytes) }
+}
+
+fn number_of_bytes(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no size; write it like 10G, 512M, 1T or in bytes");
     let upper = text.to_ascii_uppercase();
     if upper.len() > 2 && upper.ends_with('B') && !upper.ends_with("IB") {
@@ -35,14 +57,6 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
     let bytes = number.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift)).ok_or_else(too_large)?;
     if bytes > i64::MAX.cast_unsigned() {
         return Err(too_large());
-    }
-    if bytes == 0 {
-        return Err("a disk cannot have size 0".into());
-    }
-    if bytes % SECTOR_SIZE != 0 {
-        let (down, up) = (bytes - bytes % SECTOR_SIZE, bytes.next_multiple_of(SECTOR_SIZE));
-        let next = if down == 0 { format!("one is {up}") } else { format!("ones are {down} and {up}") };
-        return Err(format!("{bytes} bytes is not a multiple of {SECTOR_SIZE}; the next {next}"));
     }
     Ok(bytes)
 }
@@ -141,6 +155,12 @@ mod tests {
         check("1000", "the next ones are 512 and 1024");
         check("8192P", "too large");
         check("99999999999999999999", "too large");
+    }
+
+    #[test]
+    fn a_rate_is_a_size_of_64_kib_or_more() {
+        assert_eq!((rate("50M"), rate("64K"), rate("65537")), (Ok(50 << 20), Ok(65_536), Ok(65_537)));
+        assert!(rate("63K").unwrap_err().contains("64K") && rate("0").is_err() && rate("fast").is_err());
     }
 
     #[test]

@@ -50,6 +50,9 @@ pub enum CliError {
     /// Serving failed.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// A pass of the scanner is not, or not well, at its end.
+    #[error("{0}")]
+    Scan(String),
     /// Signals cannot be had.
     #[error("cannot listen for SIGTERM and SIGINT: {0}")]
     Signals(io::Error),
@@ -119,6 +122,7 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
         Command::Verify(args) => super::verify::run(&args, out),
         Command::Release(args) => Server::of(&args.control)?.sectors("/v1/release", &args, out),
         Command::Resize(args) => Server::of(&args.control)?.order("/v1/resize", &Resize { size: args.size }, out),
+        Command::Scan(command) => super::scan::run(command, out),
         Command::Ping(args) => Server::of(&args)?.ping(out),
         Command::LogLevel(args) => Server::of(&args.control)?.log_level(&args, out),
         Command::Health(args) => super::health::run(&args, out),
@@ -179,6 +183,7 @@ pub(super) fn serve_options(args: ServeArgs) -> Result<ServeOptions, CliError> {
         lock_wait: Duration::from_secs(args.lock_wait),
         control_group: args.control_group,
         http_listen: args.http_listen,
+        scan: args.scan.options(),
     })
 }
 
@@ -293,7 +298,7 @@ impl Server {
         self.print(&pong, |pong| format!("pong from vhost-remap {}", pong.version), out)
     }
 
-    fn order(&self, route: &str, body: &impl Serialize, out: &mut dyn Write) -> Result<(), CliError> {
+    pub(super) fn order(&self, route: &str, body: &impl Serialize, out: &mut dyn Write) -> Result<(), CliError> {
         let done: Done = self.post(route, body)?;
         self.print(&done, |done| done.message.clone(), out)
     }

@@ -7,12 +7,14 @@ use clap::{CommandFactory, Parser};
 use super::run::{CliError, run, serve_options};
 use super::{Args, with_subcommand};
 use crate::control::tests::Running;
-use crate::control::volume::Order;
 use crate::control::volume::scripted::{ScriptedVolume, entry, event};
+use crate::control::volume::{Order, ScanOrder, ScanScope};
 use crate::device::fault::FaultTable;
 use crate::runtime::options::{
     Cache, CreateIfAbsent, FailOrHold, IoEngine, Listen, ServeOptions, Transport, VolumeShape,
 };
+use crate::runtime::scan_options::{MoveWeak, ScanInterval, ScanOptions};
+use crate::runtime::scan_report::{LastPassReport, ScanReport};
 use crate::units::{Sector, SectorRange};
 
 /// Run `words` with the server's control path in place of `CTL`; the output.
@@ -144,6 +146,41 @@ ID  DEVICE   OPS         SECTORS  ERROR      HITS  DETAILS
     assert!(error.contains("the rule does nothing"), "{error}");
 }
 
+#[test]
+fn scan_s_verbs_reach_the_volume() {
+    let mut scripted = ScriptedVolume::new();
+    let last = LastPassReport { pass: 3, complete: true, ..LastPassReport::default() };
+    (scripted.status.scan.state, scripted.status.scan.last) = ("waiting".into(), Some(last));
+    let (running, volume) = Running::one(scripted);
+    for words in ["start", "pause", "resume", "cancel"] {
+        assert_eq!(typed(&running, &format!("scan {words} --control-path CTL")).unwrap(), "done as told\n");
+    }
+    let waited = typed(&running, "scrub start --control-path CTL --range 8-23 --check-only --wait").unwrap();
+    assert!(waited.starts_with("done as told\npass 3 has ended after 0s: ") && waited.lines().count() == 2, "{waited}");
+    let range = SectorRange { start: Sector(8), count: 16 };
+    let expected = [
+        ScanOrder::Start(ScanScope::default()),
+        ScanOrder::Pause,
+        ScanOrder::Resume,
+        ScanOrder::Cancel,
+        ScanOrder::Start(ScanScope { range: Some(range), check_only: true }),
+    ];
+    assert_eq!(*volume.orders.lock().unwrap(), expected.map(Order::Scan));
+    let json = typed(&running, "scan wait --control-path CTL --json").unwrap();
+    assert_eq!(serde_json::from_str::<ScanReport>(&json).unwrap(), volume.status.scan);
+}
+
+#[test]
+fn waiting_for_a_pass_that_takes_too_long_or_loses_its_server_is_one_line() {
+    let (running, _) = Running::one(ScriptedVolume::new());
+    let why = typed(&running, "scan wait --control-path CTL --timeout 0").unwrap_err().to_string();
+    assert_eq!(
+        why,
+        "not done within 0 s: pass 3: 25.0 %, 100 MiB/s now, 80 MiB/s on average, 1m 36s left, 2.5 GiB of 10 GiB; it \
+         goes on"
+    );
+}
+
 fn serve_options_of(words: &str) -> ServeOptions {
     let args = Args::try_parse_from(words.split(' ')).unwrap();
     let super::args::Command::Serve(args) = args.command else { panic!("not serve") };
@@ -175,6 +212,7 @@ fn serve_has_defaults_for_all_but_the_disk_and_the_socket() {
         incoming: false,
         control_group: None,
         http_listen: None,
+        scan: ScanOptions::default(),
         lock_wait: std::time::Duration::from_secs(30),
     };
     assert_eq!(options, expected);
@@ -198,6 +236,28 @@ fn serve_takes_what_it_is_told() {
     assert_eq!(serve_options_of("x serve --primary p --fd 3 --passthrough").spare, None);
     let framework = serve_options_of("x serve --primary p --fd 3 --transport framework");
     assert_eq!(framework.transport, Transport::Framework);
+}
+
+#[test]
+fn serve_takes_what_the_scanner_is_told() {
+    let of = |words: &str| serve_options_of(&format!("x serve --primary p --fd 3 {words}"));
+    let every = |hours: u64| ScanInterval::Every(std::time::Duration::from_secs(hours * 3600));
+    assert_eq!(of("").scan.interval, every(14 * 24));
+    assert_eq!(of("--scan-interval off").scan.interval, ScanInterval::Off);
+    assert_eq!(of("--scan-interval-hours 168").scan.interval, every(168));
+    let told = of("--scan-interval 36h --scan-rate 50M --scan-window 22:00-06:00 --move-weak on");
+    let scan = ScanOptions {
+        interval: every(36),
+        rate: Some(50 << 20),
+        window: "22:00-06:00".parse().unwrap(),
+        move_weak: MoveWeak::On,
+    };
+    assert_eq!((told.scan, told.scan_interval()), (scan, every(36).time()));
+    // Where no metadata is written, passes do not begin by themselves.
+    assert_eq!((of("--passthrough").scan_interval(), of("--read-only").scan_interval()), (None, None));
+    let mut command = Args::command();
+    let help = command.find_subcommand_mut("serve").unwrap().render_long_help().to_string();
+    assert!(help.contains("--scan-interval <TIME>") && !help.contains("scan-interval-hours"), "{help}");
 }
 
 fn argv(words: &str) -> Vec<OsString> {

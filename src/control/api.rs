@@ -13,6 +13,8 @@
 //! | `POST /v1/clear`, `POST /v1/save` | [`Done`] |
 //! | `POST /v1/remap`, `POST /v1/release` with [`Sectors`] | [`Done`] |
 //! | `POST /v1/resize` with [`Resize`] | [`Done`] |
+//! | `POST /v1/scan/start` with a [`ScanStart`], or nothing | [`Done`] |
+//! | `POST /v1/scan/pause`, `POST /v1/scan/resume`, `POST /v1/scan/cancel` | [`Done`] |
 //! | `POST /v1/log-level` with [`LogLevel`] | [`LogLevel`] |
 //! | `GET /proc` | plain text |
 //! | `GET /v1/health` | [`HealthReport`](crate::runtime::health::HealthReport) |
@@ -127,6 +129,16 @@ pub struct Resize {
     /// Bytes, a multiple of 512; all that the primary has room for where absent.
     #[serde(default)]
     pub size: Option<u64>,
+}
+
+/// What a pass of the scanner is to cover.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScanStart {
+    /// Only these sectors; the whole volume, slots and metadata where absent.
+    pub range: Option<Sectors>,
+    /// Only look: nothing is moved, healed or repaired.
+    pub check_only: bool,
 }
 
 /// An order was carried out.

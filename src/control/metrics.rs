@@ -25,6 +25,9 @@ const STATES: [&str; 10] = [
     "away",
 ];
 
+/// All that the scanner can be at.
+const SCAN_STATES: [&str; 6] = ["off", "waiting", "running", "paused", "outside-window", "held"];
+
 /// Limits of the buckets of latencies, as powers of two of nanoseconds: from 8.2 µs to 17 s.
 const LATENCY_SHIFTS: std::ops::RangeInclusive<u32> = 13..=34;
 
@@ -44,6 +47,7 @@ pub fn render(volumes: &[Sample]) -> String {
     state(&mut out);
     blocks(&mut out);
     healing(&mut out);
+    scanner(&mut out);
     devices(&mut out);
     requests(&mut out);
     out.encode()
@@ -156,6 +160,45 @@ fn healing(out: &mut Families<'_>) {
     out.counter("vhost_remap_commits_total", "Commits of the map.", |s| s.status.counters.commits);
     out.counter("vhost_remap_metadata_repairs_total", "Damaged copies of metadata rewritten.", |s| {
         s.status.counters.metadata_repairs
+    });
+}
+
+fn scanner(out: &mut Families<'_>) {
+    let help = "1 for what the scanner is at, as `status` names it; 0 for the others.";
+    out.many("vhost_remap_scan_state", help, MetricType::GAUGE, |s| {
+        let row = |state: &&str| {
+            (vec![("state", (*state).to_owned())], Value::Number(f64::from(s.status.scan.state == *state)))
+        };
+        SCAN_STATES.iter().map(row).collect()
+    });
+    out.gauge("vhost_remap_scan_progress_ratio", "Part of the scanner's pass that is done.", |s| {
+        s.status.scan.percent / 100.0
+    });
+    out.gauge("vhost_remap_scan_covered_bytes", "What the scanner's pass has been over.", |s| {
+        s.status.scan.covered_bytes as f64
+    });
+    out.gauge("vhost_remap_scan_pass_bytes", "What the scanner's pass is to go over, as it is now.", |s| {
+        s.status.scan.total_bytes as f64
+    });
+    out.gauge("vhost_remap_scan_skipped_bytes", "What the scanner's pass could not look at.", |s| {
+        s.status.scan.skipped_bytes as f64
+    });
+    out.gauge("vhost_remap_scan_speed_bytes_per_second", "What the scanner has covered in a second lately.", |s| {
+        s.status.scan.speed_now as f64
+    });
+    let help = "What the scanner's pass has come upon: blocks; lost ones are sectors.";
+    out.many("vhost_remap_scan_found", help, MetricType::GAUGE, |s| {
+        let kinds = s.status.scan.found.kinds();
+        kinds.map(|(kind, count)| (vec![("kind", kind.to_owned())], Value::Number(count as f64))).into()
+    });
+    let help = "End of the last pass that was of the whole volume and skipped nothing, since the epoch; 0: none was.";
+    out.gauge("vhost_remap_scan_last_completed_timestamp_seconds", help, |s| {
+        s.status.scan.last_complete.unwrap_or(0) as f64
+    });
+    let help = "From the start of a pass to that of the next one; absent where they begin only by order.";
+    out.many("vhost_remap_scan_interval_seconds", help, MetricType::GAUGE, |s| {
+        let interval = s.status.scan.interval_seconds.iter();
+        interval.map(|seconds| (Vec::new(), Value::Number(*seconds as f64))).collect()
     });
 }
 
@@ -355,6 +398,12 @@ mod tests {
                 "vhost_remap_volume_state{volume=\"a.img\",state=\"ok\"} 1",
                 "vhost_remap_volume_state{volume=\"a.img\",state=\"poisoned\"} 0",
                 "vhost_remap_slots{volume=\"a.img\",state=\"used\"} 12",
+                "vhost_remap_scan_state{volume=\"a.img\",state=\"running\"} 1",
+                "vhost_remap_scan_state{volume=\"a.img\",state=\"paused\"} 0",
+                "vhost_remap_scan_progress_ratio{volume=\"a.img\"} 0.25",
+                "vhost_remap_scan_found{volume=\"a.img\",kind=\"bad\"} 3",
+                "vhost_remap_scan_last_completed_timestamp_seconds{volume=\"a.img\"} 1767003600",
+                "vhost_remap_scan_interval_seconds{volume=\"a.img\"} 1209600",
                 "vhost_remap_oldest_request_seconds{volume=\"a.img\",operation=\"read\"} 0.0025",
                 "# TYPE vhost_remap_request_duration_seconds histogram",
                 "vhost_remap_request_duration_seconds_bucket{volume=\"a.img\",operation=\"read\",le=\"0.000065536\"} 0",

@@ -19,11 +19,11 @@ use tokio::time::Instant;
 use super::access::{self, Readers};
 use super::api::{
     Done, EVENTS_LIMIT_MAX, EventsQuery, Failure, LIST_LIMIT_MAX, ListPage, ListQuery, LogLevel, Pong,
-    REQUEST_BODY_MAX, Resize, SURFACE_CELLS_DEFAULT, Sectors, SurfaceQuery, WAIT_MAX_SECONDS,
+    REQUEST_BODY_MAX, Resize, SURFACE_CELLS_DEFAULT, ScanStart, Sectors, SurfaceQuery, WAIT_MAX_SECONDS,
 };
 use super::metrics::{self, Sample};
 use super::server::{ServedVolume, wait_stopped};
-use super::volume::{Order, Volume};
+use super::volume::{Order, ScanOrder, ScanScope, Volume};
 use super::{faults, log_level, proc_text};
 use crate::runtime::surface::CELLS_MAX;
 use crate::units::{SECTOR_SIZE, Sector, SectorRange};
@@ -73,6 +73,10 @@ fn orders() -> Router<State> {
         .route("/v1/remap", post(remap))
         .route("/v1/release", post(release))
         .route("/v1/resize", post(resize))
+        .route("/v1/scan/start", post(scan_start))
+        .route("/v1/scan/pause", post(scan_pause))
+        .route("/v1/scan/resume", post(scan_resume))
+        .route("/v1/scan/cancel", post(scan_cancel))
         .route("/v1/log-level", post(set_log_level))
         .route("/v1/clear-stats", post(clear_stats))
 }
@@ -294,6 +298,25 @@ async fn resize(Shared(state): Shared<State>, uri: Uri, bytes: Result<Bytes, Byt
         return Err(Refusal(StatusCode::BAD_REQUEST, format!("{size} bytes is no multiple of {SECTOR_SIZE}")));
     }
     state.order(&uri, Order::Resize(size)).await
+}
+
+async fn scan_start(Shared(state): Shared<State>, uri: Uri, bytes: Result<Bytes, BytesRejection>) -> Answer {
+    let nothing = bytes.as_ref().is_ok_and(Bytes::is_empty);
+    let ScanStart { range, check_only } = if nothing { ScanStart::default() } else { body(bytes)? };
+    let range = range.map(sectors).transpose()?;
+    state.order(&uri, Order::Scan(ScanOrder::Start(ScanScope { range, check_only }))).await
+}
+
+async fn scan_pause(Shared(state): Shared<State>, uri: Uri) -> Answer {
+    state.order(&uri, Order::Scan(ScanOrder::Pause)).await
+}
+
+async fn scan_resume(Shared(state): Shared<State>, uri: Uri) -> Answer {
+    state.order(&uri, Order::Scan(ScanOrder::Resume)).await
+}
+
+async fn scan_cancel(Shared(state): Shared<State>, uri: Uri) -> Answer {
+    state.order(&uri, Order::Scan(ScanOrder::Cancel)).await
 }
 
 fn sectors(Sectors { start, count }: Sectors) -> Result<SectorRange, Refusal> {

@@ -12,8 +12,8 @@ use super::api::{ListPage, REQUEST_BODY_MAX};
 use super::client::{Client, ClientError, REPORT_TIMEOUT};
 use super::server::{GRACE, ORDERS_MAX, ServedVolume, Server};
 use super::socket::{SocketFile, bind_unix};
-use super::volume::Order;
 use super::volume::scripted::{ScriptedVolume, entry, event};
+use super::volume::{Order, ScanOrder, ScanScope};
 use crate::runtime::health::HealthReport;
 use crate::runtime::report::{EventPage, StatusReport};
 use crate::runtime::surface::SurfaceReport;
@@ -151,13 +151,26 @@ fn orders_reach_the_volume() {
         ("/v1/release", json!({"start": 8, "count": 1})),
         ("/v1/resize", json!({"size": 1024})),
         ("/v1/resize", json!({})),
+        ("/v1/scan/start", json!({})),
+        ("/v1/scan/start", json!({"range": {"start": 8, "count": 16}, "check_only": true})),
+        ("/v1/scan/pause", json!({})),
+        ("/v1/scan/resume", json!({})),
+        ("/v1/scan/cancel", json!({})),
     ] {
         assert_eq!(post(target, body).unwrap(), json!({"message": "done as told"}));
     }
     let range = |count| SectorRange { start: Sector(8), count };
     let moves = [Order::Remap(range(16)), Order::Release(range(1))];
     let sizes = [Order::Resize(Some(1024)), Order::Resize(None)];
-    let expected = [&[Order::Clear, Order::Save][..], &moves, &sizes].concat();
+    let part = ScanScope { range: Some(range(16)), check_only: true };
+    let scans = [
+        ScanOrder::Start(ScanScope::default()),
+        ScanOrder::Start(part),
+        ScanOrder::Pause,
+        ScanOrder::Resume,
+        ScanOrder::Cancel,
+    ];
+    let expected = [&[Order::Clear, Order::Save][..], &moves, &sizes, &scans.map(Order::Scan)].concat();
     assert_eq!(*volume.orders.lock().unwrap(), expected);
 }
 
@@ -182,6 +195,10 @@ fn what_makes_no_sense_is_refused_in_one_line_of_json() {
     check_refused(get("/v1/events?afetr=3"), 400, "unknown field `afetr`");
     check_refused(get("/v1/status?volume=other"), 404, "there are: disk0");
     check_refused(post("/v1/remap", json!({"start": 8})), 400, "missing field `count`");
+    check_refused(post("/v1/scan/start", json!({"range": {"start": 8, "count": 0}})), 400, "0 sectors from 8");
+    check_refused(post("/v1/scan/start", json!({"ranges": []})), 400, "unknown field `ranges`");
+    check_refused(get("/v1/scan/start"), 405, "/v1/scan/start does not take GET");
+    check_refused(post("/v1/scan/stop", json!({})), 404, "no such route: POST /v1/scan/stop");
     check_refused(post("/v1/resize", json!({"size": 1000})), 400, "1000 bytes is no multiple of 512");
     check_refused(post("/v1/resize", json!({"size": 0})), 400, "0 bytes");
     check_refused(post("/v1/remap", json!({"start": 8, "count": 0})), 400, "is no range");

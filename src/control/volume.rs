@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::api::LIST_LIMIT_MAX;
 use crate::device::fault::FaultTable;
+pub use crate::engine::scan::{ScanOrder, ScanScope};
 use crate::runtime::handle::Refused;
 use crate::runtime::handover::HeldVolume;
 use crate::runtime::health::HealthReport;
@@ -72,6 +73,8 @@ pub enum Order {
     Resize(Option<u64>),
     /// Begin the counters anew.
     ClearStats,
+    /// To the scanner.
+    Scan(ScanOrder),
 }
 
 impl Volume for HeldVolume {
@@ -108,6 +111,7 @@ impl Volume for HeldVolume {
             Order::Save => volume.save(),
             Order::Resize(size) => volume.resize(size),
             Order::ClearStats => volume.clear_stats(),
+            Order::Scan(order) => volume.scan(order),
         }
     }
 }
@@ -123,6 +127,7 @@ pub(crate) mod scripted {
     use super::*;
     use crate::runtime::latency::{Histogram, bucket};
     use crate::runtime::report::{BlockReport, Counters, DeviceReport, EventRecord, SCHEMA_VERSION};
+    use crate::runtime::scan_report::{LastPassReport, ScanFound, ScanReport};
     use crate::runtime::stats::{DeviceOperationReport, LatencyReport, OperationReport};
 
     /// Answers what it was given and keeps the orders it got.
@@ -272,6 +277,38 @@ pub(crate) mod scripted {
         }
     }
 
+    /// Its third pass, under way.
+    pub(crate) fn sample_scan() -> ScanReport {
+        let found = ScanFound { bad: 3, slow: 2, lost: 2, moved: 1, ..ScanFound::default() };
+        let last = LastPassReport {
+            pass: 2,
+            started: 1_767_000_000,
+            ended: 1_767_003_600,
+            complete: true,
+            cancelled: false,
+            found: ScanFound::default(),
+        };
+        ScanReport {
+            state: "running".into(),
+            interval_seconds: Some(14 * 86_400),
+            window: "always".into(),
+            pass: 3,
+            started: 1_767_318_000,
+            percent: 25.0,
+            covered_bytes: 5 << 29,
+            total_bytes: 10 << 30,
+            read_bytes: 5 << 29,
+            speed_now: 100 << 20,
+            speed_average: 80 << 20,
+            eta_seconds: Some(96),
+            found,
+            last: Some(last),
+            last_complete: Some(1_767_003_600),
+            next: Some(1_768_527_600),
+            ..ScanReport::default()
+        }
+    }
+
     /// A volume in good health, with a few remaps.
     pub(crate) fn sample_status() -> StatusReport {
         let device = |role: &str, path: &str, size| DeviceReport {
@@ -318,6 +355,7 @@ pub(crate) mod scripted {
             health: "AT_RISK".into(),
             health_score: 75,
             counters_since: 1_767_225_600,
+            scan: sample_scan(),
         }
     }
 }

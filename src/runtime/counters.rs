@@ -174,8 +174,8 @@ pub struct OperationNumbers {
     pub latency: Histogram,
 }
 
-/// What all threads of a volume count.
-#[derive(Debug)]
+/// What all threads of a volume count. A clone is of the same counters.
+#[derive(Clone, Debug)]
 pub struct Counters {
     /// By worker.
     pub workers: Vec<Arc<WorkerCounters>>,
@@ -207,6 +207,25 @@ impl Counters {
             }
         }
         numbers
+    }
+
+    /// Requests of all kinds that were taken and not yet answered.
+    pub fn under_way(&self) -> u64 {
+        let operations = self.workers.iter().flat_map(|worker| &worker.operations);
+        operations.map(|counters| counters.under_way.get()).sum()
+    }
+
+    /// Time from the taking to the answer, of all answered requests of all kinds.
+    pub fn latency(&self) -> Histogram {
+        let mut latency = Histogram::new();
+        for counters in self.workers.iter().flat_map(|worker| &worker.operations) {
+            latency.sum_ns = latency.sum_ns.wrapping_add(counters.took_ns.get());
+            latency.max_ns = latency.max_ns.max(counters.took_ns_max.get());
+            for (sum, count) in latency.counts.iter_mut().zip(&counters.buckets) {
+                *sum += count.get();
+            }
+        }
+        latency
     }
 
     /// Operations of one of [`DEVICE_OPERATIONS`] sent to a device, and their bytes.

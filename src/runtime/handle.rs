@@ -10,10 +10,12 @@ use super::devices::Devices;
 use super::healer::{Command, OpenedVolume};
 use super::mailbox::Outbox;
 use super::report::{BlockReport, Counters, DeviceReport, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport};
+use super::scan_report::ScanReport;
 use super::volume::{Standing, degraded_list};
 use crate::device::DeviceIndex;
 use crate::engine::event::{Event, Severity};
 use crate::engine::healer::{HealerStatus, Order, PoisonReport, Reply, Tally};
+use crate::engine::scan::{ScanOrder, ScanParams};
 use crate::engine::view::{Geometry, PrimaryState};
 use crate::sync::Mutex;
 use crate::sync::mpsc::sync_channel;
@@ -47,6 +49,7 @@ pub(super) struct Served {
     pub(super) workers: u32,
     pub(super) polling_us: u32,
     pub(super) transport: &'static str,
+    pub(super) scan: ScanParams,
     /// Held by a resize: there is one at a time.
     pub(super) resizing: Mutex<()>,
     /// Where the counters began.
@@ -137,6 +140,7 @@ impl VolumeHandle {
             health: healer.health.state.name().into(),
             health_score: healer.health.score,
             counters_since: cleared.at,
+            scan: ScanReport::of(&served.scan, healer.scan),
         })
     }
 
@@ -373,6 +377,14 @@ impl VolumeHandle {
     /// When the spare does not take them.
     pub fn save(&self) -> Result<String, Refused> {
         self.order(Order::Save)
+    }
+
+    /// Begin a pass of the scanner, or do something with the one that is under way. A pass goes on in the background.
+    ///
+    /// # Errors
+    /// When the scanner is not in a state for it.
+    pub fn scan(&self, order: ScanOrder) -> Result<String, Refused> {
+        self.order(Order::Scan(order))
     }
 
     pub(super) fn order(&self, order: Order) -> Result<String, Refused> {

@@ -18,6 +18,7 @@ use super::options::ServeOptions;
 use super::report::{
     BlockReport, Counters, DeviceReport, EventPage, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
 };
+use super::scan_report::ScanReport;
 use super::stats::{self, StatsReport};
 use super::volume::{MakeError, ServedVolume, Standing, open_volume, passthrough_serial, run_script};
 use super::worker::{Clock, DiskInfo, WorkerPort};
@@ -384,6 +385,7 @@ impl HeldVolume {
             health: String::new(),
             health_score: 0,
             counters_since: standing.epoch,
+            scan: ScanReport::default(),
         }
     }
 

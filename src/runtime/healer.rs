@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::counters::DeviceCounters;
 use super::devices::Devices;
 use super::eventlog::EventLog;
+use super::load::LoadSource;
 use super::mailbox::{Inbox, Outbox, mailbox};
 use super::worker::Clock;
 use crate::device::{Completion, Device, Event, Op, Reactor, Wait};
@@ -77,6 +78,8 @@ pub struct HealerSetup {
     pub shards: Vec<Outbox<ToShard>>,
     /// Where it counts.
     pub counters: Arc<DeviceCounters>,
+    /// How the guest is served, for the scanner.
+    pub load: LoadSource,
 }
 
 impl HealerThread {
@@ -85,9 +88,9 @@ impl HealerThread {
     /// # Errors
     /// When it does not open.
     pub fn start(setup: HealerSetup) -> Result<(HealerThread, OpenedVolume), StartError> {
-        let HealerSetup { devices, opening, params, clock, log, shards, counters } = setup;
+        let HealerSetup { devices, opening, params, clock, log, shards, counters, load } = setup;
         let reactor = Box::new(move || devices.reactor());
-        HealerThread::start_on(reactor, opening, params, Surroundings { clock, log, shards, counters })
+        HealerThread::start_on(reactor, opening, params, Surroundings { clock, log, shards, counters, load })
     }
 
     /// The same on any reactor, which is made on the thread.
@@ -101,7 +104,7 @@ impl HealerThread {
         let (orders, from_orders) = mailbox()?;
         let (opened, wait) = sync_channel(1);
         let thread = thread::Builder::new().name("healer".into()).spawn(move || {
-            let Surroundings { clock, log, shards, counters } = surroundings;
+            let Surroundings { clock, log, shards, counters, load } = surroundings;
             let (healer, reactor) = match open(reactor, opening, &params, &clock) {
                 Ok((healer, facts, reactor)) => {
                     let (geometry, view, progress) = (healer.geometry(), healer.view(), healer.progress());
@@ -121,6 +124,7 @@ impl HealerThread {
                 log,
                 shards,
                 counters,
+                load,
                 from_shards,
                 from_orders,
                 waiting: BTreeMap::new(),
@@ -151,6 +155,7 @@ struct Driver {
     log: Arc<EventLog>,
     shards: Vec<Outbox<ToShard>>,
     counters: Arc<DeviceCounters>,
+    load: LoadSource,
     from_shards: Inbox<ToHealer>,
     from_orders: Inbox<Command>,
     waiting: BTreeMap<OrderId, SyncSender<Reply>>,
@@ -165,6 +170,8 @@ pub(crate) struct Surroundings {
     /// In their order.
     pub(crate) shards: Vec<Outbox<ToShard>>,
     pub(crate) counters: Arc<DeviceCounters>,
+    /// How the guest is served.
+    pub(crate) load: LoadSource,
 }
 
 fn open(
@@ -225,7 +232,11 @@ impl Driver {
         let mut messages = Vec::new();
         let mut commands = Vec::new();
         loop {
-            self.healer.tick(self.clock.now(), &mut out);
+            let now = self.clock.now();
+            if self.healer.wants_load() {
+                self.healer.hear((self.load)(now));
+            }
+            self.healer.tick(now, &mut out);
             self.carry_out(&mut out);
             if self.stopping && self.healer.in_flight() == 0 {
                 return;

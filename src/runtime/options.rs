@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::scan_options::ScanOptions;
+
 /// Remaps a volume has room for unless told otherwise.
 pub const MAX_REMAPS_DEFAULT: u32 = 16_384;
 
@@ -174,9 +176,18 @@ pub struct ServeOptions {
     pub control_group: Option<String>,
     /// Where everybody may read, where there is such a place.
     pub http_listen: Option<SocketAddr>,
+    /// The scanner.
+    pub scan: ScanOptions,
 }
 
 impl ServeOptions {
+    /// Time from the start of a pass of the scanner to that of the next one, where passes begin by themselves: not
+    /// where there is no metadata, or none may be written.
+    pub fn scan_interval(&self) -> Option<Duration> {
+        let keeps_no_metadata = self.passthrough || self.degraded || self.read_only;
+        self.scan.interval.time().filter(|_| !keeps_no_metadata)
+    }
+
     /// Microseconds that each of so many workers looks at its rings before it sleeps. Where nobody says: 32 (as QEMU's
     /// I/O threads) if every worker and a virtual processor for it can have a core of their own and one is
     /// left for the host; else not at all, as a worker that looks on would keep the others from theirs.

@@ -4,6 +4,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::scan_report::ScanReport;
+
 /// Version of the JSON documents below; raised when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 1;
 
@@ -69,6 +71,9 @@ pub struct StatusReport {
     /// were last cleared.
     #[serde(default)]
     pub counters_since: u64,
+    /// The scanner.
+    #[serde(default)]
+    pub scan: ScanReport,
 }
 
 /// One device of a volume.

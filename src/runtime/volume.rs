@@ -13,8 +13,10 @@ use super::devices::{Devices, facts, is_block_device, is_file};
 use super::eventlog::EventLog;
 use super::handle::{Cleared, FrontEndState, Served, VolumeHandle};
 use super::healer::{HealerSetup, HealerThread, StartError, drive};
+use super::load::{LoadMeter, Zone};
 use super::mailbox::mailbox;
 use super::options::{AdoptOptions, Cache, CreateOptions, FailOrHold, ServeOptions, VolumeShape};
+use super::scan_options::{ScanOptions, Window};
 use super::signature::{Content, Found, format_of, look};
 use super::worker::{Clock, DiskInfo, WorkerPort};
 use crate::device::fault::FaultTable;
@@ -422,12 +424,18 @@ pub struct Standing {
     pub(super) announce: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
     /// What its threads count.
     pub(super) counters: Counters,
+    /// For times of day.
+    pub(super) zone: Zone,
 }
 
 impl Standing {
     /// At the start of a server.
     pub fn new(options: &ServeOptions, workers: u32) -> Standing {
         let epoch = seconds_since_epoch();
+        let (zone, unknown) = Zone::system();
+        if let Some(why) = unknown.filter(|_| options.scan.window != Window::default()) {
+            log::warn!("--scan-window: taken as UTC, as the system's time zone is not known: {why}; set TZ");
+        }
         Standing {
             clock: Clock::start(),
             epoch,
@@ -436,6 +444,7 @@ impl Standing {
             front_end: OnceLock::new(),
             announce: OnceLock::new(),
             counters: Counters::new(workers),
+            zone,
         }
     }
 }
@@ -491,7 +500,10 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         to_shards.push(to_shard);
         inboxes.push(inbox);
     }
-    let params = HealerParams { shards: inboxes.len(), policy: policy(options), epoch, scan: ScanParams::default() };
+    let primary = devices.get(DeviceIndex::PRIMARY).expect("there is always a primary");
+    let scan = scan_params(options, is_file(primary));
+    let params = HealerParams { shards: inboxes.len(), policy: policy(options), epoch, scan: scan.clone() };
+    let mut meter = LoadMeter::new(counters.clone(), standing.zone.clone(), epoch);
     let setup = HealerSetup {
         devices: devices.clone(),
         opening,
@@ -500,6 +512,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         log: log.clone(),
         shards: to_shards,
         counters: counters.healer.clone(),
+        load: Box::new(move |now| meter.measure(now)),
     };
     let (healer, opened) = HealerThread::start(setup).map_err(|error| match error {
         StartError::Open(error) => {
@@ -543,6 +556,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         workers,
         polling_us: options.polling_us(workers),
         transport: options.transport.name(),
+        scan,
         resizing: Mutex::new(()),
         cleared: Mutex::new(Cleared::at(standing.epoch + clock.now().0 / 1_000_000_000)),
     }));
@@ -610,6 +624,16 @@ fn policy(options: &ServeOptions) -> Policy {
         primary_gone: on_loss(options.on_device_loss),
         spare_full: on_loss(options.on_spare_full),
         passthrough: options.passthrough,
+    }
+}
+
+fn scan_params(options: &ServeOptions, primary_is_file: bool) -> ScanParams {
+    let ScanOptions { interval: _, rate, window, move_weak } = options.scan;
+    ScanParams {
+        interval: options.scan_interval().map(|time| time.as_secs()),
+        rate,
+        window,
+        move_weak: move_weak.applies(primary_is_file),
     }
 }
 

@@ -31,12 +31,14 @@ fn http_address(server: &Server) -> String {
     found.unwrap_or_else(|| panic!("{log}")).to_owned()
 }
 
-const ORDERS: [(&str, &str); 9] = [
+const ORDERS: [(&str, &str); 11] = [
     ("POST", "/v1/clear"),
     ("POST", "/v1/save"),
     ("POST", "/v1/remap"),
     ("POST", "/v1/release"),
     ("POST", "/v1/resize"),
+    ("POST", "/v1/scan/start"),
+    ("POST", "/v1/scan/cancel"),
     ("POST", "/v1/log-level"),
     ("POST", "/v1/faults"),
     ("DELETE", "/v1/faults"),

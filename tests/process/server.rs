@@ -331,7 +331,7 @@ impl Server {
 
     /// Ask it with the program's own command line.
     pub(crate) fn ask(&self, words: &[&str]) -> Output {
-        let at = if words[0] == "fault" { 2 } else { 1 };
+        let at = if ["fault", "scan", "scrub"].contains(&words[0]) { 2 } else { 1 };
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-remap"));
         command.args(&words[..at]).arg("--control-path").arg::<&OsStr>(self.ctl.as_ref()).args(&words[at..]);
         output_of(&mut command)

@@ -398,6 +398,7 @@ fn used_slots(table: &Table) -> u64 {
 impl Core {
     /// Background work of a freshly opened volume.
     fn start(self: &Rc<Self>, superseded: Vec<crate::units::Slot>, primary_size: u64) {
+        self.fit_pass();
         if self.mode.get().read_only || self.policy.passthrough {
             self.scan.wait_for_order();
             return;

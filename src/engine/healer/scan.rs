@@ -22,7 +22,7 @@ use crate::device::buffer::AlignedBuf;
 use crate::engine::scan::pace::Pace;
 use crate::engine::scan::plan::{Order, UNIT_SLOTS};
 use crate::engine::scan::{
-    Found, GuestLoad, LastPass, ScanOrder, ScanParams, ScanScope, ScanState, ScanStatus, Window,
+    Found, GuestLoad, LastPass, ScanOrder, ScanParams, ScanScope, ScanState, ScanStatus, Skipped, Window,
 };
 use crate::units::{Block, SECTOR_SIZE, Sector, SectorRange};
 
@@ -66,6 +66,8 @@ pub(super) struct Scanner {
     usual_ns: [[Cell<u64>; 2]; 2],
     /// Blocks rewritten in place that no pass has read since.
     unproven: RefCell<BTreeSet<Block>>,
+    /// How the pass stood that ended last.
+    over: RefCell<ScanStatus>,
     /// Memory to read into.
     buffers: RefCell<Vec<AlignedBuf>>,
     /// When the volume was opened, seconds since the epoch.
@@ -84,6 +86,7 @@ impl Scanner {
             pace: RefCell::default(),
             usual_ns: std::array::from_fn(|_| std::array::from_fn(|_| Cell::new(0))),
             unproven: RefCell::default(),
+            over: RefCell::default(),
             buffers: RefCell::default(),
             opened: Cell::new(0),
         }
@@ -121,14 +124,19 @@ impl Scanner {
 }
 
 impl Core {
+    /// See that a pass that the last close interrupted fits the disk.
+    pub(super) fn fit_pass(&self) {
+        if let Some(pass) = self.scan.pass.borrow_mut().as_mut() {
+            // A volume only ever grows; what a damaged page says is not believed.
+            if pass.extent.is_empty() || !self.geometry().contains(pass.extent) {
+                (pass.scope.range, pass.extent) = (None, self.whole());
+            }
+        }
+    }
+
     /// Go on with a pass that the last close interrupted, and begin those that are due.
     pub(super) fn begin_scanning(self: &Rc<Self>) {
         self.scan.opened.set(self.wall_seconds());
-        if let Some(pass) = self.scan.pass.borrow_mut().as_mut() {
-            // A volume only ever grows; what a damaged page says is not believed.
-            let whole = self.geometry();
-            pass.scope.range = pass.scope.range.filter(|range| whole.contains(*range));
-        }
         if self.scan.wants_load() {
             self.work_at_pass();
         }
@@ -199,7 +207,8 @@ impl Core {
             record.pass += 1;
             record.pass
         };
-        let pass = Pass::new(number, scope, ordered, self.wall_seconds());
+        let mut pass = Pass::new(number, scope, ordered, self.wall_seconds());
+        pass.extent = scope.range.unwrap_or_else(|| self.whole());
         *self.scan.pass.borrow_mut() = Some(pass);
         let cause = if ordered { "the operator's order" } else { "it was due" };
         self.scan_event(Severity::Info, cause, format!("pass {number} began"));
@@ -235,13 +244,21 @@ impl Core {
     }
 
     async fn cancel_scan(self: &Rc<Self>) -> Result<String, String> {
-        let Some(pass) = self.scan.pass.borrow_mut().take() else { return Err("no pass is under way".into()) };
-        self.end_turn();
+        let Some(pass) = self.take_pass() else { return Err("no pass is under way".into()) };
         let number = pass.number;
-        self.record_end(&pass, false);
+        self.record_end(&pass, false, true);
         self.scan_event(Severity::Info, "the operator's order", format!("pass {number} was given up"));
         self.keep_place().await;
         Ok(format!("pass {number} was given up"))
+    }
+
+    /// The pass that was under way, which is so no more.
+    fn take_pass(&self) -> Option<Pass> {
+        let status = self.scan_status();
+        let pass = self.scan.pass.borrow_mut().take()?;
+        *self.scan.over.borrow_mut() = status;
+        self.end_turn();
+        Some(pass)
     }
 
     /// Save where a pass stands. It is saved from time to time anyway: if it cannot be now, more is read again.
@@ -281,8 +298,12 @@ impl Core {
             let cursor = self.of_pass(turn, |pass| pass.cursor)?;
             let (step, next) = match cursor.stage {
                 Stage::Primary => self.read_units(turn).await?,
-                Stage::Slots => (self.read_slots(turn, cursor.position).await?, cursor.position + 1),
+                Stage::Slots => {
+                    self.of_pass(turn, |pass| pass.begin_step(0))?;
+                    (self.read_slots(turn, cursor.position).await?, cursor.position + 1)
+                }
                 Stage::Metadata => {
+                    self.of_pass(turn, |pass| pass.begin_step(0))?;
                     let step = self.read_metadata(turn, cursor.position).await?;
                     (step, cursor.position + PAGES_A_STEP as u64)
                 }
@@ -296,7 +317,9 @@ impl Core {
                 Stage::Metadata => next >= self.metadata_pages(),
             };
             let goes_on = self.of_pass(turn, |pass| {
-                pass.cursor.position = next;
+                if cursor.stage != Stage::Primary {
+                    pass.end_step(next, std::iter::empty());
+                }
                 !(over && pass.urgent.is_empty()) || pass.next_stage()
             })?;
             if !goes_on {
@@ -352,23 +375,29 @@ impl Core {
 
     /// The order in which a pass reads the primary.
     fn scan_order_of(&self, turn: Turn) -> Result<Order, Stopped> {
-        let range = self.of_pass(turn, |pass| pass.scope.range)?;
-        Ok(self.order_of(range))
+        self.of_pass(turn, |pass| Order::new(pass.extent))
     }
 
-    fn order_of(&self, range: Option<SectorRange>) -> Order {
-        Order::new(range.unwrap_or(SectorRange { start: Sector(0), count: self.geometry().capacity }))
+    fn whole(&self) -> SectorRange {
+        SectorRange { start: Sector(0), count: self.geometry().capacity }
     }
 
     async fn end_pass(self: &Rc<Self>) {
-        let Some(pass) = self.scan.pass.borrow_mut().take() else { return };
-        self.end_turn();
+        if let Some(pass) = self.scan.pass.borrow_mut().as_mut()
+            && pass.scope.range.is_none()
+            && pass.extent != self.whole()
+        {
+            let (from, to) = (bytes_of(pass.extent), bytes_of(self.whole()));
+            let why = "the disk has grown since the pass began".to_owned();
+            pass.skip(Skipped { device: DeviceIndex::PRIMARY, offset: from, len: to.saturating_sub(from), why });
+        }
+        let Some(pass) = self.take_pass() else { return };
         self.scan.buffers.borrow_mut().clear();
         let complete = pass.scope.range.is_none() && pass.skipped_bytes == 0;
         if complete {
             self.tally.borrow_mut().health_scans += 1;
         }
-        self.record_end(&pass, complete);
+        self.record_end(&pass, complete, false);
         let Found { bad, recovered, slow, lost, healed, moved, rewritten, metadata } = pass.found;
         let severity = if bad + slow + lost + metadata > 0 { Severity::Warn } else { Severity::Info };
         let cause = format!(
@@ -385,10 +414,11 @@ impl Core {
         self.keep_place().await;
     }
 
-    fn record_end(&self, pass: &Pass, complete: bool) {
+    fn record_end(&self, pass: &Pass, complete: bool, cancelled: bool) {
         let ended = self.wall_seconds();
         let mut record = self.scan.record.borrow_mut();
-        record.last = LastPass { pass: pass.number, started: pass.started, ended, complete, found: pass.found };
+        let Pass { number, started, found, .. } = *pass;
+        record.last = LastPass { pass: number, started, ended, complete, cancelled, found };
         if pass.scope.range.is_none() {
             record.whole_ended = ended;
         }
@@ -408,9 +438,10 @@ impl Core {
 
     /// Bytes that the pass is to go over: each block where it lives, and all pages of metadata.
     fn scan_total(&self) -> u64 {
-        let range = self.scan.pass.borrow().as_ref().and_then(|pass| pass.scope.range);
-        let metadata = if range.is_some() { 0 } else { self.metadata_bytes() };
-        self.order_of(range).bytes() + metadata
+        let pass = self.scan.pass.borrow();
+        let (extent, all) =
+            pass.as_ref().map_or((self.whole(), true), |pass| (pass.extent, pass.scope.range.is_none()));
+        bytes_of(extent) + if all { self.metadata_bytes() } else { 0 }
     }
 
     /// How the scanner stands.
@@ -423,7 +454,11 @@ impl Core {
         let pass = self.scan.pass.borrow();
         let Some(pass) = pass.as_ref() else {
             let state = if next.is_some() { ScanState::Waiting } else { ScanState::Off };
-            return ScanStatus { state, pass: record.pass, last, last_complete, next, ..ScanStatus::default() };
+            let over = self.scan.over.borrow().clone();
+            let found = record.last.found;
+            let (held, speed_now, eta_seconds) = (None, 0, None);
+            let pass = record.pass;
+            return ScanStatus { state, held, pass, found, speed_now, eta_seconds, last, last_complete, next, ..over };
         };
         let (state, held) = match &pass.waits {
             _ if pass.paused => (ScanState::Paused, None),

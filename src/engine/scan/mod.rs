@@ -99,6 +99,31 @@ pub struct Found {
     pub metadata: u64,
 }
 
+impl Found {
+    /// What came since `earlier`.
+    pub fn since(&self, earlier: &Found) -> Found {
+        self.with(earlier, u64::saturating_sub)
+    }
+
+    /// Both together.
+    pub fn plus(&self, more: &Found) -> Found {
+        self.with(more, u64::saturating_add)
+    }
+
+    fn with(&self, other: &Found, of: fn(u64, u64) -> u64) -> Found {
+        Found {
+            bad: of(self.bad, other.bad),
+            recovered: of(self.recovered, other.recovered),
+            slow: of(self.slow, other.slow),
+            lost: of(self.lost, other.lost),
+            healed: of(self.healed, other.healed),
+            moved: of(self.moved, other.moved),
+            rewritten: of(self.rewritten, other.rewritten),
+            metadata: of(self.metadata, other.metadata),
+        }
+    }
+}
+
 /// A part of a device that a pass could not look at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Skipped {
@@ -123,11 +148,14 @@ pub struct LastPass {
     pub ended: u64,
     /// Whether it was of the whole volume and skipped nothing.
     pub complete: bool,
+    /// Whether it was given up by order.
+    pub cancelled: bool,
     /// What it came upon.
     pub found: Found,
 }
 
-/// How the scanner stands.
+/// How the scanner stands. Where no pass is under way, what is said of one is said of the last one, how far it came and
+/// what it skipped only until the volume is closed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ScanStatus {
     /// What it is doing.

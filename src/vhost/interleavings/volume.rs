@@ -13,7 +13,7 @@ use crate::device::{Completion, Device, DeviceIndex, Errno, Event, Op, OpKind, R
 use crate::engine::create::{CreateParams, Creation};
 use crate::engine::healer::{HealerParams, HealerStatus, OnLoss, Order, Policy, Reply};
 use crate::engine::open::{DeviceFacts, OpenParams, Opening};
-use crate::engine::scan::ScanParams;
+use crate::engine::scan::{GuestLoad, ScanParams};
 use crate::engine::shard::Shard;
 use crate::runtime::eventlog::EventLog;
 use crate::runtime::healer::{Command, HealerThread, OpenedVolume, Surroundings, drive};
@@ -177,7 +177,13 @@ impl Volume {
             Box::new(move || Ok(Slow::queue(&of_healer.0, of_healer.1, true))),
             Box::new(move || Opening::new(params)),
             HealerParams { shards: workers, policy, epoch: 1, scan: ScanParams::default() },
-            Surroundings { clock, log: log.clone(), shards: to_shards, counters: Arc::default() },
+            Surroundings {
+                clock,
+                log: log.clone(),
+                shards: to_shards,
+                counters: Arc::default(),
+                load: Box::new(|_| GuestLoad::default()),
+            },
         )
         .unwrap();
         let capacity = opened.progress.capacity.clone();

@@ -20,6 +20,7 @@ use vhost_remap::runtime::health::HealthReport;
 use vhost_remap::runtime::report::{
     BlockReport, Counters, DeviceReport, EventPage, EventRecord, ListEntry, ListFilter, SCHEMA_VERSION, StatusReport,
 };
+use vhost_remap::runtime::scan_report::ScanReport;
 use vhost_remap::runtime::stats::StatsReport;
 
 use super::program::Program;
@@ -128,6 +129,7 @@ impl Volume for Noting {
             health: "OK".into(),
             health_score: 100,
             counters_since: 1,
+            scan: ScanReport::default(),
         }
     }
 

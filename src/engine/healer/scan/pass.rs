@@ -1,10 +1,10 @@
 //! How one pass stands.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::engine::scan::plan::Order;
 use crate::engine::scan::{Found, ScanScope, ScanState, Skipped};
-use crate::units::{Block, Time};
+use crate::units::{Block, SectorRange, Time};
 
 /// Parts that a pass could not look at of which it is told, at most; all of them are counted.
 const SKIPPED_MAX: usize = 64;
@@ -51,10 +51,36 @@ pub(super) struct Cursor {
     pub(super) position: u64,
 }
 
+/// What a part of a pass came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Share {
+    pub(super) covered: u64,
+    pub(super) skipped_bytes: u64,
+    pub(super) found: Found,
+}
+
+impl Share {
+    fn since(&self, earlier: &Share) -> Share {
+        Share {
+            covered: self.covered.saturating_sub(earlier.covered),
+            skipped_bytes: self.skipped_bytes.saturating_sub(earlier.skipped_bytes),
+            found: self.found.since(&earlier.found),
+        }
+    }
+
+    fn add(&mut self, more: &Share) {
+        self.covered += more.covered;
+        self.skipped_bytes += more.skipped_bytes;
+        self.found = self.found.plus(&more.found);
+    }
+}
+
 /// A pass that is under way.
 pub(super) struct Pass {
     pub(super) number: u64,
     pub(super) scope: ScanScope,
+    /// The sectors that it goes over: those that were asked for, or the disk as large as it was when the pass began.
+    pub(super) extent: SectorRange,
     /// Somebody asked for it: it does not wait for its window.
     pub(super) ordered: bool,
     /// Seconds since the epoch.
@@ -68,11 +94,17 @@ pub(super) struct Pass {
     pub(super) found: Found,
     pub(super) skipped: Vec<Skipped>,
     pub(super) skipped_bytes: u64,
-    /// Units round hits: to be read next, and all that were.
+    /// Units round hits: to be read next, and all that were, with what they came to where the cursor has not passed
+    /// them yet.
     pub(super) urgent: VecDeque<u64>,
-    pub(super) near: BTreeSet<u64>,
-    /// Units that are being read.
-    pub(super) reading: Vec<u64>,
+    near: BTreeMap<u64, Share>,
+    /// What all came to that lies behind the cursor: a restart goes on from there, and reads again what was near.
+    behind: Share,
+    /// What all had come to when the last step ended, and how many parts were named.
+    mark: Share,
+    mark_skipped: usize,
+    /// Positions below are read, or in this step.
+    step_end: u64,
     /// Blocks in trouble, found already in this stage.
     met: BTreeSet<Block>,
     /// What was covered, at times of the last seconds and when it began or went on.
@@ -85,6 +117,7 @@ impl Pass {
         Pass {
             number,
             scope,
+            extent: scope.range.unwrap_or_default(),
             ordered,
             started,
             paused: false,
@@ -96,8 +129,11 @@ impl Pass {
             skipped: Vec::new(),
             skipped_bytes: 0,
             urgent: VecDeque::new(),
-            near: BTreeSet::new(),
-            reading: Vec::new(),
+            near: BTreeMap::new(),
+            behind: Share::default(),
+            mark: Share::default(),
+            mark_skipped: 0,
+            step_end: 0,
             met: BTreeSet::new(),
             covered_at: VecDeque::new(),
             began: None,
@@ -110,6 +146,7 @@ impl Pass {
         if let Some(stage) = next {
             self.met.clear();
             self.cursor = Cursor { stage, position: 0 };
+            self.step_end = 0;
         }
         next.is_some()
     }
@@ -122,11 +159,67 @@ impl Pass {
     /// Trouble in a unit: read those around it next which were not read yet.
     pub(super) fn hit(&mut self, order: &Order, unit: u64) {
         for other in order.neighbours(unit) {
-            let read = order.position_of(other) < self.cursor.position || self.reading.contains(&other);
-            if !read && self.near.len() < NEAR_MAX && self.near.insert(other) {
+            let read = order.position_of(other) < self.cursor.position.max(self.step_end);
+            if !read && self.near.len() < NEAR_MAX && !self.near.contains_key(&other) {
+                self.near.insert(other, Share::default());
                 self.urgent.push_back(other);
             }
         }
+    }
+
+    /// Whether a unit was, or will be, read because of a hit.
+    pub(super) fn is_near(&self, unit: u64) -> bool {
+        self.near.contains_key(&unit)
+    }
+
+    /// What all came to.
+    pub(super) fn so_far(&self) -> Share {
+        Share { covered: self.covered, skipped_bytes: self.skipped_bytes, found: self.found }
+    }
+
+    /// What all came to that is not read again after a restart.
+    pub(super) fn kept(&self) -> Share {
+        self.behind
+    }
+
+    /// What was kept before a restart.
+    pub(super) fn restore(&mut self, kept: Share) {
+        (self.covered, self.skipped_bytes, self.found) = (kept.covered, kept.skipped_bytes, kept.found);
+        (self.behind, self.mark) = (kept, kept);
+    }
+
+    /// A step begins, up to that position; one that was not ended is done again, and nothing of it is counted twice:
+    /// blocks in trouble are remembered by name.
+    pub(super) fn begin_step(&mut self, end: u64) {
+        (self.covered, self.skipped_bytes) = (self.mark.covered, self.mark.skipped_bytes);
+        self.skipped.truncate(self.mark_skipped);
+        self.step_end = end;
+    }
+
+    /// A step is done that read the unit because of a hit.
+    pub(super) fn end_urgent_step(&mut self, unit: u64) {
+        let more = self.end_of_step();
+        self.near.entry(unit).or_default().add(&more);
+    }
+
+    /// A step is done that came as far as `position`; units that it passed are among those behind.
+    pub(super) fn end_step(&mut self, position: u64, passed: impl Iterator<Item = u64>) {
+        for unit in passed {
+            if let Some(share) = self.near.get_mut(&unit) {
+                self.behind.add(&std::mem::take(share));
+            }
+        }
+        let more = self.end_of_step();
+        self.behind.add(&more);
+        self.cursor.position = position;
+    }
+
+    /// What came since the last one.
+    fn end_of_step(&mut self) -> Share {
+        let so_far = self.so_far();
+        let before = std::mem::replace(&mut self.mark, so_far);
+        self.mark_skipped = self.skipped.len();
+        self.mark.since(&before)
     }
 
     pub(super) fn skip(&mut self, skipped: Skipped) {
@@ -168,7 +261,7 @@ impl Pass {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::{Sector, SectorRange};
+    use crate::units::Sector;
 
     #[test]
     fn a_hit_has_its_neighbours_read_once_unless_they_were() {
@@ -179,6 +272,37 @@ mod tests {
         assert_eq!(pass.urgent, (6..=15).collect::<Vec<_>>());
         pass.hit(&order, 7);
         assert_eq!(pass.urgent.len(), 12, "16 and 17 came along, and nothing came twice");
+    }
+
+    #[test]
+    fn what_was_read_ahead_is_kept_once_the_cursor_has_passed_it() {
+        let order = Order::new(SectorRange { start: Sector(0), count: 2048 * 30 });
+        let mut pass = Pass::new(1, ScanScope::default(), true, 0);
+        let read = |pass: &mut Pass, bytes: u64, bad: u64| {
+            pass.cover(Time(0), bytes);
+            pass.found.bad += bad;
+        };
+        pass.begin_step(4);
+        read(&mut pass, 40, 1);
+        pass.hit(&order, 3);
+        assert_eq!(pass.urgent, (4..=13).collect::<Vec<_>>(), "the others are in this step");
+        pass.end_step(4, 0..4);
+        pass.begin_step(4);
+        read(&mut pass, 10, 2);
+        pass.end_urgent_step(4);
+        assert_eq!((pass.so_far().covered, pass.kept().covered, pass.kept().found.bad), (50, 40, 1));
+        // A step that was not ended.
+        pass.begin_step(6);
+        read(&mut pass, 10, 0);
+        pass.begin_step(6);
+        read(&mut pass, 10, 0);
+        pass.end_step(6, 4..6);
+        let all = Share { covered: 60, skipped_bytes: 0, found: Found { bad: 3, ..Found::default() } };
+        assert_eq!((pass.so_far(), pass.kept(), pass.cursor.position), (all, all, 6));
+        let mut again = Pass::new(1, ScanScope::default(), true, 0);
+        again.restore(all);
+        again.begin_step(8);
+        assert_eq!((again.so_far(), again.kept()), (all, all));
     }
 
     #[test]

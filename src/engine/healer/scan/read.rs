@@ -60,20 +60,21 @@ impl Core {
     pub(super) async fn read_units(self: &Rc<Self>, turn: Turn) -> Result<(Step, u64), Stopped> {
         let order = self.scan_order_of(turn)?;
         let (_, parallel) = self.reads_now();
-        let (units, next, was_urgent) = self.of_pass(turn, |pass| {
-            let mut next = pass.cursor.position;
-            let urgent: Vec<u64> = pass.urgent.iter().take(parallel).copied().collect();
-            if !urgent.is_empty() {
-                pass.reading.clone_from(&urgent);
-                return (urgent, next, true);
+        let (units, from, next, urgent) = self.of_pass(turn, |pass| {
+            let from = pass.cursor.position;
+            let mut next = from;
+            // One at a time, so that it is known what it came to.
+            if let Some(unit) = pass.urgent.front().copied() {
+                pass.begin_step(from);
+                return (vec![unit], from, next, Some(unit));
             }
             let mut units = Vec::new();
             while units.len() < parallel && next < order.positions() {
-                units.extend(order.unit_at(next).filter(|unit| !pass.near.contains(unit)));
+                units.extend(order.unit_at(next).filter(|unit| !pass.is_near(*unit)));
                 next += 1;
             }
-            pass.reading.clone_from(&units);
-            (units, next, false)
+            pass.begin_step(next);
+            (units, from, next, None)
         })?;
         let ranges: Vec<SectorRange> = units.iter().map(|unit| order.sectors_of(*unit)).collect();
         let map = self.map.borrow().clone();
@@ -95,9 +96,13 @@ impl Core {
                 }
             }
         }
-        if was_urgent {
-            self.of_pass(turn, |pass| pass.urgent.drain(..units.len()).for_each(drop))?;
-        }
+        self.of_pass(turn, |pass| match urgent {
+            Some(unit) => {
+                pass.urgent.pop_front();
+                pass.end_urgent_step(unit);
+            }
+            None => pass.end_step(next, (from..next).filter_map(|position| order.unit_at(position))),
+        })?;
         Ok((Step::Done, next))
     }
 

@@ -1,6 +1,6 @@
 //! What the scanner keeps across restarts, among the saved counters: where a pass stands, and how the last one ended.
 
-use super::pass::{Cursor, Pass, Stage};
+use super::pass::{Cursor, Pass, Share, Stage};
 use crate::engine::scan::{Found, LastPass, ScanScope};
 use crate::units::{Sector, SectorRange};
 
@@ -58,17 +58,18 @@ pub(super) fn encode(record: &Record, pass: Option<&Pass>) -> [u64; WORDS] {
         ];
         words_of[0] = flags.iter().filter(|(_, set)| *set).map(|(bit, _)| bit).sum();
         words_of[2] = u64::from(pass.cursor.stage.number()) << POSITION_BITS | pass.cursor.position;
-        let range = pass.scope.range.unwrap_or_default();
-        let middle = [range.start.0, range.count, pass.started, pass.covered, pass.read, pass.skipped_bytes];
+        let range = pass.extent;
+        let kept = pass.kept();
+        let middle = [range.start.0, range.count, pass.started, kept.covered, pass.read, kept.skipped_bytes];
         words_of[3..9].copy_from_slice(&middle);
-        words_of[9..17].copy_from_slice(&words(&pass.found));
+        words_of[9..17].copy_from_slice(&words(&kept.found));
     }
     let last = &record.last;
     words_of[17..21].copy_from_slice(&[
         last.pass,
         last.started,
         last.ended,
-        u64::from(last.complete) | record.whole_ended << 1,
+        u64::from(last.complete) | u64::from(last.cancelled) << 1 | record.whole_ended << 2,
     ]);
     words_of[21..29].copy_from_slice(&words(&last.found));
     words_of[29] = record.complete_ended;
@@ -89,9 +90,10 @@ pub(super) fn decode(saved: &[u64]) -> (Record, Option<Pass>) {
             started: w[18],
             ended: w[19],
             complete: w[20] & 1 == 1,
+            cancelled: w[20] & 2 == 2,
             found: found(&w[21..29]),
         },
-        whole_ended: w[20] >> 1,
+        whole_ended: w[20] >> 2,
         complete_ended: w[29],
         weak_day: low(w[30] >> 32),
         weak_of_day: low(w[30]),
@@ -105,10 +107,11 @@ pub(super) fn decode(saved: &[u64]) -> (Record, Option<Pass>) {
             check_only: w[0] & CHECK_ONLY != 0,
         };
         let mut pass = Pass::new(w[1], scope, w[0] & ORDERED != 0, w[5]);
+        pass.extent = if range.checked_end().is_some() { range } else { SectorRange::default() };
         pass.paused = w[0] & PAUSED != 0;
         pass.cursor = Cursor { stage, position: w[2] & ((1 << POSITION_BITS) - 1) };
-        (pass.covered, pass.read, pass.skipped_bytes) = (w[6], w[7], w[8]);
-        pass.found = found(&w[9..17]);
+        pass.read = w[7];
+        pass.restore(Share { covered: w[6], skipped_bytes: w[8], found: found(&w[9..17]) });
         pass
     });
     (record, pass)
@@ -134,7 +137,7 @@ mod tests {
         };
         let record = Record {
             pass: 3,
-            last: LastPass { pass: 2, started: 10, ended: 20, complete: true, found: some(100) },
+            last: LastPass { pass: 2, started: 10, ended: 20, complete: true, cancelled: true, found: some(100) },
             whole_ended: 20,
             complete_ended: 19,
             weak_day: 20_000,
@@ -146,8 +149,8 @@ mod tests {
         let mut pass = Pass::new(3, scope, true, 4);
         pass.paused = true;
         pass.cursor = Cursor { stage: Stage::Slots, position: 5 };
-        (pass.covered, pass.read, pass.skipped_bytes) = (6, 7, 8);
-        pass.found = some(9);
+        pass.read = 7;
+        pass.restore(Share { covered: 6, skipped_bytes: 8, found: some(9) });
         let mut saved = vec![0; SAVED_AT];
         saved.extend(encode(&record, Some(&pass)));
         let (record_again, again) = decode(&saved);
