@@ -16,6 +16,7 @@ mod options;
 mod report;
 mod ring;
 mod rounds;
+mod scan;
 mod session;
 mod single;
 mod stage;

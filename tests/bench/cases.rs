@@ -13,6 +13,8 @@ pub(crate) enum Beside {
     Status,
     /// The healer moves blocks to the spare and back, one after the other.
     Healer,
+    /// Passes of the scanner, one after the other, as they go by default.
+    Scan,
 }
 
 /// One of those that are measured in turn.
@@ -43,6 +45,8 @@ pub(crate) const NONE_HIT: &str = "16,384 remaps, none hit";
 pub(crate) const BETWEEN: &str = "16,384 remaps between, none hit";
 pub(crate) const HIT: &str = "16,384 remaps, each request hits one";
 pub(crate) const NOT_REMAPPED: &str = "the same data not remapped";
+pub(crate) const NO_PASS: &str = "no pass under way";
+pub(crate) const PASS: &str = "a pass under way";
 const QSD_THREADS: &str = "qemu-storage-daemon threads";
 
 const fn contender(name: &'static str, peer: Peer) -> Contender {
@@ -136,7 +140,7 @@ fn engine() -> Vec<Case> {
     let behind = Area { first: REMAPS, ..first };
     // Each of them has a remapped one on either side.
     let odd = Area { first: 1, count: 2 * REMAPS - 2, stride: 2 };
-    let groups: [(&str, Vec<Contender>); 5] = [
+    let groups: [(&str, Vec<Contender>); 6] = [
         ("engine", vec![contender(PASSTHROUGH, Peer::Passthrough), contender(EMPTY, Peer::Empty)]),
         ("remaps elsewhere", vec![on(EMPTY, Peer::Empty, behind), on(NONE_HIT, Peer::InOrder, behind)]),
         ("remaps between", vec![on(EMPTY, Peer::Empty, odd), on(BETWEEN, Peer::Between, odd)]),
@@ -149,16 +153,19 @@ fn engine() -> Vec<Case> {
                 beside("healer at work", Beside::Healer),
             ],
         ),
+        ("scan", vec![contender(NO_PASS, Peer::Empty), beside(PASS, Beside::Scan)]),
     ];
     let mut cases = Vec::new();
     for (group, contenders) in groups {
         let loads = match group {
             "beside" => vec![load(Pattern::RandomRead, 32)],
+            "scan" => vec![load(Pattern::RandomRead, 1), load(Pattern::RandomRead, 32)],
             _ => vec![load(Pattern::RandomRead, 128), load(Pattern::RandomWrite, 128)],
         };
         for load in loads {
             // Slots never go through the page cache, and can only be compared with what does not either.
-            let medium = if group == "remaps hit" { Medium::Direct } else { Medium::Cached };
+            // And a pass that the page cache answers takes nothing from anybody.
+            let medium = if matches!(group, "remaps hit" | "scan") { Medium::Direct } else { Medium::Cached };
             let name = format!("{group}: {}", name(medium, load));
             cases.push(Case { name, medium, load, contenders: contenders.clone() });
         }

@@ -163,6 +163,14 @@ fn beside<T>(what: Beside, backend: &Backend, measure: impl FnOnce() -> Result<T
                     let status = backend.control().get::<Value>("/v1/status", REPORT_TIMEOUT);
                     status.map_err(|error| error.to_string())?;
                     std::thread::sleep(Duration::from_millis(100));
+                } else if what == Beside::Scan {
+                    // Refused while the last one is under way.
+                    let scope = json!({ "check_only": false });
+                    let begun = backend.order("/v1/scan/start", &scope);
+                    if times == 0 {
+                        begun?;
+                    }
+                    std::thread::sleep(Duration::from_millis(100));
                 } else {
                     // The last block: of all that are read it is one.
                     let start = (WHOLE.count - 1) * SECTORS_PER_BLOCK;

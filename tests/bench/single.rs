@@ -26,6 +26,7 @@ use crate::content::{BLOCK, SECTORS_PER_BLOCK};
 use crate::machine::resident;
 use crate::options::Options;
 use crate::ring::OUT;
+use crate::scan::{self, IDLE_PASS};
 use crate::session;
 use crate::stage::{REMAPS, Stage};
 use crate::stats::{Estimate, estimate};
@@ -83,6 +84,8 @@ pub(crate) fn measure(stage: &Stage, options: &Options) -> Vec<Single> {
         let note = "resident after opening, its program's text included";
         singles.push(Single::new(format!("memory with {} remaps", grouped(size)), "MiB", memory, note));
     }
+    let note = "O_DIRECT file of 1 GiB; fio: 1 MiB reads, four at a time; from a twentieth of the pass to its end";
+    singles.push(Single::new(IDLE_PASS.into(), "x", scan::idle(stage.dir(), options), note));
     singles.push(stripped(stage));
     let [times, primary, spare] = failing(stage.dir())
         .map_or_else(|why| [(); 3].map(|()| Err(why.clone())), |figures| figures.map(Ok::<Vec<f64>, String>));
@@ -148,12 +151,12 @@ fn volume(parent: &Path, primary_len: u64, max_remaps: u32) -> Result<TempDir, S
     Ok(dir)
 }
 
-fn serve(dir: &Path, cache: Cache) -> Result<Backend, String> {
+pub(crate) fn serve(dir: &Path, cache: Cache) -> Result<Backend, String> {
     let options = ["--fault-injection".to_owned()];
     backend::serve(dir, &dir.join("disk.img"), Some(&dir.join("disk.spare")), cache, 1, &options)
 }
 
-fn status(backend: &Backend) -> Result<Value, String> {
+pub(crate) fn status(backend: &Backend) -> Result<Value, String> {
     backend.control().get("/v1/status", REPORT_TIMEOUT).map_err(|error| error.to_string())
 }
 

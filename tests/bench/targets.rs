@@ -2,9 +2,10 @@
 
 use serde::Serialize;
 
-use crate::cases::{BETWEEN, EMPTY, FIO, HIT, NONE_HIT, NOT_REMAPPED, OURS, PASSTHROUGH, POLLING, QSD};
+use crate::cases::{BETWEEN, EMPTY, FIO, HIT, NO_PASS, NONE_HIT, NOT_REMAPPED, OURS, PASS, PASSTHROUGH, POLLING, QSD};
 use crate::load::Figures;
 use crate::rounds::CaseResult;
+use crate::scan::IDLE_PASS;
 use crate::single::Single;
 use crate::stats::{Estimate, ratio};
 
@@ -32,7 +33,7 @@ type Target = (&'static str, Quantity, &'static str, &'static str, Bound);
 use Bound::{AtLeast, AtMost, Overlap};
 use Quantity::{Cpu, Iops, P50, P99};
 
-const TARGETS: [Target; 27] = [
+const TARGETS: [Target; 29] = [
     ("page-cached 4 KiB random read, QD 128", Iops, OURS, QSD, AtLeast(2.2)),
     ("page-cached 4 KiB random read, QD 128", Cpu, OURS, QSD, AtMost(0.4)),
     ("page-cached 4 KiB random read, QD 32", Iops, OURS, QSD, AtLeast(1.5)),
@@ -60,16 +61,20 @@ const TARGETS: [Target; 27] = [
     ("remaps between: page-cached 4 KiB random write, QD 128", Cpu, BETWEEN, EMPTY, AtMost(1.01)),
     ("remaps hit: O_DIRECT 4 KiB random read, QD 128", Iops, HIT, NOT_REMAPPED, AtLeast(0.95)),
     ("remaps hit: O_DIRECT 4 KiB random write, QD 128", Iops, HIT, NOT_REMAPPED, AtLeast(0.95)),
+    ("scan: O_DIRECT 4 KiB random read, QD 1", P99, PASS, NO_PASS, AtMost(1.1)),
+    ("scan: O_DIRECT 4 KiB random read, QD 32", P99, PASS, NO_PASS, AtMost(1.1)),
 ];
 
 /// The verdict on what was not to be measured.
 pub(crate) const NOT_ASKED: &str = "not among BENCH_CASES";
 
 /// Of single measurements: at most so much.
-const SINGLE_TARGETS: [(&str, f64); 3] = [
+const SINGLE_TARGETS: [(&str, f64); 4] = [
     ("map lookup with 16,384 remaps", 10.0),
     ("map lookup with 1,048,576 remaps", 10.0),
     ("flushes of the spare until a failed write is answered", 2.0),
+    // Four fifths of the speed.
+    (IDLE_PASS, 1.25),
 ];
 
 /// A target and what became of it.
