@@ -384,6 +384,8 @@ impl HeldVolume {
             health: String::new(),
             health_score: 0,
             counters_since: standing.epoch,
+            request_ns: 0,
+            failed_writes_in_a_row: 0,
         }
     }
 

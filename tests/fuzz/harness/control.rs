@@ -128,6 +128,8 @@ impl Volume for Noting {
             health: "OK".into(),
             health_score: 100,
             counters_since: 1,
+            request_ns: 0,
+            failed_writes_in_a_row: 0,
         }
     }
 
