@@ -66,6 +66,12 @@ mod packed;
 mod packed_ring;
 #[path = "process/predecessor.rs"]
 mod predecessor;
+#[path = "process/predecessor_line.rs"]
+mod predecessor_line;
+#[path = "process/predecessor_metrics.rs"]
+mod predecessor_metrics;
+#[path = "process/predecessor_verbs.rs"]
+mod predecessor_verbs;
 #[path = "process/real_devices.rs"]
 mod real_devices;
 #[path = "process/real_errors.rs"]

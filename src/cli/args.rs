@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 use super::fault::{self, FaultErrno};
 use super::logging::LogFormat;
 use super::parse;
-use super::report_args::{HealthArgs, StatusOutputArgs, SurfaceArgs};
+use super::report_args::{HealthArgs, StatsArgs, StatusOutputArgs, SurfaceArgs};
 use super::scan_args::{ScanCommand, ScanServeArgs};
 use crate::device::DeviceIndex;
 use crate::device::fault::{DELAY_MS_MAX, FaultOp};
@@ -41,8 +41,7 @@ pub enum Command {
     /// Show the state of a running volume.
     Status(StatusArgs),
     /// Show requests and device operations in numbers, and how long they took.
-    #[command(after_help = "Example:\n  vhost-remap stats --control-path /run/vm1.sock.ctl")]
-    Stats(ControlArgs),
+    Stats(StatsArgs),
     /// List remapped and pending blocks and lost sectors.
     List(ListArgs),
     /// Show what happened.
@@ -322,8 +321,8 @@ pub struct EventsArgs {
     /// Go on printing as things happen, also when the server is restarted meanwhile.
     #[arg(long)]
     pub follow: bool,
-    /// Only events of these kinds, or `health` (the volume's state got worse), `lost` (sectors), `exhausted` (the spare
-    /// fills or is full), `errors`.
+    /// Only events of these kinds, or `health` (a device became better or worse, or is gone), `lost` (sectors),
+    /// `exhausted` (the spare fills or is full), `errors`.
     #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
     pub on: Vec<String>,
     /// Run this command by /bin/sh for each event, one after the other. It gets the event as JSON on its input, and in

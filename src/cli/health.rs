@@ -5,8 +5,7 @@ use std::io::Write;
 
 use serde::Serialize;
 
-use super::args::ControlArgs;
-use super::report_args::{HealthArgs, HealthFormat};
+use super::report_args::{AnswerFormat, HealthArgs};
 use super::run::{CliError, Server};
 use super::smart::{self, DriveView};
 use super::table::Align::Left;
@@ -28,28 +27,24 @@ struct HealthDocument<'a> {
 pub(super) fn run(args: &HealthArgs, out: &mut dyn Write) -> Result<(), CliError> {
     let HealthArgs { control, .. } = args;
     let server = Server::of(control)?;
-    let format = format_of(args.format, control);
+    let format = AnswerFormat::of(args.format, control);
     watch::print(&args.watch, out, |_| {
         let health: HealthReport = server.get("/v1/health")?;
         let asked = args.smart || !args.smart_device.is_empty();
         let drives = asked.then(|| smart::views(&health.devices, &args.smart_device));
         Ok(match format {
-            HealthFormat::Human => text(&health, drives.as_deref()),
-            HealthFormat::Json => {
+            AnswerFormat::Human => text(&health, drives.as_deref()),
+            AnswerFormat::Json => {
                 let document = HealthDocument { health: &health, drives };
                 let json = serde_json::to_string(&document).expect("documents are plain data with string keys");
                 format!("{json}\n")
             }
-            HealthFormat::Compact => {
+            AnswerFormat::Compact => {
                 let status: StatusReport = server.get("/v1/status")?;
                 format!("{}\n", compact(&health, &status))
             }
         })
     })
-}
-
-fn format_of(given: Option<HealthFormat>, control: &ControlArgs) -> HealthFormat {
-    given.unwrap_or(if control.json { HealthFormat::Json } else { HealthFormat::Human })
 }
 
 /// dm-remap's answer to the message `health`, with what the numbers are here.
@@ -60,10 +55,11 @@ fn compact(health: &HealthReport, status: &StatusReport) -> String {
         (None, None) => "unknown",
     };
     format!(
-        "health_score={} scan_count={} hotspot_sectors={} trend={trend} state={} rules={}",
+        "health_score={} scan_count={} hotspot_sectors={} consecutive_errors={} trend={trend} state={} rules={}",
         health.score.value,
         status.counters.health_scans,
         status.blocks.pending,
+        status.failed_writes_in_a_row,
         health.state,
         match health.findings.is_empty() {
             true => "-".to_owned(),
@@ -142,8 +138,8 @@ spare    OK       /srv/disk.img.spare
 
     #[test]
     fn the_predecessors_answer_has_its_names() {
-        let expected = "health_score=75 scan_count=0 hotspot_sectors=3 trend=unknown state=AT_RISK \
-                        rules=remapped-recently,pending";
+        let expected = "health_score=75 scan_count=0 hotspot_sectors=3 consecutive_errors=2 trend=unknown \
+                        state=AT_RISK rules=remapped-recently,pending";
         assert_eq!(compact(&sample_health(), &sample_status()), expected);
     }
 }

@@ -46,9 +46,9 @@ pub struct WatchArgs {
     pub watch: Option<u64>,
 }
 
-/// How health is printed.
+/// How health and statistics are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum HealthFormat {
+pub enum AnswerFormat {
     /// For people.
     Human,
     /// One document a line.
@@ -57,17 +57,46 @@ pub enum HealthFormat {
     Compact,
 }
 
+impl AnswerFormat {
+    /// What was asked for.
+    pub fn of(given: Option<AnswerFormat>, control: &ControlArgs) -> AnswerFormat {
+        given.unwrap_or(if control.json { AnswerFormat::Json } else { AnswerFormat::Human })
+    }
+}
+
+/// Options of `stats`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  vhost-remap stats --control-path /run/vm1.sock.ctl\n  \
+vhost-remap stats --control-path /run/vm1.sock.ctl --format compact --watch 5")]
+pub struct StatsArgs {
+    /// Server.
+    #[command(flatten)]
+    pub control: ControlArgs,
+    /// How to print it.
+    #[arg(long, short, value_name = "FORMAT", conflicts_with = "json")]
+    pub format: Option<AnswerFormat>,
+    /// How often.
+    #[command(flatten)]
+    pub watch: WatchArgs,
+}
+
 /// Options of `health`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  vhost-remap health --control-path /run/vm1.sock.ctl\n  \
-vhost-remap health --control-path /run/vm1.sock.ctl --smart")]
+vhost-remap health --control-path /run/vm1.sock.ctl --smart\n\n\
+The score is 100 less points for each of these, and at most 94 for WATCH, 79 for AT_RISK and 39 for REPLACE:\n  \
+failed operations in 10,000 requests: 5 from 2 on, 20 from 11 on, 50 from 101 on\n  \
+requests that met an error of a device within 600 s: 15 from 6 on, 30 from 10 on\n  \
+pending blocks: 5 from 1 on, 10 from 11 on, 25 from 21 on\n  \
+percent of the slots used: half of them\n  \
+lost sectors: 20 from 1 on")]
 pub struct HealthArgs {
     /// Server.
     #[command(flatten)]
     pub control: ControlArgs,
     /// How to print it.
     #[arg(long, short, value_name = "FORMAT", conflicts_with = "json")]
-    pub format: Option<HealthFormat>,
+    pub format: Option<AnswerFormat>,
     /// Ask the drives under primary and spare too, with `smartctl` of smartmontools, which this command runs (as root).
     #[arg(long)]
     pub smart: bool,

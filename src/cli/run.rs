@@ -11,7 +11,7 @@ use super::args::{
     AdoptArgs, Args, Command, ControlArgs, CreateArgs, ListArgs, LogLevelArgs, SectorsArgs, ServeArgs, ShapeArgs,
 };
 use super::logging::LogFormat;
-use super::{follow, parse, show, stats};
+use super::{follow, parse, show};
 use crate::control::api::{Done, ListPage, LogLevel, Pong, Resize, Sectors};
 use crate::control::client::{Client, ClientError, ORDER_TIMEOUT, REPORT_TIMEOUT};
 use crate::runtime::options::{
@@ -19,7 +19,6 @@ use crate::runtime::options::{
 };
 use crate::runtime::report::ListFilter;
 use crate::runtime::signals;
-use crate::runtime::stats::StatsReport;
 use crate::runtime::volume::{MakeError, adopt, create};
 use crate::serve::{FrontEnd, ServeError, serve};
 
@@ -112,7 +111,7 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
             Ok(serve(&options, front_end, stop)?)
         }
         Command::Status(args) => super::status::run(&args, out),
-        Command::Stats(args) => Server::of(&args)?.stats(out),
+        Command::Stats(args) => super::stats::run(&args, out),
         Command::List(args) => Server::of(&args.control)?.list(&args, out),
         Command::Events(args) => follow::events(&Server::of(&args.control)?, &args, out),
         Command::Fault(command) => super::fault::run(command, out),
@@ -247,11 +246,6 @@ impl Server {
 
     pub(super) fn get_text(&self, route: &str) -> Result<String, CliError> {
         Ok(self.client.get_text(route, REPORT_TIMEOUT)?)
-    }
-
-    fn stats(&self, out: &mut dyn Write) -> Result<(), CliError> {
-        let report: StatsReport = self.get("/v1/stats")?;
-        self.print(&report, stats::show, out)
     }
 
     fn list(&self, args: &ListArgs, out: &mut dyn Write) -> Result<(), CliError> {

@@ -1,15 +1,52 @@
-//! `stats`: requests and device operations as tables.
+//! `stats`: requests and device operations, as tables for people.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::time::Duration;
 
+use super::report_args::{AnswerFormat, StatsArgs};
+use super::run::{CliError, Server};
 use super::show::bytes;
 use super::table::Align::{Left, Right};
 use super::table::Table;
+use super::watch;
+use crate::runtime::report::StatusReport;
 use crate::runtime::stats::StatsReport;
+use crate::units::SECTORS_PER_BLOCK;
+
+pub(super) fn run(args: &StatsArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let server = Server::of(&args.control)?;
+    watch::print(&args.watch, out, |_| {
+        let stats: StatsReport = server.get("/v1/stats")?;
+        Ok(match AnswerFormat::of(args.format, &args.control) {
+            AnswerFormat::Human => show(&stats),
+            AnswerFormat::Json => {
+                let json = serde_json::to_string(&stats).expect("documents are plain data with string keys");
+                format!("{json}\n")
+            }
+            AnswerFormat::Compact => format!("{}\n", compact(&stats, &server.get("/v1/status")?)),
+        })
+    })
+}
+
+/// dm-remap's answer to the message `stats`. All but the longest latency, which is that since the server started,
+/// begins where counters were cleared.
+fn compact(stats: &StatsReport, status: &StatusReport) -> String {
+    let counters = &status.counters;
+    let requests = counters.requests();
+    format!(
+        "total_ios={requests} normal={} remapped={} errors={} remapped_sectors={} avg_latency_ns={} max_latency_ns={}",
+        requests.saturating_sub(counters.slot_requests),
+        counters.slot_requests,
+        counters.device_errors,
+        status.blocks.remapped * SECTORS_PER_BLOCK,
+        status.mean_latency_ns().unwrap_or(0),
+        stats.operations.iter().map(|operation| operation.latency.max_ns).max().unwrap_or(0),
+    )
+}
 
 /// The tables, for a person.
-pub(super) fn show(report: &StatsReport) -> String {
+fn show(report: &StatsReport) -> String {
     let up = humantime::format_duration(Duration::from_secs(report.uptime_seconds));
     let mut out = format!("Volume {}, counted for {up}\n\n", report.volume);
     out.push_str(&requests(report));
@@ -89,7 +126,16 @@ fn time(ns: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::volume::scripted::sample_stats;
+    use crate::control::volume::scripted::{sample_stats, sample_status};
+
+    #[test]
+    fn the_predecessors_answer_has_its_names() {
+        let mut status = sample_status();
+        status.counters.slot_requests = 81;
+        let expected = "total_ios=1581 normal=1500 remapped=81 errors=4 remapped_sectors=96 avg_latency_ns=100000 \
+                        max_latency_ns=6000000000";
+        assert_eq!(compact(&sample_stats(), &status), expected);
+    }
 
     #[test]
     fn stats_are_aligned_tables() {

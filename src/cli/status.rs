@@ -51,13 +51,18 @@ fn made_at(report: &StatusReport) -> u64 {
 /// Bytes read and written a second, on average since the counters began.
 fn throughput(report: &StatusReport) -> u64 {
     let bytes = report.counters.read_bytes.saturating_add(report.counters.written_bytes);
-    bytes.checked_div(made_at(report).saturating_sub(report.counters_since)).unwrap_or(0)
+    bytes.checked_div(report.counted_seconds()).unwrap_or(0)
 }
 
 /// MiB with two decimals: dm-remap's "MB".
 fn mib(bytes: u64) -> String {
     let hundredths = (u128::from(bytes) * 100) >> 20;
     format!("{}.{:02}", hundredths / 100, hundredths % 100)
+}
+
+/// Mean latency in microseconds, with the nanoseconds; empty where there were no requests.
+fn latency_us(report: &StatusReport) -> String {
+    report.mean_latency_ns().map_or(String::new(), |ns| format!("{}.{:03}", ns / 1000, ns % 1000))
 }
 
 fn device<'a>(report: &'a StatusReport, role: &str) -> Option<&'a DeviceReport> {
@@ -79,10 +84,10 @@ fn path_word(device: Option<&DeviceReport>) -> String {
     word
 }
 
-/// dm-remap's status line: the 31 fields of `dmsetup status`, in its order. What there is no measure of is 0.
+/// dm-remap's status line: the 31 fields of `dmsetup status`, in its order.
 fn line(report: &StatusReport) -> String {
     let counters = &report.counters;
-    let requests = counters.reads + counters.writes + counters.flushes + counters.discards;
+    let requests = counters.requests();
     let plain = requests.saturating_sub(counters.slot_requests);
     let spare = device(report, "spare");
     let operational = !report.state.iter().any(|state| NOT_OPERATIONAL.contains(&state.as_str()));
@@ -100,8 +105,8 @@ fn line(report: &StatusReport) -> String {
         counters.device_errors.to_string(),                             // 10 failed device operations
         report.blocks.remapped.to_string(),                             // 11 blocks that live in slots
         requests.to_string(),                                           // 12 requests answered
-        nothing.clone(),                                                // 13 their time in ns: no measure
-        nothing.clone(),                                                // 14 average latency in ns: no measure
+        report.request_ns.to_string(),                                  // 13 how long they took together, in ns
+        report.mean_latency_ns().unwrap_or(0).to_string(),              // 14 and on average
         throughput(report).to_string(),                                 // 15 bytes a second, on average
         SECTOR_SIZE.to_string(),                                        // 16 bytes in a sector
         spare.map_or(0, |spare| spare.size / SECTOR_SIZE).to_string(),  // 17 sectors of the spare
@@ -127,10 +132,11 @@ fn line(report: &StatusReport) -> String {
 fn compact(report: &StatusReport) -> String {
     let (counters, blocks) = (&report.counters, &report.blocks);
     format!(
-        "vhost-remap v{}: health={}% throughput={}MB/s errors={} mappings={} reads={} writes={} health_state={} state={} \
-         remaps={}/{} pending={} lost={}",
+        "vhost-remap v{}: health={}% latency={}us throughput={}MB/s errors={} mappings={} reads={} writes={} \
+         health_state={} state={} remaps={}/{} pending={} lost={}",
         report.version,
         report.health_score,
+        latency_us(report),
         mib(throughput(report)),
         counters.device_errors,
         blocks.remapped,
@@ -153,7 +159,7 @@ fn quoted(text: &str) -> String {
     }
 }
 
-/// A row below [`CSV_HEAD`]; the latency is empty, as there is no measure of it.
+/// A row below [`CSV_HEAD`]; the latency is empty where there were no requests.
 fn csv(report: &StatusReport) -> String {
     let (counters, blocks) = (&report.counters, &report.blocks);
     let time =
@@ -163,7 +169,7 @@ fn csv(report: &StatusReport) -> String {
         time.to_string(),
         quoted(path),
         report.health_score.to_string(),
-        String::new(),
+        latency_us(report),
         mib(throughput(report)),
         counters.device_errors.to_string(),
         report.health.clone(),
@@ -198,7 +204,7 @@ mod tests {
         report.counters.health_scans = 6;
         report.counters.slot_requests = 9;
         let expected = "0 20971520 vhost-remap v0.1.0 /srv/my\\040disk\\1341.img /srv/disk.img.spare 1204 377 14 4 12 1586 \
-                        0 0 3 512 135168 1586 1577 9 96 0 0 1577 9 6 75 3 0 operational real";
+                        158100000 99684 3 512 135168 1586 1577 9 96 0 0 1577 9 6 75 3 0 operational real";
         assert_eq!(line(&report), expected);
         assert_eq!(line(&report).split(' ').count(), 31);
     }
@@ -226,7 +232,10 @@ mod tests {
         report.devices[0].path = "/srv/a,b.img".into();
         report.counters.written_bytes = 93_784 << 21;
         let row = csv(&report);
-        assert!(row.starts_with("2026-01-02T02:03:04Z,\"/srv/a,b.img\",75,,2.00,4,AT_RISK,ok,1204,377,"), "{row}");
+        assert!(
+            row.starts_with("2026-01-02T02:03:04Z,\"/srv/a,b.img\",75,100.000,2.00,4,AT_RISK,ok,1204,377,"),
+            "{row}"
+        );
         let columns = row.replace("\"/srv/a,b.img\"", "path").split(',').count();
         assert_eq!(columns, CSV_HEAD.split(',').count());
     }
@@ -234,8 +243,8 @@ mod tests {
     #[test]
     fn the_summary_is_one_line_of_names_and_values() {
         let text = compact(&sample_status());
-        let expected = "vhost-remap v0.1.0: health=75% throughput=0.00MB/s errors=4 mappings=12 reads=1204 writes=377 \
-                        health_state=AT_RISK state=ok remaps=12/16384 pending=3 lost=2";
+        let expected = "vhost-remap v0.1.0: health=75% latency=100.000us throughput=0.00MB/s errors=4 mappings=12 \
+                        reads=1204 writes=377 health_state=AT_RISK state=ok remaps=12/16384 pending=3 lost=2";
         assert_eq!(text, expected);
     }
 }

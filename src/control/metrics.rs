@@ -55,10 +55,11 @@ pub fn render(volumes: &[Sample]) -> String {
 
 /// The same facts, as far as dm-remap had them, under its names. Theirs had no labels; these have `volume`. What they
 /// could not have said truthfully is said here: `total_errors` are failed device operations, `total_remaps` and
-/// `active_mappings` live remapped blocks, `avg_latency_us` is that of requests, and rates are those since the start.
+/// `active_mappings` live remapped blocks, `avg_latency_us` is that of requests, and all is counted since the server
+/// started or the counters were cleared.
 pub fn render_dm_remap(volumes: &[Sample]) -> String {
     let mut out = Families::new(volumes);
-    let per_hour = |count: u64, s: &Sample| count as f64 * 3600.0 / s.status.uptime_seconds.max(1) as f64;
+    let per_hour = |count: u64, s: &Sample| count as f64 * 3600.0 / s.status.counted_seconds().max(1) as f64;
     out.counter("dm_remap_total_reads", "Guest reads.", |s| s.status.counters.reads);
     out.counter("dm_remap_total_writes", "Guest writes.", |s| s.status.counters.writes);
     out.gauge("dm_remap_total_remaps", "Live remapped blocks.", |s| s.status.blocks.remapped as f64);
@@ -70,10 +71,8 @@ pub fn render_dm_remap(volumes: &[Sample]) -> String {
     out.gauge("dm_remap_last_error_time", "When a device last failed, seconds since the epoch; 0: not yet.", |s| {
         s.stats.last_error.unwrap_or_default()
     });
-    out.gauge("dm_remap_avg_latency_us", "Mean latency of requests since the start, in microseconds.", |s| {
-        let sum: u64 = s.stats.operations.iter().map(|operation| operation.latency.sum_ns).sum();
-        let count: u64 = s.stats.operations.iter().map(|operation| operation.completed).sum();
-        sum as f64 / 1000.0 / count.max(1) as f64
+    out.gauge("dm_remap_avg_latency_us", "Mean latency of requests, in microseconds.", |s| {
+        s.status.request_ns as f64 / 1000.0 / s.status.counters.requests().max(1) as f64
     });
     out.gauge("dm_remap_remapped_sectors", "Sectors of live remapped blocks.", |s| {
         (s.status.blocks.remapped * SECTORS_PER_BLOCK) as f64
@@ -82,12 +81,13 @@ pub fn render_dm_remap(volumes: &[Sample]) -> String {
         let blocks = &s.status.blocks;
         (blocks.remaps_max.saturating_sub(blocks.slots_free) * SECTORS_PER_BLOCK) as f64
     });
-    out.gauge("dm_remap_remap_rate_per_hour", "Blocks moved in an hour, since the start.", |s| {
+    out.gauge("dm_remap_remap_rate_per_hour", "Blocks moved in an hour, on average.", |s| {
         per_hour(s.status.counters.remaps, s)
     });
-    out.gauge("dm_remap_error_rate_per_hour", "Failed device operations in an hour, since the start.", |s| {
+    out.gauge("dm_remap_error_rate_per_hour", "Failed device operations in an hour, on average.", |s| {
         per_hour(s.status.counters.device_errors, s)
     });
+    out.gauge("dm_remap_health_score", "What `health` makes of it, 0 to 100.", |s| s.status.health_score as f64);
     out.encode()
 }
 
@@ -428,7 +428,8 @@ mod tests {
                 "dm_remap_active_mappings{volume=\"a.img\"} 12",
                 "dm_remap_last_remap_time{volume=\"a.img\"} 1767225700.5",
                 "dm_remap_last_error_time{volume=\"a.img\"} 0",
-                "dm_remap_avg_latency_us{volume=\"a.img\"} 2000053",
+                "dm_remap_avg_latency_us{volume=\"a.img\"} 100",
+                "dm_remap_health_score{volume=\"a.img\"} 75",
                 "dm_remap_remapped_sectors{volume=\"a.img\"} 96",
                 "dm_remap_spare_sectors_used{volume=\"a.img\"} 104",
                 "dm_remap_remap_rate_per_hour{volume=\"a.img\"} 0",

@@ -356,6 +356,8 @@ pub(crate) mod scripted {
             health_score: 75,
             counters_since: 1_767_225_600,
             scan: sample_scan(),
+            request_ns: 158_100_000,
+            failed_writes_in_a_row: 2,
         }
     }
 }

@@ -228,6 +228,12 @@ impl Counters {
         latency
     }
 
+    /// How long all answered requests took together, in nanoseconds.
+    pub fn request_ns(&self) -> u64 {
+        let workers = self.workers.iter().flat_map(|worker| &worker.operations);
+        workers.map(|counters| counters.took_ns.get()).fold(0, u64::wrapping_add)
+    }
+
     /// Operations of one of [`DEVICE_OPERATIONS`] sent to a device, and their bytes.
     pub fn device(&self, device: DeviceIndex, kind: usize) -> [u64; 2] {
         let workers = self.workers.iter().map(|worker| &worker.devices);
@@ -255,6 +261,7 @@ mod tests {
         assert_eq!((reads.failed, reads.bytes, reads.latency.count()), (1, 4096, 2));
         assert_eq!((reads.under_way, reads.oldest_start), (3, Some(Time(40))));
         assert_eq!((reads.latency.sum_ns, reads.latency.max_ns), (4000, 3000));
+        assert_eq!(counters.request_ns(), 4007);
         assert_eq!(counters.operation(Operation::Flush).latency.quantile_ns(990_000), Some(7));
         assert_eq!(counters.operation(Operation::Discard), OperationNumbers::default());
         counters.workers[0].set_under_way(&[idle; 5]);

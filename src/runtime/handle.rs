@@ -64,12 +64,14 @@ pub(super) struct Cleared {
     counters: Counters,
     /// As [`HealerStatus::errors`].
     errors: [[u64; 3]; 2],
+    /// How long requests had taken together.
+    request_ns: u64,
 }
 
 impl Cleared {
-    /// Nothing was counted before then, in seconds since the epoch.
-    pub(super) fn at(at: u64) -> Cleared {
-        Cleared { at, ..Cleared::default() }
+    /// Of a volume that is opened then, in seconds since the epoch; requests before that had taken so long.
+    pub(super) fn at(at: u64, request_ns: u64) -> Cleared {
+        Cleared { at, request_ns, ..Cleared::default() }
     }
 }
 
@@ -141,6 +143,8 @@ impl VolumeHandle {
             health_score: healer.health.score,
             counters_since: cleared.at,
             scan: ScanReport::of(&served.scan, healer.scan),
+            request_ns: standing.counters.request_ns().saturating_sub(cleared.request_ns),
+            failed_writes_in_a_row: healer.failed_writes_in_a_row as u64,
         })
     }
 
@@ -328,7 +332,12 @@ impl VolumeHandle {
         let Some(healer) = self.healer_status() else {
             return Err(Refused(format!("{path}: the volume did not answer: it is closing; see `status`")));
         };
-        let now = Cleared { at: self.now_seconds(), counters: self.counters(&healer), errors: healer.errors };
+        let now = Cleared {
+            at: self.now_seconds(),
+            counters: self.counters(&healer),
+            errors: healer.errors,
+            request_ns: self.0.standing.counters.request_ns(),
+        };
         let before =
             std::mem::replace(&mut *self.0.cleared.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
         let counted = now.counters.since(&before.counters);

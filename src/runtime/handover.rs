@@ -386,6 +386,8 @@ impl HeldVolume {
             health_score: 0,
             counters_since: standing.epoch,
             scan: ScanReport::default(),
+            request_ns: 0,
+            failed_writes_in_a_row: 0,
         }
     }
 

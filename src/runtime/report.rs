@@ -74,6 +74,24 @@ pub struct StatusReport {
     /// The scanner.
     #[serde(default)]
     pub scan: ScanReport,
+    /// From the taking of a request to its answer, in nanoseconds: the sum over the requests that `counters` has.
+    #[serde(default)]
+    pub request_ns: u64,
+    /// The guest's writes that failed on the primary since one last succeeded there.
+    #[serde(default)]
+    pub failed_writes_in_a_row: u64,
+}
+
+impl StatusReport {
+    /// Seconds that `counters` cover.
+    pub fn counted_seconds(&self) -> u64 {
+        self.started.saturating_add(self.uptime_seconds).saturating_sub(self.counters_since)
+    }
+
+    /// Mean time from the taking of a request to its answer, in nanoseconds; `None` where there were no requests.
+    pub fn mean_latency_ns(&self) -> Option<u64> {
+        self.request_ns.checked_div(self.counters.requests())
+    }
 }
 
 /// One device of a volume.
@@ -157,6 +175,11 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Requests answered.
+    pub fn requests(&self) -> u64 {
+        [self.writes, self.flushes, self.discards].into_iter().fold(self.reads, u64::saturating_add)
+    }
+
     /// What came since `earlier`.
     pub fn since(&self, earlier: &Counters) -> Counters {
         let of = |count: fn(&Counters) -> u64| count(self).saturating_sub(count(earlier));

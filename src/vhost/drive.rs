@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::device::{Event as DeviceEvent, Reactor, Wait};
 use crate::engine::event::{Event, Severity};
 use crate::engine::message::{ToHealer, ToShard};
-use crate::engine::request::{Answer, RequestOp, Status as RequestStatus};
+use crate::engine::request::{Answer, RequestOp, Status};
 use crate::engine::shard::{Shard, ShardOut};
 use crate::runtime::counters::WorkerCounters;
 use crate::runtime::eventlog::EventLog;
@@ -74,12 +74,10 @@ impl Drive {
     pub(crate) fn count(&self, answer: &Answer, taken: &Taken) {
         let took_ns = self.latest.since_ns(taken.started);
         let bytes = match (&answer.request.op, answer.status) {
-            (_, RequestStatus::IoErr) => None,
+            (_, Status::IoErr) => None,
             // What matters first.
-            (RequestOp::Read { data, .. } | RequestOp::Write { data, .. }, RequestStatus::Ok) => {
-                Some(data.len() as u64)
-            }
-            (op, RequestStatus::Ok) => Some(op.bytes()),
+            (RequestOp::Read { data, .. } | RequestOp::Write { data, .. }, Status::Ok) => Some(data.len() as u64),
+            (op, Status::Ok) => Some(op.bytes()),
         };
         self.counters.answered(taken.operation, took_ns, bytes);
     }

@@ -56,7 +56,7 @@ fn pass(dir: &Path) -> Result<f64, String> {
     server.order("/v1/scan/start", &json!({ "check_only": false }))?;
     let began = Instant::now();
     let mut first: Option<(Instant, f64)> = None;
-    let mut last = None;
+    let mut last: Option<(Instant, f64)> = None;
     let speed = loop {
         let report = status(&server)?;
         let (now, scan) = (Instant::now(), &report["scan"]);

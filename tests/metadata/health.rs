@@ -1,5 +1,6 @@
 //! What the rules of health remember, and what they do not.
 
+use vhost_remap::device::DeviceIndex;
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::health::HealthState;
 use vhost_remap::engine::request::Status;
@@ -23,6 +24,12 @@ fn days(engine: &mut Engine, rig: &mut Rig) -> Vec<(u64, u64)> {
 fn judged(engine: &mut Engine, rig: &mut Rig) -> (HealthState, Vec<(&'static str, u64)>) {
     let health = engine.status(rig).health;
     (health.state, health.findings.iter().map(|finding| (finding.rule, finding.value)).collect())
+}
+
+/// Which device's state changed, and how.
+fn changes(engine: &Engine) -> Vec<(Option<DeviceIndex>, &str)> {
+    let of_health = engine.events.iter().filter(|event| event.kind == "health");
+    of_health.map(|event| (event.device, event.action.split(": ").next().unwrap())).collect()
 }
 
 fn counters(rig: &Rig) -> impl Iterator<Item = (Seat, SavedCounters)> {
@@ -69,9 +76,7 @@ fn a_change_of_health_is_told_once_with_the_rule_and_the_numbers() {
     assert_eq!(engine.write(&mut rig, BLOCK_A * BLOCK, &new(BLOCK_A)), Ok(Status::Ok));
     let moved = "rule remapped-recently: blocks moved in the last 70 days because they failed: 1 (from 1 on)";
     assert_eq!(engine.causes("health"), [pending, moved]);
-    let actions: Vec<_> =
-        engine.events.iter().filter(|event| event.kind == "health").map(|event| &event.action).collect();
-    assert!(actions[0].starts_with("OK -> WATCH: ") && actions[1].starts_with("WATCH -> AT_RISK: "), "{actions:?}");
+    assert_eq!(changes(&engine), [(Some(PRIMARY), "OK -> WATCH"), (Some(PRIMARY), "WATCH -> AT_RISK")]);
     // More of the same is no change.
     assert_eq!(engine.write(&mut rig, BLOCK_B * BLOCK, &new(BLOCK_B)), Ok(Status::Ok));
     assert_eq!(engine.causes("health").len(), 2);
@@ -135,8 +140,6 @@ fn a_burst_is_one_of_requests_and_not_of_what_is_tried_again() {
     assert_eq!(has_burst(&mut engine, &mut rig), Some(("error-burst", 10)));
     engine.pass(&mut rig, 601).unwrap();
     assert_eq!(has_burst(&mut engine, &mut rig), None);
-    let actions: Vec<_> =
-        engine.events.iter().filter(|event| event.kind == "health").map(|event| &event.action).collect();
-    let changes: Vec<_> = actions.iter().map(|action| action.split(": ").next().unwrap()).collect();
-    assert_eq!(changes, ["OK -> WATCH", "WATCH -> AT_RISK", "AT_RISK -> WATCH"]);
+    let of_primary = ["OK -> WATCH", "WATCH -> AT_RISK", "AT_RISK -> WATCH"].map(|change| (Some(PRIMARY), change));
+    assert_eq!(changes(&engine), of_primary);
 }

@@ -4,18 +4,15 @@ use vhost_remap::control::api::FaultList;
 
 use crate::guest::{Failed, Io};
 use crate::model::{Model, pattern};
-use crate::server::Volume;
+use crate::server::served;
 
 /// Scenario 24, F2.
 #[test]
 fn a_failed_flush_poisons_the_volume_until_the_operator_has_looked() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
-    let mut guest = server.guest(1);
+    let (volume, server, mut guest) = served();
     let mut model = Model::written(&mut guest, 960, 256, 1);
     guest.flush().unwrap();
-    let write = model.write(1000, pattern(1000, 8, 2));
-    guest.queue().one(write).unwrap();
+    model.put(&mut guest, 1000, pattern(1000, 8, 2));
     server.fault(&["--ops", "flush", "--count", "1"]);
     assert_eq!(guest.flush(), Err(Failed::IoErr));
     // The next flush would succeed on the device, and must not.
@@ -50,8 +47,7 @@ fn a_failed_flush_poisons_the_volume_until_the_operator_has_looked() {
     server.no_faults();
     let answer = server.order(&["clear"]);
     assert!(answer.contains("writes are taken again"), "{answer}");
-    let write = model.write(1000, pattern(1000, 8, 4));
-    guest.queue().one(write).unwrap();
+    model.put(&mut guest, 1000, pattern(1000, 8, 4));
     guest.flush().unwrap();
     assert_eq!(server.status().state, ["ok"]);
     drop(guest);
@@ -64,9 +60,7 @@ fn a_failed_flush_poisons_the_volume_until_the_operator_has_looked() {
 /// Scenario 24, F1: a flush reaches the primary, and the spare where a slot was written since the last one.
 #[test]
 fn a_flush_reaches_both_devices() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
-    let mut guest = server.guest(1);
+    let (_volume, server, mut guest) = served();
     let mut model = Model::written(&mut guest, 960, 256, 1);
     server.order(&["remap", "1000-1007"]);
     guest.flush().unwrap();
@@ -79,8 +73,7 @@ fn a_flush_reaches_both_devices() {
     };
     let mut expected = [0, 0];
     for (sector, on_spare) in [(1003, 1), (1100, 0), (1000, 1), (996, 1)] {
-        let write = model.write(sector, pattern(sector, 5, 2));
-        guest.queue().one(write).unwrap();
+        model.put(&mut guest, sector, pattern(sector, 5, 2));
         assert_eq!(hits(), expected);
         guest.flush().unwrap();
         expected = [expected[0] + 1, expected[1] + on_spare];
@@ -92,9 +85,7 @@ fn a_flush_reaches_both_devices() {
 /// F2 where no device takes the note: said, not hidden.
 #[test]
 fn a_poison_that_no_device_keeps_is_called_not_persistent() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
-    let mut guest = server.guest(1);
+    let (_volume, server, mut guest) = served();
     guest.write(1000, pattern(1000, 8, 2)).unwrap();
     server.fault(&["--ops", "flush"]);
     server.fault(&["--ops", "flush", "--device", "spare"]);
@@ -107,9 +98,7 @@ fn a_poison_that_no_device_keeps_is_called_not_persistent() {
 /// F3: a spare without unflushed data is not worth the primary.
 #[test]
 fn a_spare_that_fails_to_flush_while_clean_is_down_and_the_primary_goes_on() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
-    let mut guest = server.guest(1);
+    let (volume, server, mut guest) = served();
     let mut model = Model::written(&mut guest, 960, 512, 1);
     server.order(&["remap", "960-975"]);
     guest.flush().unwrap();
@@ -121,8 +110,7 @@ fn a_spare_that_fails_to_flush_while_clean_is_down_and_the_primary_goes_on() {
     // Remapped blocks fail, all else goes on, flushes included.
     assert_eq!(guest.read(960, 8), Err(Failed::IoErr));
     assert_eq!(guest.write(968, pattern(968, 1, 2)), Err(Failed::IoErr));
-    let write = model.write(1008, pattern(1008, 64, 3));
-    guest.queue().one(write).unwrap();
+    model.put(&mut guest, 1008, pattern(1008, 64, 3));
     guest.flush().unwrap();
     model.check(guest.queue(), 976, 24);
     model.check(guest.queue(), 1008, 400);
@@ -133,8 +121,7 @@ fn a_spare_that_fails_to_flush_while_clean_is_down_and_the_primary_goes_on() {
     // The write that failed left its sectors old or new (W7); then they stay.
     let first = guest.read(1000, 8).unwrap();
     assert!(first == model.sectors(1000, 8) || first == pattern(1000, 8, 2));
-    let write = model.write(1000, pattern(1000, 8, 4));
-    guest.queue().one(write).unwrap();
+    model.put(&mut guest, 1000, pattern(1000, 8, 4));
     guest.flush().unwrap();
     model.check_all(guest.queue());
     drop(guest);
@@ -145,21 +132,17 @@ fn a_spare_that_fails_to_flush_while_clean_is_down_and_the_primary_goes_on() {
 /// F3, the other half: unflushed data in slots is as precious as on the primary.
 #[test]
 fn a_spare_that_fails_to_flush_while_dirty_poisons_the_volume() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
-    let mut guest = server.guest(1);
+    let (_volume, server, mut guest) = served();
     let mut model = Model::written(&mut guest, 960, 512, 1);
     server.order(&["remap", "960-975"]);
-    let write = model.write(962, pattern(962, 4, 2));
-    guest.queue().one(write).unwrap();
+    model.put(&mut guest, 962, pattern(962, 4, 2));
     server.fault(&["--ops", "flush", "--device", "spare", "--count", "1"]);
     assert_eq!(guest.flush(), Err(Failed::IoErr));
     assert_eq!(server.status().state, ["poisoned"]);
     assert_eq!(guest.write(1200, pattern(1200, 8, 3)), Err(Failed::IoErr));
     model.check_all(guest.queue());
     server.order(&["clear"]);
-    let write = model.write(962, pattern(962, 4, 4));
-    guest.queue().one(write).unwrap();
+    model.put(&mut guest, 962, pattern(962, 4, 4));
     guest.flush().unwrap();
     model.check_all(guest.queue());
 }
@@ -167,9 +150,7 @@ fn a_spare_that_fails_to_flush_while_dirty_poisons_the_volume() {
 /// A poisoned volume ends like a crashed one, says so, and is still poisoned afterwards.
 #[test]
 fn a_poisoned_volume_does_not_close_cleanly() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
-    let mut guest = server.guest(1);
+    let (volume, server, mut guest) = served();
     guest.write(1000, pattern(1000, 8, 2)).unwrap();
     server.fault(&["--ops", "flush", "--count", "1"]);
     assert_eq!(guest.flush(), Err(Failed::IoErr));

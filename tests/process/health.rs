@@ -7,11 +7,12 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 use vhost_remap::runtime::health::HealthReport;
+use vhost_remap::runtime::report::EventRecord;
 use vhost_remap::runtime::surface::SurfaceReport;
 
 use crate::guest::Failed;
 use crate::model::pattern;
-use crate::server::{Server, Volume, done, try_output_of, vhost_remap};
+use crate::server::{Server, Volume, done, served, try_output_of, vhost_remap};
 
 fn health(server: &Server) -> HealthReport {
     serde_json::from_str(&server.order(&["health", "--json"])).unwrap()
@@ -27,11 +28,19 @@ fn found(state: &str, rules: &[(&str, u64)]) -> (String, Vec<(String, u64)>) {
     (state.to_owned(), rules.iter().map(|(rule, value)| ((*rule).to_owned(), *value)).collect())
 }
 
+fn health_events(server: &Server) -> Vec<EventRecord> {
+    server.events().into_iter().filter(|event| event.kind == "health").collect()
+}
+
+/// How a device's state changed.
+fn changes(server: &Server, device: &str) -> Vec<String> {
+    let of_device = health_events(server).into_iter().filter(|event| event.device == device);
+    of_device.map(|event| event.action.split(": ").next().unwrap().to_owned()).collect()
+}
+
 #[test]
 fn health_follows_what_happens_and_says_why() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
-    let mut guest = server.guest(1);
+    let (volume, server, mut guest) = served();
     guest.write(960, pattern(960, 256, 1)).unwrap();
     assert_eq!(judged(&server), found("OK", &[]));
     assert_eq!(health(&server).score.value, 100);
@@ -48,10 +57,9 @@ fn health_follows_what_happens_and_says_why() {
     guest.write(1016, pattern(1016, 1, 2)).unwrap();
     let at_risk = found("AT_RISK", &[("remapped-recently", 1), ("lost-recently", 2), ("lost", 2)]);
     assert_eq!(judged(&server), at_risk);
-    let events: Vec<_> = server.events().into_iter().filter(|event| event.kind == "health").collect();
-    let changes: Vec<_> = events.iter().map(|event| event.action.split(": ").next().unwrap()).collect();
-    assert_eq!(changes, ["OK -> WATCH", "WATCH -> OK", "OK -> AT_RISK"]);
-    assert!(events[2].cause.starts_with("rule remapped-recently: ") && events[2].cause.contains(": 1 (from 1 on)"));
+    assert_eq!(changes(&server, "primary"), ["OK -> WATCH", "WATCH -> OK", "OK -> AT_RISK"]);
+    let cause = server.causes("health").pop().unwrap();
+    assert!(cause.starts_with("rule remapped-recently: ") && cause.contains(": 1 (from 1 on)"), "{cause}");
     let text = server.order(&["health"]);
     assert!(text.contains("\nState    AT_RISK\n") && text.contains("rule lost-recently: "), "{text}");
     assert!(text.contains("\nTrend    not enough data: 1 daily samples over 0 days; 8 over 14 are needed\n"), "{text}");
@@ -71,11 +79,43 @@ fn server_is_at_risk_still(volume: &Volume, at_risk: &(String, Vec<(String, u64)
     assert_eq!((today.remaps, today.lost, today.slots_used), (1, 2, 1));
 }
 
+/// A spare that goes while the volume is at risk already, by its primary, is an event like one that changes the volume.
 #[test]
-fn a_scratch_is_seen_on_the_surface_in_letters_numbers_and_as_a_picture() {
+fn a_change_of_one_device_is_told_with_its_name_also_where_the_volume_stays_as_it_is() {
     let volume = Volume::create(32, 64);
     let server = volume.serve(&[]);
+    server.order(&["remap", "1000"]);
+    server.stop();
+    // Nothing is written any more when the spare goes.
+    let server = volume.serve(&[]);
     let mut guest = server.guest(1);
+    let states = || health(&server).devices.into_iter().map(|device| device.state).collect::<Vec<_>>();
+    server.fault(&["--ops", "read", "--sectors", "2003"]);
+    for _ in 0..10 {
+        assert_eq!(guest.read(2003, 1), Err(Failed::IoErr));
+    }
+    assert_eq!((states(), health(&server).state), (vec!["AT_RISK".into(), "OK".into()], "AT_RISK".into()));
+    server.fault(&["--device", "spare", "--ops", "read,write,identify", "--errno", "ENODEV"]);
+    assert_eq!(guest.read(1000, 8), Err(Failed::IoErr));
+    server.await_event("spare-down");
+    assert_eq!((states(), health(&server).state), (vec!["AT_RISK".into(), "AT_RISK".into()], "AT_RISK".into()));
+    server.no_faults();
+    server.await_event("spare-back");
+    guest.read(1000, 8).unwrap();
+    assert_eq!(states(), ["AT_RISK", "OK"]);
+    assert_eq!(changes(&server, "primary"), ["OK -> WATCH", "WATCH -> AT_RISK"]);
+    assert_eq!(changes(&server, "spare"), ["OK -> AT_RISK", "AT_RISK -> OK"]);
+    let [watch, at_risk, down, back] = &health_events(&server)[..] else { panic!("{:?}", health_events(&server)) };
+    assert!(watch.action.ends_with("; the volume: OK -> WATCH"), "{watch:?}");
+    assert!(at_risk.action.ends_with("; the volume: WATCH -> AT_RISK"), "{at_risk:?}");
+    assert!(down.cause.starts_with("rule not-answering: ") && down.severity == "warn", "{down:?}");
+    assert!(back.cause == "no rule holds any more" && back.severity == "info", "{back:?}");
+    assert!(!down.action.contains("the volume") && !back.action.contains("the volume"), "{down:?} {back:?}");
+}
+
+#[test]
+fn a_scratch_is_seen_on_the_surface_in_letters_numbers_and_as_a_picture() {
+    let (volume, server, mut guest) = served();
     guest.write(960, pattern(960, 2048, 1)).unwrap();
     // Six blocks over the border of two cells: 64 cells have 1024 sectors each.
     server.fault(&["--ops", "write", "--sectors", "1000-1047"]);
@@ -105,9 +145,7 @@ fn a_scratch_is_seen_on_the_surface_in_letters_numbers_and_as_a_picture() {
 
 #[test]
 fn cleared_counters_begin_anew_and_the_lifetime_and_the_days_go_on() {
-    let volume = Volume::create(32, 64);
-    let server = volume.serve(&[]);
-    let mut guest = server.guest(1);
+    let (_volume, server, mut guest) = served();
     guest.write(1000, pattern(1000, 8, 1)).unwrap();
     server.fault(&["--ops", "write", "--sectors", "1000"]);
     guest.write(1000, pattern(1000, 8, 2)).unwrap();

@@ -47,6 +47,13 @@ impl Model {
         Io::Write { sector, data }
     }
 
+    /// Write that to the disk too.
+    #[track_caller]
+    pub(crate) fn put(&mut self, guest: &mut Guest, sector: u64, data: Vec<u8>) {
+        let write = self.write(sector, data);
+        guest.queue().one(write).unwrap();
+    }
+
     pub(crate) fn zero(&mut self, sector: u64, count: u64) {
         let range = self.range(sector, count);
         self.bytes[range].fill(0);

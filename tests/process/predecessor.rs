@@ -1,174 +1,373 @@
-//! The operator contract of dm-remap, row by row, with true numbers.
+//! The rest of dm-remap's operator contract, row by row: formats, /proc, parameters, targets of make. Its status line,
+//! messages and names for Prometheus are beside this.
 
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use serde_json::Value;
+use vhost_remap::control::client::Client;
+use vhost_remap::runtime::report::StatusReport;
+
+use crate::guest::{Failed, Guest};
 use crate::model::pattern;
-use crate::server::{Server, Volume, done, vhost_remap};
+use crate::server::{Server, Volume, done, eventually, served, try_output_of, vhost_remap};
+use crate::stats::stats;
 
-/// A server with some reads and writes, a remapped and a pending block behind it.
-fn busy(volume: &Volume) -> Server {
-    let server = volume.serve(&[]);
-    let mut guest = server.guest(1);
+/// Reads and writes, one block moved because it failed and one by order, one pending.
+pub(crate) fn work(server: &Server, guest: &mut Guest) {
     for i in 0..5 {
         guest.write(960 + 8 * i, pattern(960 + 8 * i, 8, 1)).unwrap();
     }
     server.fault(&["--ops", "write", "--sectors", "1000"]);
     guest.write(1000, pattern(1000, 8, 1)).unwrap();
+    server.order(&["remap", "3000"]);
     guest.read(960, 4).unwrap();
-    // Two to the block that has moved, and one to it and its neighbours.
     guest.read(1000, 8).unwrap();
-    guest.write(1002, pattern(1002, 2, 2)).unwrap();
-    guest.read(984, 40).unwrap();
     guest.flush().unwrap();
     server.fault(&["--ops", "read", "--sectors", "2003"]);
-    assert!(guest.read(2003, 1).is_err());
-    drop(guest);
-    server.await_status(|status| !status.connected);
-    server
+    assert_eq!(guest.read(2003, 1), Err(Failed::IoErr));
+    let StatusReport { counters, blocks, .. } = server.status();
+    assert_eq!((counters.reads, counters.writes, counters.remaps, blocks.pending), (3, 6, 2, 1));
 }
 
-/// `dmsetup status`: 31 fields in its order.
-#[test]
-fn each_field_of_the_status_line_agrees_with_the_report() {
-    let volume = Volume::create(32, 64);
-    let server = busy(&volume);
-    let report = server.status();
-    let line = server.order(&["status", "--line"]);
-    assert_eq!(server.order(&["status", "--format", "raw"]).split(' ').count(), 31);
-    let fields: Vec<&str> = line.trim_end().split(' ').collect();
-    let counters = &report.counters;
-    let requests = counters.reads + counters.writes + counters.flushes + counters.discards;
-    assert_eq!((counters.reads, counters.writes, counters.flushes, report.blocks.pending), (4, 7, 1, 1));
-    let numbers = [
-        (1, 0),
-        (2, report.capacity_sectors),
-        (7, counters.reads),
-        (8, counters.writes),
-        (9, counters.remaps),
-        (10, counters.device_errors),
-        (11, report.blocks.remapped),
-        (12, requests),
-        (13, 0),
-        (14, 0),
-        (16, 512),
-        (17, report.devices[1].size / 512),
-        (18, requests),
-        (19, requests - 3),
-        (20, 3),
-        (21, 8),
-        (22, 0),
-        (23, 0),
-        (24, requests - 3),
-        (25, 3),
-        (26, counters.health_scans),
-        (27, report.health_score),
-        (28, report.blocks.pending),
-        (29, 0),
-    ];
-    for (field, expected) in numbers {
-        assert_eq!(fields[field - 1], expected.to_string(), "field {field} of {line}");
-    }
-    let bytes_a_second: u64 = fields[14].parse().unwrap();
-    assert!(bytes_a_second <= counters.read_bytes + counters.written_bytes, "{line}");
-    let version = format!("v{}", env!("CARGO_PKG_VERSION"));
-    let words = [
-        (3, "vhost-remap"),
-        (4, version.as_str()),
-        (5, volume.primary.to_str().unwrap()),
-        (6, volume.spare.to_str().unwrap()),
-        (30, "operational"),
-        (31, "real"),
-    ];
-    for (field, expected) in words {
-        assert_eq!(fields[field - 1], expected, "field {field} of {line}");
-    }
-    assert_eq!(numbers.len() + words.len() + 1, 31);
+/// `name=value` of a line.
+#[track_caller]
+pub(crate) fn value<'a>(line: &'a str, name: &str) -> &'a str {
+    let words = line.split_whitespace();
+    let mut found = words.filter_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    found.next().unwrap_or_else(|| panic!("{name} is not in {line}"))
 }
 
-/// `dmremap-status -f human|json|csv|raw|compact`.
+fn mib(bytes: u64) -> String {
+    format!("{:.2}", ((bytes * 100) >> 20) as f64 / 100.0)
+}
+
+/// Mean latency in microseconds.
+fn mean_us(report: &StatusReport) -> String {
+    let ns = report.mean_latency_ns().unwrap();
+    format!("{}.{:03}", ns / 1000, ns % 1000)
+}
+
+// `dmremap-status -f`.
+
 #[test]
-fn each_format_of_its_status_tool_is_printed() {
-    let volume = Volume::create(32, 64);
-    let server = busy(&volume);
-    let format = |name: &str| server.order(&["status", "-f", name]);
-    assert!(format("human").starts_with("Volume "));
-    assert!(format("json").starts_with("{\"schema\":"));
-    let csv = format("csv");
-    let lines: Vec<&str> = csv.lines().collect();
-    assert_eq!(lines.len(), 2, "{csv}");
-    assert!(lines[0].starts_with("timestamp,device,health_score,avg_latency_us,throughput_mbps,errors,"), "{csv}");
-    let column = |name: &str| {
-        let at = lines[0].split(',').position(|column| column == name).unwrap();
-        lines[1].split(',').nth(at).unwrap().to_owned()
+fn format_human() {
+    let (_volume, server, mut guest) = served();
+    work(&server, &mut guest);
+    let (text, report) = (server.order(&["status", "-f", "human"]), server.status());
+    assert!(text.starts_with("Volume  ") && text.lines().next().unwrap().ends_with(&report.volume), "{text}");
+    for (name, count, lifetime) in [
+        ("reads", report.counters.reads, report.lifetime.reads),
+        ("writes", report.counters.writes, report.lifetime.writes),
+        ("remaps", report.counters.remaps, report.lifetime.remaps),
+        ("device errors", report.counters.device_errors, report.lifetime.device_errors),
+    ] {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix("  "));
+        let numbers: Vec<&str> = line.unwrap_or_else(|| panic!("{text}")).split_whitespace().collect();
+        assert_eq!(numbers, [count.to_string(), lifetime.to_string()], "{name}");
+    }
+}
+
+#[test]
+fn format_json() {
+    let (_volume, server, mut guest) = served();
+    work(&server, &mut guest);
+    let printed: StatusReport = serde_json::from_str(&server.order(&["status", "-f", "json"])).unwrap();
+    let client = Client::new(&server.ctl).unwrap();
+    let served: StatusReport = client.get("/v1/status", Duration::from_secs(60)).unwrap();
+    // The clock goes on.
+    assert_eq!(StatusReport { uptime_seconds: 0, ..printed }, StatusReport { uptime_seconds: 0, ..served });
+}
+
+#[test]
+fn format_csv() {
+    let (volume, server, mut guest) = served();
+    work(&server, &mut guest);
+    let (before, csv, after) = (server.status(), server.order(&["status", "-f", "csv"]), server.status());
+    let [head, row] = csv.lines().collect::<Vec<_>>()[..] else { panic!("{csv}") };
+    assert!(head.starts_with("timestamp,device,health_score,avg_latency_us,throughput_mbps,errors,"), "{head}");
+    let columns: Vec<(&str, &str)> = head.split(',').zip(row.split(',')).collect();
+    let of = |name: &str| columns.iter().find(|(column, _)| *column == name).unwrap().1;
+    let at = |report: &StatusReport| {
+        let epoch = std::time::UNIX_EPOCH + Duration::from_secs(report.started + report.uptime_seconds);
+        humantime::format_rfc3339_seconds(epoch).to_string()
     };
-    let report = server.status();
-    assert_eq!(column("device"), volume.primary.display().to_string());
-    assert_eq!(column("errors"), report.counters.device_errors.to_string());
-    assert_eq!([column("reads"), column("writes"), column("remapped"), column("pending")], ["4", "7", "1", "1"]);
-    let compact = format("compact");
-    assert_eq!(compact.lines().count(), 1);
-    for part in [format!(" health={}% ", report.health_score), " errors=".into(), " mappings=1 ".into()] {
-        assert!(compact.contains(&part), "{part:?} is not in {compact}");
-    }
-    let raw = format("raw");
-    assert!(raw.starts_with("0 65536 vhost-remap v"), "{raw}");
-    let words = ["status", "--control-path", "x", "--format", "xml"];
-    assert_eq!(vhost_remap(&words).status.code(), Some(2));
+    assert!(*at(&before) <= *of("timestamp") && *of("timestamp") <= *at(&after), "{row}");
+    let bytes = before.counters.read_bytes + before.counters.written_bytes;
+    let rates = [&before, &after].map(|report| mib(bytes.checked_div(report.counted_seconds()).unwrap_or(0)));
+    assert!(rates.contains(&of("throughput_mbps").to_owned()) || rates[0] != rates[1], "{rates:?}: {row}");
+    let (counters, blocks) = (&before.counters, &before.blocks);
+    let expected = [
+        ("device", volume.primary.display().to_string()),
+        ("health_score", before.health_score.to_string()),
+        ("avg_latency_us", mean_us(&before)),
+        ("errors", counters.device_errors.to_string()),
+        ("health", before.health.clone()),
+        ("state", before.state.join(" ")),
+        ("reads", counters.reads.to_string()),
+        ("writes", counters.writes.to_string()),
+        ("read_bytes", counters.read_bytes.to_string()),
+        ("written_bytes", counters.written_bytes.to_string()),
+        ("guest_errors", counters.guest_errors.to_string()),
+        ("remapped", blocks.remapped.to_string()),
+        ("remaps_max", blocks.remaps_max.to_string()),
+        ("pending", blocks.pending.to_string()),
+        ("lost_sectors", blocks.lost_sectors.to_string()),
+        ("slots_free", blocks.slots_free.to_string()),
+        ("slots_retired", blocks.slots_retired.to_string()),
+    ];
+    assert_eq!(expected.len() + 2, columns.len(), "{head}");
+    expected.iter().for_each(|(name, expected)| assert_eq!(of(name), expected, "{name}"));
+    let sum: u64 = stats(&server).operations.iter().map(|row| row.latency.sum_ns).sum();
+    assert_eq!(before.request_ns, sum, "/v1/stats");
 }
 
-/// Messages: `ping`, `status`, `health`, `remap`, `verify`, `remove_remap`, `add_remap`, `save`, `sync`, `clear_stats`.
 #[test]
-fn each_of_its_verbs_is_taken() {
-    let volume = Volume::create(32, 64);
+fn format_compact() {
+    let (_volume, server, mut guest) = served();
+    work(&server, &mut guest);
+    let (line, report) = (server.order(&["status", "-f", "compact"]), server.status());
+    assert_eq!(line.lines().count(), 1);
+    for (name, expected) in [
+        ("health", format!("{}%", report.health_score)),
+        ("latency", format!("{}us", mean_us(&report))),
+        ("errors", report.counters.device_errors.to_string()),
+        ("mappings", "2".into()),
+        ("reads", "3".into()),
+        ("writes", "6".into()),
+        ("health_state", report.health.clone()),
+        ("state", report.state.join(",")),
+        ("remaps", "2/64".into()),
+        ("pending", "1".into()),
+        ("lost", report.blocks.lost_sectors.to_string()),
+    ] {
+        assert_eq!(value(&line, name), expected, "{line}");
+    }
+    assert!(value(&line, "throughput").ends_with("MB/s"), "{line}");
+}
+
+#[test]
+fn format_raw() {
+    let (_volume, server, mut guest) = served();
+    work(&server, &mut guest);
+    let fields = |words: &[&str]| {
+        let line = server.order(words);
+        let mut fields: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        fields[14] = "bytes a second change with the clock".into();
+        fields
+    };
+    assert_eq!(fields(&["status", "-f", "raw"]), fields(&["status", "--line"]));
+    assert_eq!(vhost_remap(&["status", "--control-path", "x", "-f", "xml"]).status.code(), Some(2));
+}
+
+#[test]
+fn health_words() {
+    let volume = Volume::create(32, 1024);
     let server = volume.serve(&[]);
-    let check = |words: &[&str], expected: &str| {
-        let answer = server.order(words);
-        assert!(answer.contains(expected), "{words:?}: {answer}");
+    let mut guest = server.guest(1);
+    let help = done(&vhost_remap(&["health", "--help"]));
+    let check = |least: u64, most: u64, expected: &str| {
+        let health: Value = serde_json::from_str(&server.order(&["health", "--json"])).unwrap();
+        let (score, word) = (health["score"]["value"].as_u64().unwrap(), health["score"]["word"].as_str().unwrap());
+        assert!((least..=most).contains(&score) && word == expected, "{score} is {word}, not {expected}: {health}");
+        // What it is made of is documented.
+        for taken in health["score"]["deductions"].as_array().unwrap() {
+            assert!(help.contains(taken["input"].as_str().unwrap()), "{taken} is not in\n{help}");
+        }
     };
-    check(&["ping"], "pong");
-    check(&["status", "--format", "compact"], "mappings=0 reads=0 writes=0");
-    check(&["health", "--format", "compact"], "health_score=100 scan_count=0 hotspot_sectors=0 trend=unknown");
-    check(&["remap", "1000"], "blocks moved to the spare: 1");
-    check(&["verify", "1000"], "sector 1000 -> slot 0");
-    check(&["verify", "2000"], "sector 2000 is not remapped");
-    check(&["release", "1000"], "1");
-    check(&["add_remap", "2000"], "blocks moved to the spare: 1");
-    check(&["remove_remap", "2000"], "1");
-    check(&["save"], "saved");
-    check(&["sync"], "saved");
-    check(&["clear-stats"], "begin anew");
-    check(&["clear_stats"], "begin anew");
-    assert_eq!(server.list(), []);
-    check(&["status", "--proc"], "\n  Total remaps:   0\n");
-    done(&vhost_remap(&["help"]));
-    done(&vhost_remap(&["help", "remap"]));
+    check(95, 100, "EXCELLENT");
+    server.fault(&["--ops", "read", "--sectors", "2003"]);
+    assert_eq!(guest.read(2003, 1), Err(Failed::IoErr));
+    check(80, 94, "GOOD");
+    server.fault(&["--ops", "write", "--sectors", "1000"]);
+    guest.write(1000, pattern(1000, 8, 1)).unwrap();
+    check(60, 79, "FAIR");
+    // A sector is lost, and more operations fail.
+    server.fault(&["--ops", "write", "--sectors", "3000"]);
+    server.fault(&["--ops", "read", "--sectors", "3006"]);
+    guest.write(3000, pattern(3000, 1, 1)).unwrap();
+    assert_eq!([guest.read(2003, 1), guest.read(2003, 1)], [Err(Failed::IoErr), Err(Failed::IoErr)]);
+    check(40, 59, "POOR");
+    server.no_faults();
+    server.fault(&["--ops", "flush", "--count", "1"]);
+    assert_eq!(guest.flush(), Err(Failed::IoErr));
+    check(0, 39, "CRITICAL");
 }
 
-/// What has no meaning here is no verb: the map is read at each start, there is no cache, and no remap without data.
+// /proc.
+
 #[test]
-fn verbs_of_it_that_mean_nothing_here_are_refused() {
-    for verb in ["restore", "cache_stats", "test_remap", "clear_all", "metadata_status"] {
-        let output = vhost_remap(&[verb, "--control-path", "x"]);
-        assert_eq!(output.status.code(), Some(2), "{verb}");
-        assert!(String::from_utf8_lossy(&output.stderr).contains(verb), "{output:?}");
-    }
-    let help = done(&vhost_remap(&["--help"]));
-    for verb in ["status", "health", "surface", "remap", "verify", "release", "clear-stats", "save", "ping"] {
-        assert!(help.lines().any(|line| line.trim_start().starts_with(&format!("{verb} "))), "{verb}: {help}");
-    }
-    for alias in ["clear_stats", "add_remap", "remove_remap", "sync"] {
-        assert!(!help.contains(alias), "{alias}: {help}");
-    }
+fn proc_text() {
+    let (volume, server, mut guest) = served();
+    work(&server, &mut guest);
+    let report = server.status();
+    let (counters, version) = (&report.counters, &report.version);
+    let (errors, scans) = (counters.device_errors, counters.health_scans);
+    assert!(errors > 0);
+    let expected = format!(
+        "vhost-remap {version}\n\
+         ==================================\n\
+         \n\
+         Global Statistics:\n  \
+           Active devices: 1\n  \
+           Total reads:    3\n  \
+           Total writes:   6\n  \
+           Total remaps:   2\n  \
+           Total errors:   {errors}\n  \
+           Health scans:   {scans}\n\
+         \n\
+         Device Details:\n  \
+           Device: {} -> {}\n    \
+             Reads:  3\n    \
+             Writes: 6\n    \
+             Remaps: 2\n    \
+             Active mappings: 2\n    \
+             Health scans: {scans}\n",
+        volume.primary.display(),
+        volume.spare.display()
+    );
+    assert_eq!(server.order(&["status", "--proc"]), expected);
+    let client = Client::new(&server.ctl).unwrap();
+    assert_eq!(client.get_text("/proc", Duration::from_secs(60)).unwrap(), expected);
 }
 
-/// Parameters: `dm_remap_debug` and `debug_level` 0 to 3, `max_remaps`.
+// Parameters.
+
+/// 0 to 3, from the start and later.
 #[test]
-fn its_parameters_are_taken_where_there_is_such_a_thing() {
-    let volume = Volume::absent();
-    let server = volume.serve(&["--create", "--size", "32M", "--max_remaps", "32", "--dm_remap_debug", "3"]);
-    assert_eq!(server.status().blocks.remaps_max, 32);
+fn parameter_dm_remap_debug_and_debug_level() {
+    for name in ["--dm_remap_debug", "--debug_level"] {
+        for (level, says_more) in [("0", false), ("1", true), ("2", true), ("3", true)] {
+            let volume = Volume::create(32, 64);
+            let server = volume.serve(&[name, level]);
+            drop(server.guest(1));
+            server.await_status(|report| !report.connected);
+            assert_eq!(server.log_text().contains(" INFO "), says_more, "{name} {level}: {}", server.log_text());
+            server.order(&["log-level", "3"]);
+            drop(server.guest(1));
+            eventually("more is said", || server.log_text().contains(" INFO "));
+        }
+    }
+    let (_volume, server, _guest) = served();
     for level in ["0", "1", "2", "3"] {
         assert_eq!(server.order(&["log-level", level]), format!("log level {level}\n"));
     }
-    server.stop();
-    let why = volume.serve(&["--debug_level", "0"]).ask(&["log-level", "4"]);
-    assert_eq!(why.status.code(), Some(2));
+    assert_eq!(server.ask(&["log-level", "4"]).status.code(), Some(2));
+}
+
+#[test]
+fn parameter_max_remaps() {
+    let volume = Volume::absent();
+    let server = volume.serve(&["--create", "--size", "32M", "--max_remaps", "32"]);
+    assert_eq!((server.status().blocks.remaps_max, server.status().blocks.slots_free), (32, 32));
+}
+
+/// Read-only counters: `global_write_errors`, `global_read_errors`, `global_auto_remaps`, `perf_*`.
+#[test]
+fn parameters_that_count_are_in_the_reports() {
+    let (_volume, server, mut guest) = served();
+    work(&server, &mut guest);
+    let document: Value = serde_json::from_str(&server.order(&["status", "--json"])).unwrap();
+    let primary = &document["devices"][0];
+    assert!(primary["write_errors"].as_u64() >= Some(1) && primary["read_errors"].as_u64() >= Some(1), "{document}");
+    assert_eq!(document["counters"]["remaps"], 2);
+    // Sectors: 5 and 1 writes of 8, reads of 4 and 8.
+    assert_eq!(document["counters"]["written_bytes"], 48 * 512);
+    assert_eq!(document["counters"]["read_bytes"], 12 * 512);
+    assert!(document["request_ns"].as_u64() > Some(0), "{document}");
+}
+
+/// Thresholds at which a block may move, ways to serve it faster, modes in which nothing is done: there is one way.
+#[test]
+fn parameters_without_a_successor_are_refused() {
+    let names = [
+        "real_device_mode",
+        "spare_overhead_percent",
+        "strict_spare_sizing",
+        "metadata_version",
+        "error_threshold",
+        "auto_remap_enabled",
+        "dm_remap_autosave_interval",
+        "dm_remap_autosave_enabled",
+        "enable_production_mode",
+        "max_retries_production",
+        "emergency_threshold",
+        "enable_fast_path",
+        "fast_path_threshold",
+        "minimal_tracking",
+    ];
+    for name in names {
+        let option = format!("--{name}");
+        let output = vhost_remap(&["serve", "--primary", "x", "--socket-path", "y", &option, "1"]);
+        assert_eq!(output.status.code(), Some(2), "{name}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(&option), "{output:?}");
+    }
+}
+
+/// `setup-dm-remap-test.sh`: bad sectors are added to a disk in use, by place and by chance, and taken away.
+#[test]
+fn bad_sectors_on_purpose() {
+    let (_volume, server, mut guest) = served();
+    guest.write(960, pattern(960, 64, 1)).unwrap();
+    server.fault(&["--ops", "read", "--sectors", "962", "--sectors", "990"]);
+    for (sector, expected) in [(962, false), (963, true), (990, false)] {
+        assert_eq!(guest.read(sector, 1).is_ok(), expected, "{sector}");
+    }
+    server.no_faults();
+    assert!(guest.read(960, 64).unwrap() == pattern(960, 64, 1));
+    server.fault(&["--ops", "read", "--sectors", "1000", "--probability", "1", "--seed", "7"]);
+    assert_eq!(guest.read(1000, 1), Err(Failed::IoErr));
+}
+
+// Targets of make.
+
+#[test]
+fn targets_of_make() {
+    let makefile = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Makefile")).unwrap();
+    for target in ["all", "clean", "test", "load", "unload", "status", "install", "help", "demo"] {
+        assert!(
+            makefile.lines().any(|line| line.starts_with(&format!("{target}:")) && line.contains(" ## ")),
+            "{target}"
+        );
+    }
+}
+
+/// Stops what `make load` has started, also where the test fails.
+struct Loaded<'a>(&'a dyn Fn(&str) -> Output);
+
+impl Drop for Loaded<'_> {
+    fn drop(&mut self) {
+        let _ = (self.0)("unload");
+    }
+}
+
+#[test]
+fn targets_load_status_and_unload() {
+    let volume = Volume::absent();
+    let target = volume.dir.path().join("target");
+    fs::create_dir_all(target.join("release")).unwrap();
+    symlink(env!("CARGO_BIN_EXE_vhost-remap"), target.join("release/vhost-remap")).unwrap();
+    let socket = volume.dir.path().join("vm.sock");
+    let make = |target_name: &str| {
+        let mut command = Command::new("make");
+        command.current_dir(env!("CARGO_MANIFEST_DIR")).arg("--no-print-directory").arg(target_name);
+        command.env("CARGO_TARGET_DIR", &target).env("XDG_RUNTIME_DIR", volume.dir.path()).env_remove("MAKEFLAGS");
+        command.arg(format!("PRIMARY={}", volume.primary.display())).arg(format!("SOCKET={}", socket.display()));
+        command.arg("OPTIONS=--create --size 32M --max-remaps 64");
+        try_output_of(&mut command).unwrap_or_else(|error| panic!("make: {error}"))
+    };
+    let loaded = Loaded(&make);
+    done(&make("load"));
+    let mut guest = Guest::connect(&socket, 1);
+    guest.write(960, pattern(960, 8, 1)).unwrap();
+    let text = done(&make("status"));
+    let line = text.lines().find(|line| line.starts_with("writes ")).unwrap_or_else(|| panic!("{text}"));
+    assert_eq!(line.split_whitespace().collect::<Vec<_>>(), ["writes", "1", "1"]);
+    drop(guest);
+    done(&make("unload"));
+    assert!(!make("status").status.success());
+    drop(loaded);
 }

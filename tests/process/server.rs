@@ -120,6 +120,14 @@ impl Volume {
     }
 }
 
+/// How most tests begin: a new volume of 32 MiB and 64 slots, its server, and a guest with one queue.
+pub(crate) fn served() -> (Volume, Server, Guest) {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    let guest = server.guest(1);
+    (volume, server, guest)
+}
+
 /// The program that serves: as cargo built it, or with a sanitizer. What else is asked of it is asked of cargo's.
 fn program_to_serve() -> PathBuf {
     let named = std::env::var_os("VHOST_REMAP_BIN");

@@ -29,7 +29,7 @@ fn slot_sector(volume: &Volume, slot: u32, sector: u64) -> String {
     (slot_start(volume, slot) + sector).to_string()
 }
 
-fn slot_sectors(volume: &Volume, slot: u32) -> String {
+pub(crate) fn slot_sectors(volume: &Volume, slot: u32) -> String {
     sectors(layout(volume).slots_start + u64::from(slot) * 4096, 4096)
 }
 

@@ -244,6 +244,13 @@ impl Core {
         storm.0 >= STORM_WRITES && storm.1.len() >= STORM_REGIONS
     }
 
+    /// The guest's writes that failed on the primary since one last succeeded there.
+    pub(super) fn failed_writes_in_a_row(&self) -> usize {
+        let successes = self.progress.primary_writes_ok.load(Ordering::Relaxed);
+        let has_succeeded = self.breaker.successes_seen.get() != successes;
+        if has_succeeded { 0 } else { self.breaker.storm.borrow().0 }
+    }
+
     /// A write of the healer to the primary succeeded.
     pub(super) fn note_primary_write(&self) {
         self.progress.primary_writes_ok.fetch_add(1, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! What the healer knows, for the rules of [`crate::engine::health`]; and an event when their answer changes.
+//! What the healer knows, for the rules of [`crate::engine::health`]; and an event when a device's state changes.
 
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::Ordering::Relaxed;
@@ -29,8 +29,8 @@ pub(super) struct Health {
     lost_sectors: Cell<u64>,
     /// Blocks moved because somebody said so.
     ordered: Cell<u64>,
-    /// As last judged.
-    state: Cell<HealthState>,
+    /// The devices as last judged. The volume is as its worse one.
+    devices: Cell<[HealthState; 2]>,
     /// Requests that met an error of a device lately.
     bursts: RefCell<[Burst; 2]>,
     signs: Cell<Signs>,
@@ -43,7 +43,7 @@ impl Health {
             history: RefCell::new(History::decode(saved.get(HISTORY_AT..).unwrap_or_default())),
             lost_sectors: Cell::new(lost),
             ordered: Cell::new(0),
-            state: Cell::default(),
+            devices: Cell::default(),
             bursts: RefCell::default(),
             signs: Cell::default(),
         }
@@ -140,7 +140,7 @@ impl Core {
 
     /// How it is when the volume is opened is no change.
     pub(super) fn begin_health(&self) {
-        self.health.state.set(self.assess().state);
+        self.health.devices.set(self.assess().devices);
         self.health.signs.set(self.signs());
     }
 
@@ -170,26 +170,35 @@ impl Core {
         }
     }
 
-    /// Judge again, and say so if the answer is another one.
+    /// Judge again, and say of each device whose state is another one so. The volume's does not change without one; the
+    /// first of them says it too.
     pub(super) fn judge_health(&self) {
         let found = self.assess();
-        let before = self.health.state.replace(found.state);
-        if found.state == before {
-            return;
-        }
-        let severity = match found.state {
-            _ if found.state < before => Severity::Info,
-            HealthState::Replace => Severity::Error,
-            _ => Severity::Warn,
+        let before = self.health.devices.replace(found.devices);
+        let volume = before.into_iter().max().unwrap_or_default();
+        let mut of_volume = match volume == found.state {
+            true => String::new(),
+            false => format!("; the volume: {} -> {}", volume.name(), found.state.name()),
         };
-        let (device, cause, advice) = match found.findings.first() {
-            Some(worst) => {
-                let cause = format!("rule {}: {}: {} (from {} on)", worst.rule, worst.what, worst.value, worst.limit);
-                (Some(index_of(worst.part)), cause, worst.advice)
+        for (part, before) in Part::ALL.into_iter().zip(before) {
+            let now = found.of(part);
+            if now == before {
+                continue;
             }
-            None => (None, "no rule holds any more".to_owned(), "nothing to do"),
-        };
-        let action = format!("{} -> {}: {advice}", before.name(), found.state.name());
-        self.event(severity, "health", device, SectorRange::default(), cause, action);
+            let severity = match now {
+                _ if now < before => Severity::Info,
+                HealthState::Replace => Severity::Error,
+                _ => Severity::Warn,
+            };
+            let (cause, advice) = match found.findings.iter().find(|finding| finding.part == part) {
+                Some(worst) => (
+                    format!("rule {}: {}: {} (from {} on)", worst.rule, worst.what, worst.value, worst.limit),
+                    worst.advice,
+                ),
+                None => ("no rule holds any more".to_owned(), "nothing to do"),
+            };
+            let action = format!("{} -> {}: {advice}{}", before.name(), now.name(), std::mem::take(&mut of_volume));
+            self.event(severity, "health", Some(index_of(part)), SectorRange::default(), cause, action);
+        }
     }
 }

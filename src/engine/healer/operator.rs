@@ -110,6 +110,8 @@ pub struct HealerStatus {
     pub held: usize,
     /// Fences that stand.
     pub fences: usize,
+    /// The guest's writes that failed on the primary since one last succeeded there.
+    pub failed_writes_in_a_row: usize,
     /// The scanner.
     pub scan: ScanStatus,
     /// How volume and devices are.
@@ -226,6 +228,7 @@ impl Core {
             repairs: self.running.get() + self.waiting.borrow().len(),
             held: self.held.borrow().len(),
             fences: self.fences.standing(),
+            failed_writes_in_a_row: self.failed_writes_in_a_row(),
             scan: self.scan_status(),
             health: self.assess(),
             days: self.days(),

@@ -130,6 +130,8 @@ impl Volume for Noting {
             health_score: 100,
             counters_since: 1,
             scan: ScanReport::default(),
+            request_ns: 0,
+            failed_writes_in_a_row: 0,
         }
     }
 
