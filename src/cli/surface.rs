@@ -20,19 +20,23 @@ const STRETCHES_MAX: usize = 12;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Worst {
     Fine,
+    NotScanned,
+    Slow,
     Remapped,
     Pending,
     Lost,
 }
 
 impl Worst {
-    pub(super) const ALL: [Worst; 4] = [Worst::Fine, Worst::Remapped, Worst::Pending, Worst::Lost];
+    pub(super) const ALL: [Worst; 6] =
+        [Worst::Fine, Worst::NotScanned, Worst::Slow, Worst::Remapped, Worst::Pending, Worst::Lost];
 
     pub(super) fn of(cell: &SurfaceCell) -> Worst {
         match cell {
             SurfaceCell { lost: 1.., .. } => Worst::Lost,
             SurfaceCell { pending: 1.., .. } => Worst::Pending,
             SurfaceCell { remapped: 1.., .. } => Worst::Remapped,
+            SurfaceCell { slow: 1.., .. } => Worst::Slow,
             _ => Worst::Fine,
         }
     }
@@ -40,6 +44,8 @@ impl Worst {
     fn letter(self) -> char {
         match self {
             Worst::Fine => '.',
+            Worst::NotScanned => '-',
+            Worst::Slow => 's',
             Worst::Remapped => 'r',
             Worst::Pending => 'P',
             Worst::Lost => 'L',
@@ -49,6 +55,8 @@ impl Worst {
     pub(super) fn name(self) -> &'static str {
         match self {
             Worst::Fine => "nothing known",
+            Worst::NotScanned => "not scanned yet",
+            Worst::Slow => "slow",
             Worst::Remapped => "remapped",
             Worst::Pending => "pending",
             Worst::Lost => "lost",
@@ -59,6 +67,8 @@ impl Worst {
     fn color(self) -> &'static str {
         match self {
             Worst::Fine => "2",
+            Worst::NotScanned => "90",
+            Worst::Slow => "36",
             Worst::Remapped => "34",
             Worst::Pending => "33",
             Worst::Lost => "1;31",
@@ -76,6 +86,7 @@ pub(super) struct Stretch {
     pending: u64,
     remapped: u64,
     lost: u64,
+    slow: u64,
 }
 
 pub(super) fn run(args: &SurfaceArgs, out: &mut dyn Write) -> Result<(), CliError> {
@@ -103,6 +114,10 @@ fn in_color(args: &SurfaceArgs) -> bool {
 pub(super) fn worst_of_cells(surface: &SurfaceReport) -> Vec<Worst> {
     let cells = usize::try_from(surface.cells.min(CELLS_MAX)).expect("at most 65,536");
     let mut worst = vec![Worst::Fine; cells];
+    for (first, count) in &surface.not_scanned {
+        let cells = worst.iter_mut().skip(usize::try_from(*first).unwrap_or(usize::MAX));
+        cells.take(usize::try_from(*count).unwrap_or(usize::MAX)).for_each(|cell| *cell = Worst::NotScanned);
+    }
     for cell in &surface.marked {
         if let Some(place) = usize::try_from(cell.cell).ok().and_then(|at| worst.get_mut(at)) {
             *place = Worst::of(cell);
@@ -156,10 +171,11 @@ pub(super) fn stretches(surface: &SurfaceReport) -> Vec<Stretch> {
                 pending: sum(|cell| cell.pending),
                 remapped: sum(|cell| cell.remapped),
                 lost: sum(|cell| cell.lost),
+                slow: sum(|cell| cell.slow),
             }
         })
         .collect();
-    let weight = |stretch: &Stretch| (stretch.worst, stretch.lost, stretch.pending, stretch.remapped);
+    let weight = |stretch: &Stretch| (stretch.worst, stretch.lost, stretch.pending, stretch.remapped, stretch.slow);
     found.sort_by_key(|stretch| std::cmp::Reverse(weight(stretch)));
     found
 }
@@ -172,6 +188,7 @@ fn numbers(stretches: &[Stretch]) -> String {
         ("LOST SECTORS", Right),
         ("PENDING BLOCKS", Right),
         ("REMAPPED BLOCKS", Right),
+        ("SLOW BLOCKS", Right),
     ]);
     for stretch in stretches.iter().take(STRETCHES_MAX) {
         table.row([
@@ -181,6 +198,7 @@ fn numbers(stretches: &[Stretch]) -> String {
             stretch.lost.to_string(),
             stretch.pending.to_string(),
             stretch.remapped.to_string(),
+            stretch.slow.to_string(),
         ]);
     }
     let mut out = table.render("");
@@ -195,7 +213,8 @@ pub(super) mod tests {
     use super::*;
     use crate::runtime::surface;
 
-    /// A disk of 64 cells with 1024 sectors each: a scratch over three cells, and a cell by itself.
+    /// A disk of 64 cells with 1024 sectors each: a scratch over three cells, two cells by themselves, and parts that
+    /// were not scanned.
     pub(crate) fn scratched() -> SurfaceReport {
         let cell = |cell, lost, pending, remapped| SurfaceCell {
             cell,
@@ -204,9 +223,10 @@ pub(super) mod tests {
             pending,
             remapped,
             lost,
+            slow: u64::from(cell == 20),
         };
-        let marked = vec![cell(9, 0, 0, 2), cell(10, 0, 3, 0), cell(11, 4, 0, 1), cell(40, 0, 0, 5)];
-        SurfaceReport { marked, ..surface::empty(64 * 1024, 64) }
+        let marked = vec![cell(9, 0, 0, 2), cell(10, 0, 3, 0), cell(11, 4, 0, 1), cell(20, 0, 0, 0), cell(40, 0, 0, 5)];
+        SurfaceReport { marked, not_scanned: vec![(39, 3), (60, 4)], ..surface::empty(64 * 1024, 64) }
     }
 
     #[test]
@@ -215,15 +235,16 @@ pub(super) mod tests {
 65536 sectors, 1024 a cell (512 KiB)
 
     0  .........rPL....
-16384  ................
-32768  ........r.......
-49152  ................
+16384  ....s...........
+32768  .......-r-......
+49152  ............----
 
-. nothing known, r remapped, P pending, L lost; the worst of a cell is shown
+. nothing known, - not scanned yet, s slow, r remapped, P pending, L lost; the worst of a cell is shown
 
-SECTORS      CELLS  WORST     LOST SECTORS  PENDING BLOCKS  REMAPPED BLOCKS
-9728-11783       3  lost                 4               3                3
-41472-41479      1  remapped             0               0                5
+SECTORS      CELLS  WORST     LOST SECTORS  PENDING BLOCKS  REMAPPED BLOCKS  SLOW BLOCKS
+9728-11783       3  lost                 4               3                3            0
+41472-41479      1  remapped             0               0                5            0
+20992-20999      1  slow                 0               0                0            1
 ";
         assert_eq!(text(&scratched(), 16, false), expected);
     }
@@ -236,7 +257,7 @@ SECTORS      CELLS  WORST     LOST SECTORS  PENDING BLOCKS  REMAPPED BLOCKS
             "{colored}"
         );
         let mut bare = colored;
-        for code in ["\x1b[2m", "\x1b[34m", "\x1b[33m", "\x1b[1;31m", "\x1b[0m"] {
+        for code in ["\x1b[2m", "\x1b[90m", "\x1b[36m", "\x1b[34m", "\x1b[33m", "\x1b[1;31m", "\x1b[0m"] {
             bare = bare.replace(code, "");
         }
         assert_eq!(bare, plain);

@@ -15,7 +15,7 @@ const MARGIN: u64 = 16;
 /// Height of title and legend.
 const HEAD: u64 = 64;
 /// The legend and the title need so much.
-const WIDTH_MIN: u64 = 560;
+const WIDTH_MIN: u64 = 824;
 
 /// Colours of the light and the dark scheme; lightness differs too, for those who do not tell the hues apart. No CSS
 /// variables: most viewers beside browsers do not know them.
@@ -24,14 +24,18 @@ text { fill: #1b1f24; font: 12px system-ui, sans-serif; }
 .title { font-size: 15px; font-weight: 600; }
 .row { text-anchor: end; }
 .back { fill: #ffffff; }
-.fine { fill: #e4e8ec; }
+.fine { fill: #d3e8d6; }
+.unscanned { fill: #e4e8ec; }
+.slow { fill: #8a5bc7; }
 .remapped { fill: #2f6fce; }
 .pending { fill: #d99a00; }
 .lost { fill: #b3001b; }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6e9ec; }
   .back { fill: #14181d; }
-  .fine { fill: #2a3138; }
+  .fine { fill: #24402b; }
+  .unscanned { fill: #2a3138; }
+  .slow { fill: #b48bf0; }
   .remapped { fill: #5b9bff; }
   .pending { fill: #ffc53d; }
   .lost { fill: #ff5c6c; }
@@ -40,6 +44,8 @@ text { fill: #1b1f24; font: 12px system-ui, sans-serif; }
 fn class(worst: Worst) -> &'static str {
     match worst {
         Worst::Fine => "fine",
+        Worst::NotScanned => "unscanned",
+        Worst::Slow => "slow",
         Worst::Remapped => "remapped",
         Worst::Pending => "pending",
         Worst::Lost => "lost",
@@ -111,8 +117,9 @@ pub(super) fn render(surface: &SurfaceReport, name: &str, width: u64) -> String 
 }
 
 fn counts(cell: &SurfaceCell) -> String {
-    let SurfaceCell { lost, pending, remapped, first, last, .. } = cell;
-    format!("{lost} lost sectors, {pending} pending and {remapped} remapped blocks, from {first} to {last}")
+    let SurfaceCell { lost, pending, remapped, slow, first, last, .. } = cell;
+    let blocks = format!("{pending} pending, {remapped} remapped and {slow} slow blocks");
+    format!("{lost} lost sectors, {blocks}, from {first} to {last}")
 }
 
 #[cfg(test)]
@@ -127,9 +134,10 @@ mod tests {
         assert!(picture.contains("<title>Surface of /srv/a&lt;b&gt;&amp;c.img</title>"), "{picture}");
         let of_class = |class: &str| picture.matches(&format!("<rect class=\"{class}\"")).count();
         // One more of each in the legend.
-        assert_eq!(["fine", "remapped", "pending", "lost"].map(of_class), [61, 3, 2, 2]);
-        let cell = "<title>11264-12287: 4 lost sectors, 0 pending and 1 remapped blocks, from 11776 to 11783</title>";
-        assert!(picture.contains(cell), "{picture}");
+        let classes = ["fine", "unscanned", "slow", "remapped", "pending", "lost"];
+        assert_eq!(classes.map(of_class), [54, 7, 2, 3, 2, 2]);
+        let numbers = "4 lost sectors, 0 pending, 1 remapped and 0 slow blocks, from 11776 to 11783";
+        assert!(picture.contains(&format!("<title>11264-12287: {numbers}</title>")), "{picture}");
         assert!(picture.contains("prefers-color-scheme: dark"));
     }
 

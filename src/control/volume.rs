@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use super::api::LIST_LIMIT_MAX;
 use crate::device::fault::FaultTable;
-pub use crate::engine::scan::{ScanOrder, ScanScope};
+pub use crate::engine::scan::{ScanOrder, ScanScope, Scanned};
 use crate::runtime::handle::Refused;
 use crate::runtime::handover::HeldVolume;
 use crate::runtime::health::HealthReport;
 use crate::runtime::report::{EventPage, ListEntry, ListFilter, StatusReport};
 use crate::runtime::stats::StatsReport;
 use crate::runtime::surface::{self, SurfaceReport};
-use crate::units::SectorRange;
+use crate::units::{Block, SectorRange};
 
 /// A volume as an operator sees it: [`HeldVolume`], or a scripted one in the tests of this module.
 ///
@@ -43,10 +43,16 @@ pub trait Volume: Send + Sync {
             page.iter().for_each(|entry| surface.add(entry));
             match page.last() {
                 Some(last) if last.sector >= from => from = last.sector.saturating_add(8),
-                _ => return Ok(surface),
+                _ => break,
             }
         }
+        if let Some((slow, scanned)) = self.scanned() {
+            surface.add_scan(&slow, &scanned);
+        }
+        Ok(surface)
     }
+    /// Slow blocks, and what the scanner has read; see [`HeldVolume::scanned`].
+    fn scanned(&self) -> Option<(Vec<Block>, Scanned)>;
     /// See [`HeldVolume::events`].
     fn events(&self, after: u64, limit: usize) -> EventPage;
     /// See [`HeldVolume::faults`].
@@ -92,6 +98,10 @@ impl Volume for HeldVolume {
 
     fn health(&self) -> Result<HealthReport, Refused> {
         HeldVolume::health(self)
+    }
+
+    fn scanned(&self) -> Option<(Vec<Block>, Scanned)> {
+        HeldVolume::scanned(self)
     }
 
     fn events(&self, after: u64, limit: usize) -> EventPage {
@@ -178,6 +188,10 @@ pub(crate) mod scripted {
 
         fn health(&self) -> Result<HealthReport, Refused> {
             Ok(self.health.clone())
+        }
+
+        fn scanned(&self) -> Option<(Vec<Block>, Scanned)> {
+            None
         }
 
         fn events(&self, after: u64, limit: usize) -> EventPage {

@@ -27,9 +27,10 @@ use crate::device::fault::FaultTable;
 use crate::device::open::{self, DeviceSet};
 use crate::engine::event::{Event, Severity};
 use crate::engine::open::Look;
+use crate::engine::scan::Scanned;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard};
-use crate::units::{SECTOR_SIZE, SectorRange};
+use crate::units::{Block, SECTOR_SIZE, SectorRange};
 use crate::volume::superblock::RO_COMPAT_KNOWN;
 
 /// Version of [`State`]; another one is refused.
@@ -405,6 +406,11 @@ impl HeldVolume {
     /// While the volume is away.
     pub fn health(&self) -> Result<HealthReport, Refused> {
         self.handle().and_then(|handle| handle.health()).ok_or_else(|| Refused(self.away()))
+    }
+
+    /// Slow blocks, and what the scanner has read; nothing while the volume is away.
+    pub fn scanned(&self) -> Option<(Vec<Block>, Scanned)> {
+        self.handle()?.scanned()
     }
 
     /// Events after number `after`, at most `limit`.

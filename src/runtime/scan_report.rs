@@ -3,7 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::scan::{Found, LastPass, ScanParams, ScanStatus, Skipped};
+use super::handle::VolumeHandle;
+use crate::engine::scan::{Found, LastPass, ScanParams, ScanStatus, Scanned, Skipped};
+use crate::units::Block;
 
 /// The scanner: what it was told, and how its pass stands. Where none is under way, `started` to `skipped_bytes` are of
 /// the last one: how far it came, and what it skipped, until the volume is closed.
@@ -201,6 +203,14 @@ impl ScanReport {
     /// Whether a pass is under way, be it that it stands still.
     pub fn is_under_way(&self) -> bool {
         ["running", "paused", "outside-window", "held"].contains(&self.state.as_str())
+    }
+}
+
+impl VolumeHandle {
+    /// Slow blocks, and what the scanner has read; nothing once the volume is being closed.
+    pub fn scanned(&self) -> Option<(Vec<Block>, Scanned)> {
+        let scan = self.healer_status()?.scan;
+        Some((scan.slow, scan.scanned))
     }
 }
 

@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::report::{ListEntry, SCHEMA_VERSION};
-use crate::units::SECTORS_PER_BLOCK;
+use crate::engine::scan::Scanned;
+use crate::units::{Block, SECTORS_PER_BLOCK, Sector, SectorRange};
 
 /// The most cells a map has.
 pub const CELLS_MAX: u64 = 65_536;
@@ -21,6 +22,9 @@ pub struct SurfaceReport {
     pub cells: u64,
     /// Cells with trouble, by address.
     pub marked: Vec<SurfaceCell>,
+    /// Cells of which the scanner has not read all yet: first cell and number of cells of each stretch.
+    #[serde(default)]
+    pub not_scanned: Vec<(u64, u64)>,
 }
 
 /// A cell with trouble.
@@ -38,6 +42,9 @@ pub struct SurfaceCell {
     pub remapped: u64,
     /// Lost sectors.
     pub lost: u64,
+    /// Blocks far slower than their neighbours.
+    #[serde(default)]
+    pub slow: u64,
 }
 
 /// A disk of `capacity` sectors in at most `cells` cells.
@@ -50,10 +57,36 @@ pub fn empty(capacity: u64, cells: u64) -> SurfaceReport {
         sectors_per_cell: blocks_per_cell * SECTORS_PER_BLOCK,
         cells: blocks.div_ceil(blocks_per_cell),
         marked: Vec::new(),
+        not_scanned: Vec::new(),
     }
 }
 
 impl SurfaceReport {
+    /// Put down what the scanner knows.
+    pub fn add_scan(&mut self, slow: &[Block], scanned: &Scanned) {
+        for block in slow {
+            let (first, cell) = (block.start().0, block.start().0 / self.sectors_per_cell);
+            let last = (first + SECTORS_PER_BLOCK).min(self.capacity_sectors) - 1;
+            let at = self.marked.partition_point(|marked| marked.cell < cell);
+            if self.marked.get(at).is_none_or(|marked| marked.cell != cell) {
+                self.marked.insert(at, SurfaceCell { cell, first, last, ..SurfaceCell::default() });
+            }
+            let found = &mut self.marked[at];
+            (found.first, found.last, found.slow) = (found.first.min(first), found.last.max(last), found.slow + 1);
+        }
+        for cell in 0..self.cells {
+            let start = cell * self.sectors_per_cell;
+            let count = self.sectors_per_cell.min(self.capacity_sectors - start);
+            if scanned.has(SectorRange { start: Sector(start), count }) {
+                continue;
+            }
+            match self.not_scanned.last_mut() {
+                Some((first, cells)) if *first + *cells == cell => *cells += 1,
+                _ => self.not_scanned.push((cell, 1)),
+            }
+        }
+    }
+
     /// Put down a block of `list`; they come by address.
     pub fn add(&mut self, entry: &ListEntry) {
         let is = |name: &str| u64::from(entry.state.iter().any(|state| state == name));
@@ -114,9 +147,35 @@ mod tests {
         ] {
             surface.add(&entry);
         }
-        let cell =
-            |cell, first, last, pending, remapped, lost| SurfaceCell { cell, first, last, pending, remapped, lost };
+        let cell = |cell, first, last, pending, remapped, lost| SurfaceCell {
+            cell,
+            first,
+            last,
+            pending,
+            remapped,
+            lost,
+            slow: 0,
+        };
         let expected = [cell(0, 16, 1023, 1, 2, 2), cell(1, 1024, 1031, 1, 0, 0), cell(3, 4088, 4095, 0, 1, 0)];
         assert_eq!((surface.sectors_per_cell, surface.marked), (1024, expected.to_vec()));
+    }
+
+    #[test]
+    fn a_cell_is_scanned_when_all_of_it_was_and_slow_blocks_are_put_where_they_lie() {
+        // 300 units of 1 MiB, of which a pass has read the first of each region, and unit 1.
+        let extent = SectorRange { start: Sector(0), count: 300 * 2048 };
+        let scanned = Scanned { extent, position: 4 };
+        let mut surface = empty(extent.count, 300);
+        surface.add(&entry(3 * 2048 + 64, &["pending"], &[]));
+        surface.add_scan(&[Block(3 * 256), Block(7 * 256 + 1)], &scanned);
+        assert_eq!(surface.not_scanned, [(2, 126), (129, 127), (257, 43)]);
+        let marked: Vec<_> = surface.marked.iter().map(|cell| (cell.cell, cell.first, cell.last, cell.slow)).collect();
+        assert_eq!(marked, [(3, 3 * 2048, 3 * 2048 + 71, 1), (7, 7 * 2048 + 8, 7 * 2048 + 15, 1)]);
+        let mut coarse = empty(extent.count, 150);
+        coarse.add_scan(&[], &scanned);
+        assert_eq!(coarse.not_scanned, [(1, 149)], "a cell of which a half was read is not done");
+        let mut all = empty(extent.count + 2048, 301);
+        all.add_scan(&[], &Scanned { extent, position: u64::MAX });
+        assert_eq!(all.not_scanned, [(300, 1)], "by so much the disk has grown since");
     }
 }

@@ -128,17 +128,20 @@ fn a_scratch_is_seen_on_the_surface_in_letters_numbers_and_as_a_picture() {
         surface.marked.iter().map(|cell| (cell.cell, cell.first, cell.last, cell.pending, cell.remapped)).collect();
     assert_eq!(cells, [(0, 1000, 1023, 0, 3), (1, 1024, 1047, 0, 3), (2, 2096, 2103, 1, 0)]);
     let text = server.order(&["surface", "--width", "16", "--cells", "64"]);
-    assert!(text.contains("\n    0  rrP.............\n16384  ................\n"), "{text}");
+    assert!(text.contains("\n    0  rrP-------------\n16384  ----------------\n"), "{text}");
     let row = text.lines().find(|line| line.starts_with("1000-2103 ")).unwrap_or_else(|| panic!("{text}"));
-    assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["1000-2103", "3", "pending", "0", "1", "6"]);
+    assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["1000-2103", "3", "pending", "0", "1", "6", "0"]);
     assert!(!text.contains('\x1b'), "{text:?}");
+    server.order(&["scan", "start", "--wait"]);
+    let text = server.order(&["surface", "--width", "16", "--cells", "64"]);
+    assert!(text.contains("\n    0  rrP.............\n16384  ................\n"), "{text}");
     let picture = volume.dir.path().join("disk.svg");
     let line = server.order(&["surface", "--cells", "64", "--svg", picture.to_str().unwrap()]);
     assert!(line.ends_with(": 64 cells, 3 marked\n"), "{line}");
     let svg = fs::read_to_string(&picture).unwrap();
-    assert!(
-        svg.contains("<title>1024-2047: 0 lost sectors, 0 pending and 3 remapped blocks, from 1024 to 1047</title>")
-    );
+    assert!(svg.contains(
+        "<title>1024-2047: 0 lost sectors, 0 pending, 3 remapped and 0 slow blocks, from 1024 to 1047</title>"
+    ));
     let why = server.refused(&["surface", "--svg", "/no/such/folder/disk.svg"]);
     assert!(why.contains("/no/such/folder/disk.svg"), "{why}");
 }

@@ -3,13 +3,14 @@
 //! A pass is one task at a time. It reads without a fence, for what is read well is not looked at; only blocks in
 //! trouble are fenced and seen to like a guest's request. `pass` is how it stands, `read` how it reads, `examine`
 //! what becomes of a block in trouble, `metadata` looks at the pages of places and label, `saved` is what a restart
-//! leaves.
+//! leaves, `status` what is said of it.
 
 mod examine;
 mod metadata;
 mod pass;
 mod read;
 mod saved;
+mod status;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -68,6 +69,8 @@ pub(super) struct Scanner {
     unproven: RefCell<BTreeSet<Block>>,
     /// How the pass stood that ended last.
     over: RefCell<ScanStatus>,
+    /// Blocks that were slow when they were last read, the first so many.
+    slow: RefCell<BTreeSet<Block>>,
     /// Memory to read into.
     buffers: RefCell<Vec<AlignedBuf>>,
     /// When the volume was opened, seconds since the epoch.
@@ -87,6 +90,7 @@ impl Scanner {
             usual_ns: std::array::from_fn(|_| std::array::from_fn(|_| Cell::new(0))),
             unproven: RefCell::default(),
             over: RefCell::default(),
+            slow: RefCell::default(),
             buffers: RefCell::default(),
             opened: Cell::new(0),
         }
@@ -108,6 +112,7 @@ impl Scanner {
     /// The block has moved: what it was rewritten to does not matter.
     pub(super) fn has_moved(&self, block: Block) {
         self.unproven.borrow_mut().remove(&block);
+        self.slow.borrow_mut().remove(&block);
     }
 
     /// A pass that was under way goes on only by order: it cannot be saved how far it came.
@@ -434,59 +439,6 @@ impl Core {
     fn requests_answered(&self) -> u64 {
         let p = &self.progress;
         [&p.reads, &p.writes, &p.flushes, &p.discards].into_iter().map(|counter| counter.load(Relaxed)).sum()
-    }
-
-    /// Bytes that the pass is to go over: each block where it lives, and all pages of metadata.
-    fn scan_total(&self) -> u64 {
-        let pass = self.scan.pass.borrow();
-        let (extent, all) =
-            pass.as_ref().map_or((self.whole(), true), |pass| (pass.extent, pass.scope.range.is_none()));
-        bytes_of(extent) + if all { self.metadata_bytes() } else { 0 }
-    }
-
-    /// How the scanner stands.
-    pub(super) fn scan_status(&self) -> ScanStatus {
-        let now = self.io.now();
-        let (total, next) = (self.scan_total(), self.next_scan());
-        let record = self.scan.record.borrow();
-        let last = Some(record.last).filter(|last| last.pass > 0);
-        let last_complete = Some(record.complete_ended).filter(|ended| *ended > 0);
-        let pass = self.scan.pass.borrow();
-        let Some(pass) = pass.as_ref() else {
-            let state = if next.is_some() { ScanState::Waiting } else { ScanState::Off };
-            let over = self.scan.over.borrow().clone();
-            let found = record.last.found;
-            let (held, speed_now, eta_seconds) = (None, 0, None);
-            let pass = record.pass;
-            return ScanStatus { state, held, pass, found, speed_now, eta_seconds, last, last_complete, next, ..over };
-        };
-        let (state, held) = match &pass.waits {
-            _ if pass.paused => (ScanState::Paused, None),
-            Some((state, why)) => (*state, Some(why.clone())),
-            None => (ScanState::Running, None),
-        };
-        let covered = pass.covered.min(total);
-        let (speed_now, speed_average) =
-            if state == ScanState::Running { pass.speeds(now) } else { (0, pass.speeds(now).1) };
-        ScanStatus {
-            state,
-            held,
-            pass: pass.number,
-            scope: pass.scope,
-            started: pass.started,
-            covered,
-            total,
-            read: pass.read,
-            speed_now,
-            speed_average,
-            eta_seconds: (total - covered).checked_div(speed_average).filter(|_| state == ScanState::Running),
-            found: pass.found,
-            skipped: pass.skipped.clone(),
-            skipped_bytes: pass.skipped_bytes,
-            last,
-            last_complete,
-            next,
-        }
     }
 }
 

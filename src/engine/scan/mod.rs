@@ -6,7 +6,7 @@ pub mod plan;
 pub mod window;
 
 use crate::device::DeviceIndex;
-use crate::units::SectorRange;
+use crate::units::{Block, Sector, SectorRange};
 
 pub use pace::GuestLoad;
 pub use window::Window;
@@ -192,4 +192,29 @@ pub struct ScanStatus {
     pub last_complete: Option<u64>,
     /// When the next one begins by itself.
     pub next: Option<u64>,
+    /// Blocks that were far slower than their neighbours when they were last read, the first so many.
+    pub slow: Vec<Block>,
+    /// What was read of the primary.
+    pub scanned: Scanned,
+}
+
+/// What was read of the primary: the first so many units of a pass, in its order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scanned {
+    /// The sectors that the pass goes over.
+    pub extent: SectorRange,
+    /// How far it came; see [`plan::Order`].
+    pub position: u64,
+}
+
+impl Scanned {
+    /// Whether all of these sectors were.
+    pub fn has(&self, range: SectorRange) -> bool {
+        if range.start < self.extent.start || range.end() > self.extent.end() {
+            return false;
+        }
+        let order = plan::Order::new(self.extent);
+        let (first, last) = (order.unit_of(range.start), order.unit_of(Sector(range.end().0.saturating_sub(1))));
+        self.position >= order.positions() || (first..=last).all(|unit| order.position_of(unit) < self.position)
+    }
 }

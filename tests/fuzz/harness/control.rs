@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde_json::Value;
 use vhost_remap::control::api::Failure;
 use vhost_remap::control::server::{ServedVolume, Server};
-use vhost_remap::control::volume::{Order, Volume};
+use vhost_remap::control::volume::{Order, Scanned, Volume};
 use vhost_remap::device::fault::FaultTable;
 use vhost_remap::runtime::handle::Refused;
 use vhost_remap::runtime::health::HealthReport;
@@ -22,6 +22,7 @@ use vhost_remap::runtime::report::{
 };
 use vhost_remap::runtime::scan_report::ScanReport;
 use vhost_remap::runtime::stats::StatsReport;
+use vhost_remap::units::Block;
 
 use super::program::Program;
 
@@ -151,6 +152,10 @@ impl Volume for Noting {
             primary_stale: true,
         });
         Ok(entries.collect())
+    }
+
+    fn scanned(&self) -> Option<(Vec<Block>, Scanned)> {
+        None
     }
 
     fn health(&self) -> Result<HealthReport, Refused> {

@@ -18,6 +18,8 @@ use crate::units::{Block, BlockRange};
 const WEAK_A_DAY: u32 = 64;
 /// The most of all slots that weak blocks may take: one in so many.
 const WEAK_SHARE: u64 = 4;
+/// Slow blocks that are remembered, at most.
+const SLOW_MAX: usize = 4096;
 const SECONDS_A_DAY: u64 = 86_400;
 
 impl Core {
@@ -87,6 +89,10 @@ impl Core {
         }
         if slow.is_some() {
             count(&|found| found.slow += 1);
+            let mut slow = self.scan.slow.borrow_mut();
+            if slow.len() < SLOW_MAX {
+                slow.insert(block);
+            }
         }
         if is_bad || !(read.recovered || slow.is_some()) {
             return Ok(());

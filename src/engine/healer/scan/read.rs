@@ -171,7 +171,12 @@ impl Core {
         for some in pieces.chunks(parallel) {
             let reads = join_all(some.iter().map(|piece| self.read_piece(turn, piece))).await;
             for (piece, read) in some.iter().zip(reads) {
-                if !matches!(read?, Read::Well) && self.narrow(turn, piece).await? == Step::Again {
+                let read = read?;
+                if !self.scan.slow.borrow().is_empty() {
+                    // Which of them still are is about to be seen.
+                    piece.blocks.iter().for_each(|block| _ = self.scan.slow.borrow_mut().remove(block));
+                }
+                if !matches!(read, Read::Well) && self.narrow(turn, piece).await? == Step::Again {
                     return Ok(Step::Again);
                 }
                 let now = self.io.now();

@@ -1,0 +1,82 @@
+//! What is said of the scanner.
+
+use super::bytes_of;
+use super::pass::{Pass, Stage};
+use crate::engine::healer::Core;
+use crate::engine::scan::{ScanState, ScanStatus, Scanned};
+use crate::units::Block;
+
+impl Core {
+    /// Bytes that the pass is to go over: each block where it lives, and all pages of metadata.
+    pub(super) fn scan_total(&self) -> u64 {
+        let pass = self.scan.pass.borrow();
+        let (extent, all) =
+            pass.as_ref().map_or((self.whole(), true), |pass| (pass.extent, pass.scope.range.is_none()));
+        bytes_of(extent) + if all { self.metadata_bytes() } else { 0 }
+    }
+
+    /// How the scanner stands.
+    pub(in crate::engine::healer) fn scan_status(&self) -> ScanStatus {
+        let now = self.io.now();
+        let (total, next) = (self.scan_total(), self.next_scan());
+        let record = self.scan.record.borrow();
+        let last = Some(record.last).filter(|last| last.pass > 0);
+        let last_complete = Some(record.complete_ended).filter(|ended| *ended > 0);
+        let pass = self.scan.pass.borrow();
+        let Some(pass) = pass.as_ref() else {
+            let state = if next.is_some() { ScanState::Waiting } else { ScanState::Off };
+            let over = self.scan.over.borrow().clone();
+            let found = record.last.found;
+            let (held, speed_now, eta_seconds) = (None, 0, None);
+            let pass = record.pass;
+            let (slow, scanned) = (self.slow_blocks(), self.scanned(None));
+            let over = ScanStatus { slow, scanned, ..over };
+            return ScanStatus { state, held, pass, found, speed_now, eta_seconds, last, last_complete, next, ..over };
+        };
+        let (state, held) = match &pass.waits {
+            _ if pass.paused => (ScanState::Paused, None),
+            Some((state, why)) => (*state, Some(why.clone())),
+            None => (ScanState::Running, None),
+        };
+        let covered = pass.covered.min(total);
+        let (speed_now, speed_average) =
+            if state == ScanState::Running { pass.speeds(now) } else { (0, pass.speeds(now).1) };
+        ScanStatus {
+            state,
+            held,
+            pass: pass.number,
+            scope: pass.scope,
+            started: pass.started,
+            covered,
+            total,
+            read: pass.read,
+            speed_now,
+            speed_average,
+            eta_seconds: (total - covered).checked_div(speed_average).filter(|_| state == ScanState::Running),
+            found: pass.found,
+            skipped: pass.skipped.clone(),
+            skipped_bytes: pass.skipped_bytes,
+            last,
+            last_complete,
+            next,
+            slow: self.slow_blocks(),
+            scanned: self.scanned(Some(pass)),
+        }
+    }
+
+    fn slow_blocks(&self) -> Vec<Block> {
+        self.scan.slow.borrow().iter().copied().collect()
+    }
+
+    /// What was read of the primary by the pass that is under way, or by any that was complete.
+    fn scanned(&self, pass: Option<&Pass>) -> Scanned {
+        if self.scan.record.borrow().complete_ended > 0 {
+            return Scanned { extent: self.whole(), position: u64::MAX };
+        }
+        let of_pass = |pass: &Pass| {
+            let position = if pass.cursor.stage == Stage::Primary { pass.cursor.position } else { u64::MAX };
+            Scanned { extent: pass.extent, position }
+        };
+        pass.map_or_else(|| self.scan.over.borrow().scanned, of_pass)
+    }
+}
