@@ -122,8 +122,8 @@
 //! what threads share. `ci/test tsan` and `ci/test miri` look for data races and for what is undefined.
 //! `tests/torture` kills the program at work, again and again (`make torture`), and reads all of it back.
 //! `tests/metadata` damages, tears and interrupts all that is on the disks beside data, and holds golden images.
-//! A part that nothing tests is called *not yet*. `tests/process/predecessor*.rs` have a test for each row of dm-remap's
-//! operator contract.
+//! A part that nothing tests is called *not yet*. `tests/process/predecessor*.rs` have a test for each row of
+//! dm-remap's operator contract.
 //! `tests/fuzz` has fuzz targets for chains, metadata, messages and control; `tests/fuzz_smoke.rs` runs what they
 //! run over their seeds and mutations of them.
 //!

@@ -242,7 +242,7 @@ fn serve_takes_what_it_is_told() {
 fn serve_takes_what_the_scanner_is_told() {
     let of = |words: &str| serve_options_of(&format!("x serve --primary p --fd 3 {words}"));
     let every = |hours: u64| ScanInterval::Every(std::time::Duration::from_secs(hours * 3600));
-    assert_eq!(of("").scan.interval, every(14 * 24));
+    assert_eq!(serve_options_of("x serve --primary p --fd 3").scan.interval, every(14 * 24));
     assert_eq!(of("--scan-interval off").scan.interval, ScanInterval::Off);
     assert_eq!(of("--scan-interval-hours 168").scan.interval, every(168));
     let told = of("--scan-interval 36h --scan-rate 50M --scan-window 22:00-06:00 --move-weak on");

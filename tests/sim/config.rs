@@ -1,7 +1,7 @@
 //! What a seed chooses: the shape of the volume, and which faults the run knows (swarm testing: few kinds
 //! a run, so that each gets its turn to be frequent).
 
-use vhost_remap::engine::healer::{OnLoss, Policy};
+use vhost_remap::engine::healer::{HealerParams, OnLoss, Policy};
 use vhost_remap::engine::scan::ScanParams;
 use vhost_remap::volume::layout::{Layout, label_size, spare_size};
 
@@ -224,6 +224,10 @@ impl Config {
             no_discard: false,
             ..Config::of(&mut Rng::new(7))
         }
+    }
+
+    pub(crate) fn healer_params(&self) -> HealerParams {
+        HealerParams { shards: self.shards, policy: self.policy, epoch: 1_000_000, scan: self.scan.clone() }
     }
 
     pub(crate) fn primary_bytes(&self) -> u64 {

@@ -3,9 +3,8 @@
 use uuid::Uuid;
 use vhost_remap::device::{Completion, DeviceIndex, Op, OpKind};
 use vhost_remap::engine::create::{CreateParams, Creation};
-use vhost_remap::engine::healer::{HealerParams, Order};
+use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::open::{DeviceFacts, OpenError, OpenParams, Opening};
-use vhost_remap::engine::scan::ScanState;
 use vhost_remap::units::{Sector, SectorRange};
 use vhost_remap::volume::superblock::CloseStamp;
 
@@ -163,12 +162,7 @@ impl World {
             self.model.crash(crash);
             return None;
         }
-        let params = HealerParams {
-            shards: self.config.shards,
-            policy: self.config.policy,
-            epoch: 1_000_000,
-            scan: self.config.scan.clone(),
-        };
+        let params = self.config.healer_params();
         Some(opening.finish(&params).map(|(healer, _)| {
             let poisoned = healer.view().mode.poisoned;
             trace!(self, "open: {:?}", healer.view().mode);
@@ -278,13 +272,6 @@ impl World {
                 self.now = until;
             }
         }
-        self.settle_down();
-    }
-
-    /// Let a pass of the scanner go on, for a minute at most, unless it waits for something.
-    pub(crate) fn scan_through(&mut self) {
-        let until = self.now.plus_secs(60);
-        self.serve_until(|world| world.now >= until || world.status().scan.state != ScanState::Running);
         self.settle_down();
     }
 
@@ -503,12 +490,7 @@ impl World {
             assert!(ops.iter().all(|op| op.kind == OpKind::Read && op.device == DeviceIndex::PRIMARY), "{ops:?}");
             opening.is_done()
         });
-        let params = HealerParams {
-            shards: self.config.shards,
-            policy: self.config.policy,
-            epoch: 1_000_000,
-            scan: self.config.scan.clone(),
-        };
+        let params = self.config.healer_params();
         let (healer, _) = opening.finish(&params)?;
         self.read_only = true;
         let poisoned = healer.view().mode.poisoned;

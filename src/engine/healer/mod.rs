@@ -4,7 +4,8 @@
 //! Each kind of work has its file: `fence` keeps shards away from blocks under repair, `flush` is the
 //! only one to flush, `commit` the only one to write table pages, `place` and `label` the other metadata,
 //! `breaker` tells a bad medium from a gone device, `read` and `write` are the two ladders,
-//! `operator` does what people ask for, `resize` among it, `health` judges, `scan` looks at all of it from time to time.
+//! `operator` does what people ask for, `resize` among it, `health` judges, `scan` reads all of it from time to
+//! time.
 
 mod breaker;
 mod commit;

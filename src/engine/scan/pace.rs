@@ -77,6 +77,11 @@ impl Pace {
         if self.is_idle(now) {
             return;
         }
+        if self.speed == self.floor
+            && let Some(p99) = load.p99_ns
+        {
+            self.usual_p99_ns = Some(self.usual_p99_ns.map_or(p99, |usual| (usual * 7 + p99) / 8));
+        }
         let minds = match (load.p99_ns, self.usual_p99_ns) {
             (Some(p99), Some(usual)) => p99 > usual + usual / 10,
             _ => false,
@@ -88,11 +93,6 @@ impl Pace {
         } else {
             let most = (self.floor.saturating_mul(EASY_MAX)).min(self.cap.unwrap_or(u64::MAX));
             self.speed = self.speed.saturating_add(self.floor / 4).min(most);
-        }
-        if self.speed == self.floor
-            && let Some(p99) = load.p99_ns
-        {
-            self.usual_p99_ns = Some(self.usual_p99_ns.map_or(p99, |usual| (usual * 7 + p99) / 8));
         }
     }
 

@@ -2,6 +2,7 @@
 
 use vhost_remap::device::{DeviceIndex, Op, OpKind};
 use vhost_remap::engine::healer::{HealerStatus, Order, OrderId, Reply};
+use vhost_remap::engine::scan::ScanState;
 use vhost_remap::engine::view::PrimaryState;
 use vhost_remap::units::Sector;
 
@@ -26,6 +27,13 @@ impl World {
         self.orders.insert(id, ordered);
         let now = self.now;
         self.with_healer(|healer, out| healer.order(now, id, order, out));
+    }
+
+    /// Let a pass of the scanner go on, for a minute at most, unless it waits for something.
+    pub(crate) fn scan_through(&mut self) {
+        let until = self.now.plus_secs(60);
+        self.serve_until(|world| world.now >= until || world.status().scan.state != ScanState::Running);
+        self.settle_down();
     }
 
     /// The healer's state, which it gives at once.
