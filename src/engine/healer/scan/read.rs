@@ -11,7 +11,7 @@ use crate::engine::scan::Skipped;
 use crate::engine::scan::plan::UNIT_SLOTS;
 use crate::engine::task::join_all;
 use crate::engine::view::runs;
-use crate::units::{BLOCK_SIZE, Block, SectorRange, Slot};
+use crate::units::{BLOCK_SIZE, Block, SectorRange, Slot, Time};
 use crate::volume::table::SlotState;
 
 const BLOCK_LEN: usize = BLOCK_SIZE as usize;
@@ -21,10 +21,14 @@ const PART_BLOCKS: usize = 16;
 const SLOW_NS: u64 = 30_000_000;
 /// A piece is looked at more closely if it takes so many times as long as usual.
 const SLOW_PIECE: u64 = 3;
-/// A block is slow if it takes so many times as long as its neighbours (the median of its part).
+/// A block is slow if it takes so many times as long as its neighbours (the lower quartile of its part).
 const SLOW_BLOCK: u64 = 5;
 /// Times a slow block is read again, and slow each time, before it is called so.
 const CONFIRMATIONS: usize = 2;
+/// Times it is read while the guest's own requests take longer than usual, which says nothing of the block; and how
+/// long that is waited for, in nanoseconds (100 ms).
+const CALM_TRIES: usize = 20;
+const CALM_NS: u64 = 100_000_000;
 
 /// Blocks that lie behind each other on a device.
 pub(super) struct Piece {
@@ -201,15 +205,14 @@ impl Core {
         })
     }
 
-    /// Whether a piece took so long that one of its blocks may be weak; what it took is remembered if not.
+    /// Whether a piece took so long that one of its blocks may be weak. What it took counts towards what is usual, but
+    /// one that is slow does not make others look fast.
     fn took_long(&self, piece: &Piece, took: u64) -> bool {
         let large = usize::from(piece.blocks.len() > PART_BLOCKS);
         let usual = &self.scan.usual_ns[usize::from(piece.device.0)][large];
-        if took >= SLOW_NS.max(usual.get() * SLOW_PIECE) && self.is_calm() {
-            return true;
-        }
-        usual.set(if usual.get() == 0 { took } else { (usual.get() * 15 + took) / 16 });
-        false
+        let slow_ns = SLOW_NS.max(usual.get() * SLOW_PIECE);
+        usual.set(if usual.get() == 0 { took.min(SLOW_NS) } else { (usual.get() * 15 + took.min(slow_ns)) / 16 });
+        took >= slow_ns
     }
 
     fn is_calm(&self) -> bool {
@@ -248,13 +251,14 @@ impl Core {
         }
         let mut sorted: Vec<u64> = times.iter().map(|(_, took)| *took).collect();
         sorted.sort_unstable();
-        let median = sorted.get(sorted.len() / 2).copied().unwrap_or(0);
-        let slow_ns = SLOW_NS.max(median * SLOW_BLOCK);
+        // Of a busy machine, where half of all reads may wait for something, the faster ones tell what the disk takes.
+        let usual = sorted.get(sorted.len() / 4).copied().unwrap_or(0);
+        let slow_ns = SLOW_NS.max(usual * SLOW_BLOCK);
         for (single, took) in times {
             if took < slow_ns || !self.stays_slow(turn, &single, slow_ns).await? {
                 continue;
             }
-            let cause = format!("{} ms, and again, where {} ms are usual", took / 1_000_000, median / 1_000_000);
+            let cause = format!("{} ms, and again, where {} ms are usual", took / 1_000_000, usual / 1_000_000);
             if self.examine(turn, single.blocks[0], Some(&cause)).await? == Step::Again {
                 return Ok(Step::Again);
             }
@@ -262,14 +266,24 @@ impl Core {
         Ok(Step::Done)
     }
 
+    /// Whether a block is slow again each time, also while the guest is served as usual.
     async fn stays_slow(self: &Rc<Self>, turn: Turn, single: &Piece, slow_ns: u64) -> Result<bool, Stopped> {
-        for _ in 0..CONFIRMATIONS {
+        let mut confirmed = 0;
+        for _ in 0..CONFIRMATIONS + CALM_TRIES {
             let (_, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
-            if took < slow_ns || !self.is_calm() {
+            if took < slow_ns {
                 return Ok(false);
             }
+            if self.is_calm() {
+                confirmed += 1;
+            } else {
+                self.io.sleep_until(Time(self.io.now().0 + CALM_NS)).await;
+            }
+            if confirmed == CONFIRMATIONS {
+                return Ok(true);
+            }
         }
-        Ok(true)
+        Ok(false)
     }
 
     /// Read when it is this pass's turn to; what is read is not looked at.
