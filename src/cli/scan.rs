@@ -68,7 +68,7 @@ fn wait(server: &Server, mut scan: ScanReport, timeout: Option<Duration>, out: &
         if let Some(timeout) = timeout.filter(|timeout| begun.elapsed() >= *timeout) {
             bar.finish_and_clear();
             let stands = scan_text::stands(&scan);
-            return Err(CliError::Scan(format!("not done within {} s: {stands}; it goes on", timeout.as_secs())));
+            return Err(CliError::Scan(format!("not done within {} s: {stands}; only the waiting ends", timeout.as_secs())));
         }
         std::thread::sleep(timeout.map_or(POLL, |timeout| POLL.min(timeout.saturating_sub(begun.elapsed()))));
         scan = scanner(server).map_err(|error| {
