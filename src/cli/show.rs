@@ -247,8 +247,8 @@ Server    vhost-remap 0.1.0, up 1day 2h 3m 4s, since 2026-01-01T00:00:00Z
 Front-end connected, own transport
 I/O       io_uring, cache none, 2 workers
 Scanner   pass 3: 25.0 %, 100 MiB/s now, 80 MiB/s on average, 1m 36s left, 2.5 GiB of 10 GiB
-          pass 3 found 3 bad, 0 recovered and 2 slow blocks, 2 lost sectors, 0 damaged copies of metadata; 0 rewritten, \
-0 healed, 1 moved
+          pass 3 found 3 bad, 0 recovered and 2 slow blocks, 2 lost sectors, 0 damaged copies of metadata; \
+0 rewritten, 0 healed, 1 moved
           last: pass 2, complete, 2025-12-29T09:20:00Z to 2025-12-29T10:20:00Z
           next: 2026-01-16T01:40:00Z; every 14days; weak blocks stay
 
