@@ -68,7 +68,10 @@ fn wait(server: &Server, mut scan: ScanReport, timeout: Option<Duration>, out: &
         if let Some(timeout) = timeout.filter(|timeout| begun.elapsed() >= *timeout) {
             bar.finish_and_clear();
             let stands = scan_text::stands(&scan);
-            return Err(CliError::Scan(format!("not done within {} s: {stands}; it goes on", timeout.as_secs())));
+            return Err(CliError::Scan(format!(
+                "not done within {} s: {stands}; only the waiting ends",
+                timeout.as_secs()
+            )));
         }
         std::thread::sleep(timeout.map_or(POLL, |timeout| POLL.min(timeout.saturating_sub(begun.elapsed()))));
         scan = scanner(server).map_err(|error| {
@@ -126,10 +129,11 @@ fn bar(hidden: bool) -> ProgressBar {
 }
 
 fn show(bar: &ProgressBar, scan: &ScanReport) {
-    bar.set_length(scan.total_bytes.max(1));
-    bar.set_position(scan.covered_bytes.min(scan.total_bytes));
+    // Words first: the first of these draws it.
     bar.set_prefix(format!("pass {}", scan.pass));
     bar.set_message(scan_text::progress(scan));
+    bar.set_length(scan.total_bytes.max(1));
+    bar.set_position(scan.covered_bytes.min(scan.total_bytes));
     bar.tick();
 }
 

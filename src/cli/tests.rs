@@ -176,8 +176,8 @@ fn waiting_for_a_pass_that_takes_too_long_or_loses_its_server_is_one_line() {
     let why = typed(&running, "scan wait --control-path CTL --timeout 0").unwrap_err().to_string();
     assert_eq!(
         why,
-        "not done within 0 s: pass 3: 25.0 %, 100 MiB/s now, 80 MiB/s on average, 1m 36s left, 2.5 GiB of 10 GiB; it \
-         goes on"
+        "not done within 0 s: pass 3: 25.0 %, 100 MiB/s now, 80 MiB/s on average, 1m 36s left, 2.5 GiB of 10 GiB; \
+         only the waiting ends"
     );
 }
 
