@@ -156,6 +156,11 @@ impl Pass {
         self.met.len() < MET_MAX && self.met.insert(block)
     }
 
+    /// Whether a block was seen to in this stage.
+    pub(super) fn has_met(&self, block: Block) -> bool {
+        self.met.contains(&block)
+    }
+
     /// Trouble in a unit: read those around it next which were not read yet.
     pub(super) fn hit(&mut self, order: &Order, unit: u64) {
         for other in order.neighbours(unit) {

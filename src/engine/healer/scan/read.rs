@@ -95,7 +95,7 @@ impl Core {
         }
         for range in ranges {
             for block in self.to_be_seen_to(range) {
-                if self.examine(turn, block, None).await? == Step::Again {
+                if self.see_to(turn, block).await? == Step::Again {
                     return Ok((Step::Again, next));
                 }
             }
@@ -155,11 +155,19 @@ impl Core {
             return Ok(Step::Again);
         }
         for block in lossy {
-            if self.examine(turn, block, None).await? == Step::Again {
+            if self.see_to(turn, block).await? == Step::Again {
                 return Ok(Step::Again);
             }
         }
         Ok(Step::Done)
+    }
+
+    /// Examine a block, unless it failed just now and has been.
+    async fn see_to(self: &Rc<Self>, turn: Turn, block: Block) -> Result<Step, Stopped> {
+        if self.of_pass(turn, |pass| pass.has_met(block))? {
+            return Ok(Step::Done);
+        }
+        self.examine(turn, block, None).await
     }
 
     /// How much may be read at a time now, and how often side by side.
