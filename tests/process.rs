@@ -64,6 +64,8 @@ mod packed;
 #[expect(dead_code, reason = "the unit tests of the library use the rest")]
 #[path = "../src/vhost/testing/packed.rs"]
 mod packed_ring;
+#[path = "process/page.rs"]
+mod page;
 #[path = "process/predecessor.rs"]
 mod predecessor;
 #[path = "process/real_devices.rs"]

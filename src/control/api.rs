@@ -14,6 +14,7 @@
 //! | `POST /v1/remap`, `POST /v1/release` with [`Sectors`] | [`Done`] |
 //! | `POST /v1/resize` with [`Resize`] | [`Done`] |
 //! | `POST /v1/log-level` with [`LogLevel`] | [`LogLevel`] |
+//! | `GET /` | a page for browsers that shows what the other routes say, see `control::page` |
 //! | `GET /proc` | plain text |
 //! | `GET /v1/health` | [`HealthReport`](crate::runtime::health::HealthReport) |
 //! | `GET /v1/surface?cells=N` | [`SurfaceReport`](crate::runtime::surface::SurfaceReport) |
