@@ -96,6 +96,8 @@ mod spare;
 mod stats;
 #[path = "process/storm.rs"]
 mod storm;
+#[path = "process/top.rs"]
+mod top;
 #[path = "process/traces.rs"]
 mod traces;
 #[path = "process/traces_frontends.rs"]

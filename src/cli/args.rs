@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 use super::fault::{self, FaultErrno};
 use super::logging::LogFormat;
 use super::parse;
-use super::report_args::{HealthArgs, StatusOutputArgs, SurfaceArgs};
+use super::report_args::{HealthArgs, StatusOutputArgs, SurfaceArgs, TopArgs};
 use crate::device::DeviceIndex;
 use crate::device::fault::{DELAY_MS_MAX, FaultOp};
 use crate::runtime::options::{Cache, FailOrHold, IoEngine, Transport};
@@ -82,6 +82,8 @@ pub enum Command {
     Health(HealthArgs),
     /// Show where on the disk trouble lies.
     Surface(SurfaceArgs),
+    /// Watch a volume on the terminal: load, latency, devices, blocks, surface, scanner and events.
+    Top(TopArgs),
     /// Begin the counters anew; those of the lifetime go on.
     #[command(
         alias = "clear_stats",

@@ -37,7 +37,7 @@ impl Worst {
         }
     }
 
-    fn letter(self) -> char {
+    pub(super) fn letter(self) -> char {
         match self {
             Worst::Fine => '.',
             Worst::Remapped => 'r',
