@@ -70,6 +70,7 @@ fn wrong_usage_exits_with_2_and_says_why() {
     check_usage_error(&["status", "--control-path", "c", "--watch", "0"], "a whole number from 1 to 86400 is needed");
     check_usage_error(&["status", "--control-path", "c", "--line", "--json"], "cannot be used with");
     check_usage_error(&["surface", "--control-path", "c", "--cells", "65537"], "a whole number from 1 to 65536");
+    check_usage_error(&["top", "--control-path", "c", "--interval", "10ms"], "no time from 100ms to 1h");
     check_usage_error(&["fault", "add", "--control-path", "c", "--probability", "2", "--seed", "1"], "no probability");
 }
 

@@ -64,6 +64,8 @@ mod packed;
 #[expect(dead_code, reason = "the unit tests of the library use the rest")]
 #[path = "../src/vhost/testing/packed.rs"]
 mod packed_ring;
+#[path = "process/page.rs"]
+mod page;
 #[path = "process/predecessor.rs"]
 mod predecessor;
 #[path = "process/predecessor_line.rs"]
@@ -102,6 +104,8 @@ mod spare;
 mod stats;
 #[path = "process/storm.rs"]
 mod storm;
+#[path = "process/top.rs"]
+mod top;
 #[path = "process/traces.rs"]
 mod traces;
 #[path = "process/traces_frontends.rs"]

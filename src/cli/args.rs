@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 use super::fault::{self, FaultErrno};
 use super::logging::LogFormat;
 use super::parse;
-use super::report_args::{HealthArgs, StatsArgs, StatusOutputArgs, SurfaceArgs};
+use super::report_args::{HealthArgs, StatsArgs, StatusOutputArgs, SurfaceArgs, TopArgs};
 use super::scan_args::{ScanCommand, ScanServeArgs};
 use crate::device::DeviceIndex;
 use crate::device::fault::{DELAY_MS_MAX, FaultOp};
@@ -90,6 +90,8 @@ pub enum Command {
     Health(HealthArgs),
     /// Show where on the disk trouble lies.
     Surface(SurfaceArgs),
+    /// Watch a volume on the terminal: load, latency, devices, blocks, surface, scanner and events.
+    Top(TopArgs),
     /// Begin the counters anew; those of the lifetime go on.
     #[command(
         alias = "clear_stats",

@@ -21,6 +21,7 @@ mod surface_svg;
 mod table;
 #[cfg(test)]
 mod tests;
+mod top;
 mod usage;
 mod verify;
 mod watch;

@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use crate::units::{SECTOR_SIZE, Sector, SectorRange};
 
@@ -115,6 +116,14 @@ pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// How often: `1s`, `500ms`, or a number of seconds.
+pub(super) fn interval(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().map(Duration::from_secs);
+    let found = seconds.ok().or_else(|| humantime::parse_duration(text).ok());
+    let found = found.filter(|found| (Duration::from_millis(100)..=Duration::from_secs(3600)).contains(found));
+    found.ok_or_else(|| format!("{text:?} is no time from 100ms to 1h; write it like 500ms, 2s or 1m"))
 }
 
 /// `9100`, `127.0.0.1:9100` or `[::1]:9100`.

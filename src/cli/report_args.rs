@@ -1,6 +1,7 @@
 //! What can be typed of reports: formats, repetition, health, surface.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::ValueEnum;
 
@@ -128,4 +129,21 @@ pub struct SurfaceArgs {
     /// Letters only, also on a terminal (as with NO_COLOR in the environment).
     #[arg(long, short)]
     pub no_color: bool,
+}
+
+/// Options of `top`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  vhost-remap top --control-path /run/vm1.sock.ctl\n  \
+vhost-remap top --control-path /run/vm1.sock.ctl --interval 500ms\n\n\
+Keys: q ends, p pauses, + and - change the interval, arrows scroll the events, Tab shows another volume, ? helps.")]
+pub struct TopArgs {
+    /// Control socket of the server (by default its --socket-path with `.ctl` appended).
+    #[arg(long, value_name = "CTL")]
+    pub control_path: PathBuf,
+    /// Name or UUID of the volume shown first, where the server has several.
+    #[arg(long, value_name = "NAME")]
+    pub volume: Option<String>,
+    /// How often to ask the server: 1s, 500ms, or a number of seconds; 100 ms to 1 h.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse::interval)]
+    pub interval: Duration,
 }

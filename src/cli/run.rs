@@ -1,7 +1,7 @@
 //! Doing what was typed.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -63,6 +63,9 @@ pub enum CliError {
         /// The reason.
         error: io::Error,
     },
+    /// The terminal cannot be drawn on.
+    #[error("the terminal: {0}; `status --watch 1` needs none")]
+    Terminal(io::Error),
     /// The answer cannot be printed.
     #[error("standard output: {0}")]
     Output(#[from] io::Error),
@@ -126,6 +129,7 @@ pub fn run(args: Args, out: &mut dyn Write) -> Result<(), CliError> {
         Command::LogLevel(args) => Server::of(&args.control)?.log_level(&args, out),
         Command::Health(args) => super::health::run(&args, out),
         Command::Surface(args) => super::surface::run(&args, out),
+        Command::Top(args) => super::top::run(&args),
         Command::ClearStats(args) => Server::of(&args)?.order("/v1/clear-stats", &serde_json::json!({}), out),
     }
 }
@@ -196,6 +200,16 @@ pub(super) struct Server {
 impl Server {
     pub(super) fn of(args: &ControlArgs) -> Result<Server, CliError> {
         Ok(Server { client: Client::new(&args.control_path)?, volume: args.volume.clone(), json: args.json })
+    }
+
+    /// One whose answers are not printed.
+    pub(super) fn at(control_path: &Path) -> Result<Server, CliError> {
+        Ok(Server { client: Client::new(control_path)?, volume: None, json: false })
+    }
+
+    /// Ask for this volume from now on.
+    pub(super) fn choose(&mut self, volume: &str) {
+        self.volume = Some(volume.to_owned());
     }
 
     /// `route` with the query, and the volume where one was named.

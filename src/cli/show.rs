@@ -145,7 +145,7 @@ fn counters(now: &Counters, lifetime: &Counters) -> String {
 }
 
 /// `12` of `16384` as `0.1 %`; what is not zero is never shown as zero.
-fn percent(part: u64, whole: u64) -> String {
+pub(super) fn percent(part: u64, whole: u64) -> String {
     if whole == 0 {
         return "-".into();
     }

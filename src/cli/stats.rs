@@ -113,7 +113,7 @@ fn causes(errors: &BTreeMap<String, u64>) -> String {
 }
 
 /// `870 ns`, `12.3 µs`, `4.0 ms`, `1.5 s`.
-fn time(ns: u64) -> String {
+pub(super) fn time(ns: u64) -> String {
     let tenths = |unit: u64| format!("{}.{}", ns / unit, ns % unit / (unit / 10));
     match ns {
         0..1_000 => format!("{ns} ns"),

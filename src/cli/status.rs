@@ -11,7 +11,7 @@ use crate::runtime::report::{DeviceReport, StatusReport};
 use crate::units::{SECTOR_SIZE, SECTORS_PER_BLOCK};
 
 /// States in which guests get errors for healthy blocks, or nothing at all.
-const NOT_OPERATIONAL: [&str; 4] = ["poisoned", "primary-gone", "hung", "away"];
+pub(super) const NOT_OPERATIONAL: [&str; 4] = ["poisoned", "primary-gone", "hung", "away"];
 
 const CSV_HEAD: &str = "timestamp,device,health_score,avg_latency_us,throughput_mbps,errors,health,state,reads,writes,\
 read_bytes,written_bytes,guest_errors,remapped,remaps_max,pending,lost_sectors,slots_free,slots_retired";

@@ -41,7 +41,7 @@ impl Worst {
         }
     }
 
-    fn letter(self) -> char {
+    pub(super) fn letter(self) -> char {
         match self {
             Worst::Fine => '.',
             Worst::NotScanned => '-',

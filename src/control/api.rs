@@ -16,6 +16,7 @@
 //! | `POST /v1/scan/start` with a [`ScanStart`], or nothing | [`Done`] |
 //! | `POST /v1/scan/pause`, `POST /v1/scan/resume`, `POST /v1/scan/cancel` | [`Done`] |
 //! | `POST /v1/log-level` with [`LogLevel`] | [`LogLevel`] |
+//! | `GET /` | a page for browsers that shows what the other routes say, see `control::page` |
 //! | `GET /proc` | plain text |
 //! | `GET /v1/health` | [`HealthReport`](crate::runtime::health::HealthReport) |
 //! | `GET /v1/surface?cells=N` | [`SurfaceReport`](crate::runtime::surface::SurfaceReport) |

@@ -11,6 +11,7 @@ pub mod client;
 mod faults;
 pub mod log_level;
 pub mod metrics;
+mod page;
 pub mod proc_text;
 mod routes;
 pub mod schema;

@@ -7,7 +7,7 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Query, State as Shared};
-use axum::http::{Method, StatusCode, Uri, header};
+use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
@@ -24,7 +24,7 @@ use super::api::{
 use super::metrics::{self, Sample};
 use super::server::{ServedVolume, wait_stopped};
 use super::volume::{Order, ScanOrder, ScanScope, Volume};
-use super::{faults, log_level, proc_text};
+use super::{faults, log_level, page, proc_text};
 use crate::runtime::surface::CELLS_MAX;
 use crate::units::{SECTOR_SIZE, Sector, SectorRange};
 
@@ -41,12 +41,14 @@ pub(super) struct State {
 
 /// All routes, for the control socket.
 pub(super) fn control(state: State, readers: Readers) -> Router {
-    finished(reports().merge(orders()), state).layer(middleware::from_fn_with_state(readers, access::readers_only_read))
+    let routes = reports().merge(orders()).route("/", get(page::over_socket));
+    finished(routes, state).layer(middleware::from_fn_with_state(readers, access::readers_only_read))
 }
 
 /// Routes that only read, for whoever can reach the port.
 pub(super) fn http(state: State) -> Router {
-    finished(reports(), state).layer(middleware::from_fn(access::called_by_address))
+    let routes = reports().route("/", get(page::over_http));
+    finished(routes, state).layer(middleware::from_fn(access::called_by_address))
 }
 
 fn reports() -> Router<State> {
@@ -86,7 +88,14 @@ fn finished(routes: Router<State>, state: State) -> Router {
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(REQUEST_BODY_MAX))
+        .layer(middleware::map_response(not_guessed))
         .with_state(state)
+}
+
+/// No browser is to take a document for something that it runs (Fetch standard, "X-Content-Type-Options").
+async fn not_guessed(mut response: Response) -> Response {
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
 }
 
 /// A refusal on its way out: a status and one line.

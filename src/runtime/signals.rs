@@ -17,11 +17,22 @@ pub fn ignore_file_size_limit() {
 /// # Errors
 /// When the signals cannot be blocked or no descriptor is left.
 pub fn stop_signals() -> io::Result<OwnedFd> {
-    let stops = [libc::SIGTERM, libc::SIGINT];
-    for signal in stops {
+    readable_at(&[libc::SIGTERM, libc::SIGINT])
+}
+
+/// As [`stop_signals`], for all that ends a program by default: who has changed the terminal has to change it back.
+///
+/// # Errors
+/// As there.
+pub fn end_signals() -> io::Result<OwnedFd> {
+    readable_at(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT])
+}
+
+fn readable_at(stops: &[libc::c_int]) -> io::Result<OwnedFd> {
+    for &signal in stops {
         block_signal(signal).map_err(|e| io::Error::other(format!("blocking signal {signal}: {e:?}")))?;
     }
-    let set = create_sigset(&stops).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+    let set = create_sigset(stops).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
     // SAFETY: `set` is a live sigset_t for the length of the call; the kernel copies it.
     let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
     if fd < 0 {

@@ -25,7 +25,7 @@ fn root() -> &'static Path {
 }
 
 /// Where a server with `--http-listen 0` answers.
-fn http_address(server: &Server) -> String {
+pub(crate) fn http_address(server: &Server) -> String {
     let log = server.log_text();
     let found = log.lines().find_map(|line| line.split_once("reports at http://")?.1.strip_suffix("/metrics"));
     found.unwrap_or_else(|| panic!("{log}")).to_owned()
@@ -56,7 +56,7 @@ fn exchange(stream: &mut (impl Read + Write), method: &str, target: &str, host: 
 }
 
 /// The same, to a server's port.
-fn http(address: &str, method: &str, target: &str, host: &str) -> (u16, String) {
+pub(crate) fn http(address: &str, method: &str, target: &str, host: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     exchange(&mut stream, method, target, host)
@@ -72,7 +72,7 @@ fn promtool(words: &[&str], input: &str) -> Option<Output> {
 }
 
 /// Two reads, one of which fails, and a write that moves a block.
-fn work(server: &Server) {
+pub(crate) fn work(server: &Server) {
     let mut guest = server.guest(1);
     guest.read(0, 8).unwrap();
     server.fault(&["--ops", "read", "--sectors", "2003"]);
