@@ -2,6 +2,7 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::handle::VolumeHandle;
@@ -15,7 +16,7 @@ use crate::engine::health::{Assessment, Part, score_word};
 const DAYS_TOLD_MAX: f64 = 3650.0;
 
 /// How a volume is.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct HealthReport {
     /// [`SCHEMA_VERSION`].
     pub schema: u32,
@@ -38,7 +39,7 @@ pub struct HealthReport {
 }
 
 /// One device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeviceHealth {
     /// `primary` or `spare`.
     pub role: String,
@@ -49,7 +50,7 @@ pub struct DeviceHealth {
 }
 
 /// A rule that holds.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FindingReport {
     /// Its name.
     pub rule: String,
@@ -68,7 +69,7 @@ pub struct FindingReport {
 }
 
 /// 100 less the deductions, and at most `max`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ScoreReport {
     /// 0 to 100.
     pub value: u64,
@@ -81,7 +82,7 @@ pub struct ScoreReport {
 }
 
 /// A part of the score.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeductionReport {
     /// What was looked at.
     pub input: String,
@@ -92,7 +93,7 @@ pub struct DeductionReport {
 }
 
 /// The use of slots, by least squares over the daily samples of the last 70 days.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TrendReport {
     /// One line for a person.
     pub summary: String,
@@ -111,7 +112,7 @@ pub struct TrendReport {
 }
 
 /// A number and the range it lies in.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Estimate {
     /// The best guess.
     pub value: f64,
@@ -122,7 +123,7 @@ pub struct Estimate {
 }
 
 /// One day.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DayReport {
     /// `2026-01-31`, UTC.
     pub date: String,

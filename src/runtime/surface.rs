@@ -1,5 +1,6 @@
 //! A map of the disk: equal ranges of sectors, and how much trouble lies in each.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::report::{ListEntry, SCHEMA_VERSION};
@@ -10,7 +11,7 @@ use crate::units::{Block, SECTORS_PER_BLOCK, Sector, SectorRange};
 pub const CELLS_MAX: u64 = 65_536;
 
 /// The map. Cells without trouble are not named.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SurfaceReport {
     /// [`SCHEMA_VERSION`].
     pub schema: u32,
@@ -28,7 +29,7 @@ pub struct SurfaceReport {
 }
 
 /// A cell with trouble.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SurfaceCell {
     /// Its number, from 0.
     pub cell: u64,

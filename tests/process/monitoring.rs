@@ -260,7 +260,13 @@ fn real_answers_fit_the_committed_schema() {
     let events = server.order(&["events", "--json"]);
     assert!(events.lines().count() > 2, "{events}");
     events.lines().for_each(|line| _ = check("EventRecord", line));
-    for (name, target) in [("ListPage", "/v1/list"), ("EventPage", "/v1/events"), ("Failure", "/no/such")] {
+    for (name, target) in [
+        ("ListPage", "/v1/list"),
+        ("EventPage", "/v1/events"),
+        ("HealthReport", "/v1/health"),
+        ("SurfaceReport", "/v1/surface"),
+        ("Failure", "/no/such"),
+    ] {
         let (_, answer) = http(&http_address(&server), "GET", target, "localhost");
         check(name, answer.split_once("\r\n\r\n").unwrap().1);
     }
