@@ -252,7 +252,7 @@ fn the_page_is_used_by_keyboard_on_a_narrow_screen_in_the_dark() {
     assert_eq!(browser.value(focused), "1");
     assert_ne!(browser.value("getComputedStyle(document.activeElement).stroke"), "none", "the focus is not seen");
     browser.press("PageDown", 34, "");
-    browser.await_text("#cell", |text| text.contains("1 remapped blocks, from 1000 to 1007"));
+    browser.await_text("#cell", |text| text.contains("1 remapped and 0 slow blocks, from 1000 to 1007"));
     browser.press("End", 35, "");
     browser.press("PageUp", 33, "");
     browser.await_text("#cell", |text| text.contains("from 1000 to 1007"));
