@@ -16,7 +16,7 @@ pub struct ScanServeArgs {
     /// start of a pass to that of the next one, or `off` for passes by order only.
     #[arg(long, value_name = "TIME", default_value = "14d", conflicts_with = "scan_interval_hours")]
     pub scan_interval: ScanInterval,
-    /// dm-remap's: hours from the start of a pass to that of the next one.
+    /// dm-remap's: hours from the end of a pass to the start of the next one.
     #[arg(long, alias = "scan_interval_hours", hide = true, value_name = "N", value_parser = parse::number(1_u64, 168))]
     pub scan_interval_hours: Option<u64>,
     /// Read at most so many bytes of a second, also while the guest is idle: in bytes or with K, M, G (powers of 1024),

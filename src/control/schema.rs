@@ -11,7 +11,8 @@ use crate::runtime::surface::SurfaceReport;
 
 /// Documents by their names in `$defs`: `StatusReport` (`status`), `StatsReport` (`stats`), `ListEntry` (a line of
 /// `list`), `ListPage` (`/v1/list`), `EventRecord` (a line of `events`), `EventPage` (`/v1/events`), `HealthReport`
-/// (`health`), `SurfaceReport` (`surface`) and `Failure` (each answer with a status of 400 and up). A document has no version of its own where it is part of another.
+/// (`health`), `SurfaceReport` (`surface`) and `Failure` (each answer with a status of 400 and up). A document has no
+/// version of its own where it is part of another.
 pub fn schema() -> Value {
     let mut generator = SchemaSettings::draft2020_12().into_generator();
     generator.subschema_for::<StatusReport>();

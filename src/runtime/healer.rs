@@ -269,7 +269,10 @@ impl Driver {
                 self.waiting.insert(id, reply);
                 self.healer.order(now, id, order, out);
             }
-            Command::Stop => self.stopping = true,
+            Command::Stop => {
+                self.stopping = true;
+                self.healer.wind_down();
+            }
         }
     }
 

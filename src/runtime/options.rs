@@ -181,7 +181,7 @@ pub struct ServeOptions {
 }
 
 impl ServeOptions {
-    /// Time from the start of a pass of the scanner to that of the next one, where passes begin by themselves: not
+    /// Time from the end of a pass of the scanner to the start of the next one, where passes begin by themselves: not
     /// where there is no metadata, or none may be written.
     pub fn scan_interval(&self) -> Option<Duration> {
         let keeps_no_metadata = self.passthrough || self.degraded || self.read_only;

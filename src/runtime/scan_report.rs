@@ -17,7 +17,7 @@ pub struct ScanReport {
     /// Why the pass does not go on, where it is held.
     #[serde(default)]
     pub held: Option<String>,
-    /// Seconds from the start of a pass to that of the next one; absent where they begin only by order.
+    /// Seconds from the end of a pass to the start of the next one; absent where they begin only by order.
     #[serde(default)]
     pub interval_seconds: Option<u64>,
     /// Bytes of a second read at most, where there is a limit.

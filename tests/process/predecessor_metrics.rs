@@ -79,7 +79,8 @@ fn each_name_is_there_once_with_help_and_type() {
     let text = text(&server);
     let helped = text.lines().filter_map(|line| line.strip_prefix("# HELP dm_remap_")?.split(' ').next());
     let (mut helped, mut names) = (helped.collect::<Vec<_>>(), NAMES.to_vec());
-    (helped.sort_unstable(), names.sort_unstable());
+    helped.sort_unstable();
+    names.sort_unstable();
     assert_eq!(helped, names);
     assert_eq!(text.lines().filter(|line| line.starts_with("# TYPE dm_remap_")).count(), NAMES.len(), "{text}");
     NAMES.iter().for_each(|name| assert!(value(&server, name).is_finite(), "{name}"));

@@ -165,7 +165,7 @@ fn requests(app: &App, shot: &Shot, all: bool) -> Vec<(String, Line<'static>)> {
     let mut rows = vec![(String::new(), heading(head))];
     for operation in &shot.stats.operations {
         let is_always = ["read", "write", "flush"].contains(&operation.operation.as_str());
-        if !is_always && !(all && operation.completed > 0) {
+        if !(is_always || all && operation.completed > 0) {
             continue;
         }
         let now = app.rates.as_ref().and_then(|rates| rates.get(&operation.operation));

@@ -27,8 +27,8 @@ pub(super) struct Commit {
 
 struct Queued {
     commit: Commit,
-    /// A page to be written although nothing of it changes.
-    rewrite: Option<u32>,
+    /// A page to be written although nothing of it changes, and its home that is damaged.
+    rewrite: Option<(u32, Home)>,
     promise: Promise<Result<(), Failure>>,
 }
 
@@ -54,14 +54,15 @@ impl Core {
         self.enqueue(commit, None).await
     }
 
-    /// Write a page of the table to both homes in all places as it is, and wait until it is there.
-    pub(super) async fn rewrite_page(self: &Rc<Self>, number: u32) -> Result<(), Failure> {
-        self.enqueue(Commit { changes: Vec::new(), blocks: Vec::new() }, Some(number)).await?;
+    /// Write a page of the table to both homes in all places as it is, the damaged one first, and wait until it is
+    /// there.
+    pub(super) async fn rewrite_page(self: &Rc<Self>, number: u32, damaged: Home) -> Result<(), Failure> {
+        self.enqueue(Commit { changes: Vec::new(), blocks: Vec::new() }, Some((number, damaged))).await?;
         self.second_home_is_up(number).await;
         Ok(())
     }
 
-    async fn enqueue(self: &Rc<Self>, commit: Commit, rewrite: Option<u32>) -> Result<(), Failure> {
+    async fn enqueue(self: &Rc<Self>, commit: Commit, rewrite: Option<(u32, Home)>) -> Result<(), Failure> {
         let (promise, awaited) = promise();
         self.commits.queue.borrow_mut().push(Queued { commit, rewrite, promise });
         if !self.commits.running.replace(true) {
@@ -83,7 +84,8 @@ impl Core {
     async fn commit_batch(self: &Rc<Self>, batch: Vec<Queued>) {
         let changes: Vec<Change> = batch.iter().flat_map(|queued| queued.commit.changes.iter().copied()).collect();
         let changed = changes.iter().map(|change| page_of(change.slot));
-        let pages: BTreeSet<u32> = changed.chain(batch.iter().filter_map(|queued| queued.rewrite)).collect();
+        let damaged: BTreeMap<u32, Home> = batch.iter().filter_map(|queued| queued.rewrite).collect();
+        let pages: BTreeSet<u32> = changed.chain(damaged.keys().copied()).collect();
         if pages.is_empty() {
             return batch.into_iter().for_each(|queued| queued.promise.keep(Ok(())));
         }
@@ -97,12 +99,18 @@ impl Core {
         if !mode.spare_up {
             return self.refuse_batch(batch, &Failure::spare_down());
         }
+        // A damaged anchor is nothing to fall back on: the other home, which has the same, is, once it is durable.
+        if damaged.iter().any(|(number, home)| self.table.borrow().page(*number).anchor == *home)
+            && let Err(failure) = self.flush(DeviceIndex::SPARE).await
+        {
+            return self.refuse_batch(batch, &failure);
+        }
         let written: Vec<(u32, Page, Home)> = pages
             .iter()
             .map(|number| {
                 let state = self.table.borrow().page(*number);
                 let page = self.table.borrow().page_with(*number, state.sequence + 1, &changes);
-                (*number, page, state.anchor.other())
+                (*number, page, damaged.get(number).copied().unwrap_or(state.anchor.other()))
             })
             .collect();
         let result = async {

@@ -353,6 +353,11 @@ impl Healer {
         self.core.scan.hear(load);
     }
 
+    /// Nothing new of its own is to begin: its thread ends as soon as nothing is under way.
+    pub fn wind_down(&mut self) {
+        self.core.closing.set(true);
+    }
+
     /// Whether a pass of the scanner is under way.
     pub fn wants_load(&self) -> bool {
         self.core.scan.wants_load()

@@ -32,6 +32,8 @@ pub(super) struct Places {
     pub(super) label: Permits,
     /// Where the label lies by a superblock that was written and may not be durable: a poison is noted there too.
     pub(super) next_label: Cell<Option<LabelLayout>>,
+    /// Held while counters are saved.
+    pub(super) saving: Permits,
     /// A resize is under way.
     pub(super) resizing: Cell<bool>,
     /// Refreshes of the label that failed.
@@ -55,6 +57,7 @@ impl Places {
             stamped_commits: Cell::new(None),
             label: Permits::new(1),
             next_label: Cell::new(None),
+            saving: Permits::new(1),
             resizing: Cell::new(false),
             label_failures: Cell::new(0),
             returning: Cell::new(false),
@@ -331,9 +334,17 @@ impl Core {
         values
     }
 
+    /// Save the counters; one after the other, as an older page must not land on a newer one.
+    pub(super) async fn save_counters(self: &Rc<Self>) -> Result<(), Failure> {
+        self.places.saving.acquire().await;
+        let saved = self.save_counters_in_turn().await;
+        self.places.saving.release();
+        saved
+    }
+
     /// Write the counters to one place after the other: a power cut tears one of them at most. A place that
     /// does not take them does without; this fails only when none takes them.
-    pub(super) async fn save_counters(self: &Rc<Self>) -> Result<(), Failure> {
+    async fn save_counters_in_turn(self: &Rc<Self>) -> Result<(), Failure> {
         let sequence = self.places.saved_sequence.get() + 1;
         self.places.saved_sequence.set(sequence);
         let saved = SavedCounters { sequence, values: self.values_to_save() };

@@ -25,7 +25,7 @@ use crate::engine::scan::plan::{Order, UNIT_SLOTS};
 use crate::engine::scan::{
     Found, GuestLoad, LastPass, ScanOrder, ScanParams, ScanScope, ScanState, ScanStatus, Skipped, Window,
 };
-use crate::units::{Block, SECTOR_SIZE, Sector, SectorRange};
+use crate::units::{Block, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector, SectorRange};
 
 use pass::{Pass, Stage};
 use saved::Record;
@@ -35,6 +35,8 @@ pub(super) use saved::{SAVED_AT, WORDS};
 const SETTLE_SECONDS: u64 = 600;
 /// What keeps a pass from going on is looked at again after so many seconds.
 const HELD_SECONDS: u64 = 1;
+/// Rewritten blocks that wait for a pass, at most: those beyond are never called healed.
+const UNPROVEN_MAX: usize = 65_536;
 /// Pages of metadata looked at in one step.
 const PAGES_A_STEP: usize = 64;
 
@@ -106,7 +108,13 @@ impl Scanner {
 
     /// A block was rewritten in place after a failure: it is healed once a pass has read it (W1).
     pub(super) fn was_rewritten(&self, block: Block) {
-        self.unproven.borrow_mut().insert(block);
+        let mut unproven = self.unproven.borrow_mut();
+        if unproven.len() < UNPROVEN_MAX
+            && unproven.insert(block)
+            && let Some(pass) = self.pass.borrow_mut().as_mut()
+        {
+            pass.found.rewritten += 1;
+        }
     }
 
     /// The block has moved: what it was rewritten to does not matter.
@@ -133,8 +141,14 @@ impl Core {
     pub(super) fn fit_pass(&self) {
         if let Some(pass) = self.scan.pass.borrow_mut().as_mut() {
             // A volume only ever grows; what a damaged page says is not believed.
-            if pass.extent.is_empty() || !self.geometry().contains(pass.extent) {
-                (pass.scope.range, pass.extent) = (None, self.whole());
+            let (start, end) = (pass.extent.start.0, pass.extent.end().0);
+            let whole_blocks = start.is_multiple_of(SECTORS_PER_BLOCK)
+                && (end.is_multiple_of(SECTORS_PER_BLOCK) || end == self.geometry().capacity);
+            if pass.extent.is_empty() || !self.geometry().contains(pass.extent) || !whole_blocks {
+                let paused = pass.paused;
+                *pass = Pass::new(pass.number, ScanScope { range: None, ..pass.scope }, pass.ordered, pass.started);
+                pass.paused = paused;
+                pass.extent = self.whole();
             }
         }
     }
@@ -180,6 +194,10 @@ impl Core {
         self.refuse_closing()?;
         if self.policy.passthrough {
             return Err("a volume served with --passthrough is not scanned: nothing could be done for it".into());
+        }
+        let mode = self.mode.get();
+        if matches!(order, ScanOrder::Start(_)) && mode.read_only && !mode.spare_up {
+            return Err("the spare is not there: serve the volume with it first".into());
         }
         match order {
             ScanOrder::Start(scope) => self.start_scan(scope),
@@ -231,8 +249,8 @@ impl Core {
             }
         };
         self.end_turn();
-        self.keep_place().await;
-        Ok(format!("pass {number} is paused, also over a restart; `scan resume` goes on with it"))
+        let unsaved = self.keep_place().await;
+        Ok(format!("pass {number} is paused, also over a restart; `scan resume` goes on with it{unsaved}"))
     }
 
     fn resume_scan(self: &Rc<Self>) -> Result<String, String> {
@@ -253,8 +271,8 @@ impl Core {
         let number = pass.number;
         self.record_end(&pass, false, true);
         self.scan_event(Severity::Info, "the operator's order", format!("pass {number} was given up"));
-        self.keep_place().await;
-        Ok(format!("pass {number} was given up"))
+        let unsaved = self.keep_place().await;
+        Ok(format!("pass {number} was given up{unsaved}"))
     }
 
     /// The pass that was under way, which is so no more.
@@ -266,11 +284,13 @@ impl Core {
         Some(pass)
     }
 
-    /// Save where a pass stands. It is saved from time to time anyway: if it cannot be now, more is read again.
-    async fn keep_place(self: &Rc<Self>) {
-        if self.may_write().is_ok() {
-            let _ = self.save_counters().await;
-        }
+    /// Save where a pass stands; why not, for a person, if that fails. It is saved from time to time anyway.
+    async fn keep_place(self: &Rc<Self>) -> String {
+        let saved = match self.may_write() {
+            Ok(()) => self.save_counters().await.map_err(|failure| failure.cause),
+            Err(why) => Err(why),
+        };
+        saved.map_or_else(|why| format!("; that cannot be saved now: {why}"), |()| String::new())
     }
 
     fn end_turn(&self) -> Turn {
@@ -325,7 +345,8 @@ impl Core {
                 if cursor.stage != Stage::Primary {
                     pass.end_step(next, std::iter::empty());
                 }
-                !(over && pass.urgent.is_empty()) || pass.next_stage()
+                let all_read = cursor.stage != Stage::Primary || pass.urgent.is_empty();
+                !(over && all_read) || pass.next_stage()
             })?;
             if !goes_on {
                 return Ok(());

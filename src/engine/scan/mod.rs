@@ -14,7 +14,7 @@ pub use window::Window;
 /// What the operator chose of the scanner.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ScanParams {
-    /// Seconds from the start of a pass to that of the next one; where absent, passes begin only by order.
+    /// Seconds from the end of a pass to the start of the next one; where absent, passes begin only by order.
     pub interval: Option<u64>,
     /// Bytes of a second read at most.
     pub rate: Option<u64>,

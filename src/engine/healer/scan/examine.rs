@@ -14,21 +14,22 @@ use crate::engine::scan::Found;
 use crate::engine::view::runs;
 use crate::units::{Block, BlockRange};
 
-/// Weak blocks moved on one day, at most.
+/// Weak blocks moved on one day, and blocks moved out of failing slots in one pass, at most.
 const WEAK_A_DAY: u32 = 64;
-/// The most of all slots that weak blocks may take: one in so many.
+/// The most of all slots that weak blocks may take, and the fewest that must be free where slots fail: one in so many.
 const WEAK_SHARE: u64 = 4;
 /// Slow blocks that are remembered, at most.
 const SLOW_MAX: usize = 4096;
 const SECONDS_A_DAY: u64 = 86_400;
 
 impl Core {
-    /// See to a block that failed, is pending, was rewritten, has lost sectors, or is slow for the reason given.
+    /// See to a block that failed, is pending, was rewritten, has lost sectors, or is slow where it lives, for the
+    /// reason given.
     pub(super) async fn examine(
         self: &Rc<Self>,
         turn: Turn,
         block: Block,
-        slow: Option<&str>,
+        slow: Option<(DeviceIndex, &str)>,
     ) -> Result<Step, Stopped> {
         self.of_pass(turn, |_| ())?;
         let done = match self.fence(BlockRange::one(block)).await {
@@ -49,7 +50,12 @@ impl Core {
         Ok(step)
     }
 
-    async fn examine_fenced(self: &Rc<Self>, turn: Turn, block: Block, slow: Option<&str>) -> Result<(), Failure> {
+    async fn examine_fenced(
+        self: &Rc<Self>,
+        turn: Turn,
+        block: Block,
+        slow: Option<(DeviceIndex, &str)>,
+    ) -> Result<(), Failure> {
         let before = self.map.borrow().get(block);
         if before.in_doubt {
             return Err(Failure::refused(Refusal::InDoubt));
@@ -58,6 +64,8 @@ impl Core {
         let map = self.map.borrow().clone();
         let Some(run) = runs(&map, &self.geometry(), range).first().copied() else { return Ok(()) };
         self.refuse_gone(run.device)?;
+        // It may have moved since.
+        let slow = slow.filter(|(device, _)| *device == run.device).map(|(_, why)| why);
         let budget = Budget::of_read();
         let read = self.read_run(run, None, &budget).await?;
         // Counted once, however often the pass comes by.
@@ -100,7 +108,8 @@ impl Core {
         self.hit(turn, block);
         let why = slow.map_or_else(|| "it was read only after retries".to_owned(), |slow| format!("slow: {slow}"));
         let failing_slot = run.device == DeviceIndex::SPARE && read.recovered;
-        if !self.acts(turn) || !(failing_slot || self.may_move_weak()) {
+        let may_move = if failing_slot { self.may_leave_slot(turn) } else { self.may_move_weak() };
+        if !(first && may_move && self.acts(turn)) {
             if slow.is_some() {
                 let action = "weak; it stays where it is";
                 self.event(Severity::Warn, "slow-block", Some(run.device), range, why, action);
@@ -157,6 +166,13 @@ impl Core {
             && self.table.borrow().available() > 0
     }
 
+    /// Whether a block may leave a slot that fails now and then, and that is retired with it.
+    fn may_leave_slot(&self, turn: Turn) -> bool {
+        let moved = self.of_pass(turn, |pass| pass.found.moved).unwrap_or(u64::MAX);
+        let (free, slots) = (self.table.borrow().available() as u64, u64::from(self.geometry().slots));
+        moved < u64::from(WEAK_A_DAY) && free > slots / WEAK_SHARE
+    }
+
     /// Move a block that was read to a slot, or to another one.
     async fn move_weak(
         self: &Rc<Self>,
@@ -169,6 +185,13 @@ impl Core {
         let mut placement = self.rescue(block, 0).await?;
         if placement.lost != before.lost {
             // It reads no more: by itself a read error loses nothing (R4).
+            return Ok(());
+        }
+        if failing_slot {
+            // What looks like a bad slot may be the spare's going.
+            self.confirm(DeviceIndex::SPARE).await?;
+        }
+        if !self.acts(turn) {
             return Ok(());
         }
         placement.reason = Reason::Weak(why);

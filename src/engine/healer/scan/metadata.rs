@@ -88,17 +88,24 @@ impl Core {
     /// Read and check some copies from a position on.
     pub(super) async fn read_metadata(self: &Rc<Self>, turn: Turn, position: u64) -> Result<Step, Stopped> {
         let copies = self.copies();
+        let is_new = self.of_pass(turn, |pass| std::mem::replace(&mut pass.pages, copies.len()) != copies.len())?;
+        if is_new && position > 0 {
+            // Other ones than those that were counted, as a place has gone or come, or the server was started again.
+            self.of_pass(turn, |pass| pass.cursor.position = 0)?;
+            return Ok(Step::Again);
+        }
         let from = usize::try_from(position).unwrap_or(usize::MAX).min(copies.len());
         let some = &copies[from..(from + PAGES_A_STEP).min(copies.len())];
         self.await_pace(turn, some.len() as u64 * PAGE_BYTES).await?;
         let found = join_all(some.iter().map(|copy| self.trouble_with(*copy))).await;
+        let mut damaged = 0;
         for (copy, trouble) in some.iter().zip(found) {
             if let Some(trouble) = trouble {
                 let (device, offset) = self.seat_of(*copy);
                 if self.refuse_gone(device).is_err() {
                     return Ok(Step::Again);
                 }
-                self.of_pass(turn, |pass| pass.found.metadata += 1)?;
+                damaged += 1;
                 let action = self.repair_copy(turn, *copy).await;
                 let cause = format!("{}, byte {offset}: {trouble}", copy.name());
                 let none = SectorRange::default();
@@ -106,7 +113,10 @@ impl Core {
             }
         }
         let now = self.io.now();
-        self.of_pass(turn, |pass| pass.cover(now, some.len() as u64 * PAGE_BYTES))?;
+        self.of_pass(turn, |pass| {
+            pass.found.metadata += damaged;
+            pass.cover(now, some.len() as u64 * PAGE_BYTES);
+        })?;
         Ok(Step::Done)
     }
 
@@ -117,6 +127,7 @@ impl Core {
             // The label is written by one at a time, superblocks too; the others are whole between commits.
             let permits = match copy {
                 Copy::Superblock(..) => Some(&self.places.turn),
+                Copy::Counters(_) => Some(&self.places.saving),
                 Copy::LabelSuperblock(..) | Copy::LabelPoison(_) | Copy::LabelTable(..) => Some(&self.places.label),
                 _ => None,
             };
@@ -175,8 +186,8 @@ impl Core {
             return "left as it is";
         }
         match copy {
-            Copy::Table(_, _, number) => {
-                if self.rewrite_page(number).await.is_err() {
+            Copy::Table(_, home, number) => {
+                if self.rewrite_page(number, home).await.is_err() {
                     return "it could not be written anew";
                 }
             }

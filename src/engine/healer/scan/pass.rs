@@ -105,6 +105,8 @@ pub(super) struct Pass {
     mark_skipped: usize,
     /// Positions below are read, or in this step.
     step_end: u64,
+    /// Copies of pages of metadata that its last stage goes over.
+    pub(super) pages: usize,
     /// Blocks in trouble, found already in this stage.
     met: BTreeSet<Block>,
     /// What was covered, at times of the last seconds and when it began or went on.
@@ -134,6 +136,7 @@ impl Pass {
             mark: Share::default(),
             mark_skipped: 0,
             step_end: 0,
+            pages: 0,
             met: BTreeSet::new(),
             covered_at: VecDeque::new(),
             began: None,
@@ -153,7 +156,7 @@ impl Pass {
 
     /// Whether a block in trouble is met for the first time.
     pub(super) fn meets(&mut self, block: Block) -> bool {
-        self.met.len() < MET_MAX && self.met.insert(block)
+        self.met.len() >= MET_MAX || self.met.insert(block)
     }
 
     /// Whether a block was seen to in this stage.
@@ -163,6 +166,9 @@ impl Pass {
 
     /// Trouble in a unit: read those around it next which were not read yet.
     pub(super) fn hit(&mut self, order: &Order, unit: u64) {
+        if self.cursor.stage != Stage::Primary {
+            return;
+        }
         for other in order.neighbours(unit) {
             let read = order.position_of(other) < self.cursor.position.max(self.step_end);
             if !read && self.near.len() < NEAR_MAX && !self.near.contains_key(&other) {

@@ -267,7 +267,7 @@ impl Core {
                 continue;
             }
             let cause = format!("{} ms, and again, where {} ms are usual", took / 1_000_000, usual / 1_000_000);
-            if self.examine(turn, single.blocks[0], Some(&cause)).await? == Step::Again {
+            if self.examine(turn, single.blocks[0], Some((single.device, &cause))).await? == Step::Again {
                 return Ok(Step::Again);
             }
         }

@@ -17,6 +17,9 @@ const HAS_RANGE: u64 = 16;
 /// Bits of a position; above them is the stage.
 const POSITION_BITS: u32 = 56;
 
+/// No number that is kept is larger.
+const NUMBER_MAX: u64 = 1 << 56;
+
 /// What outlives a pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Record {
@@ -82,6 +85,8 @@ pub(super) fn encode(record: &Record, pass: Option<&Pass>) -> [u64; WORDS] {
 pub(super) fn decode(saved: &[u64]) -> (Record, Option<Pass>) {
     let mut w = [0; WORDS];
     w.iter_mut().zip(saved.iter().skip(SAVED_AT)).for_each(|(word, saved)| *word = *saved);
+    // Of a page that says what cannot be, nothing may overflow; flags, and numbers put together, are taken apart below.
+    (0..WORDS).filter(|at| ![0, 2, 20, 30].contains(at)).for_each(|at| w[at] = w[at].min(NUMBER_MAX));
     let low = |word: u64| u32::try_from(word & u64::from(u32::MAX)).expect("masked");
     let record = Record {
         pass: w[1],
@@ -93,7 +98,7 @@ pub(super) fn decode(saved: &[u64]) -> (Record, Option<Pass>) {
             cancelled: w[20] & 2 == 2,
             found: found(&w[21..29]),
         },
-        whole_ended: w[20] >> 2,
+        whole_ended: (w[20] >> 2).min(NUMBER_MAX),
         complete_ended: w[29],
         weak_day: low(w[30] >> 32),
         weak_of_day: low(w[30]),
