@@ -230,6 +230,11 @@ impl Engine {
         }
     }
 
+    /// The server is told to end.
+    pub(crate) fn wind_down(&mut self) {
+        self.healer.wind_down();
+    }
+
     /// Begin a pass of the scanner.
     pub(crate) fn begin_scan(&mut self, rig: &mut Rig, scope: ScanScope) {
         self.done(rig, Order::Scan(ScanOrder::Start(scope)));

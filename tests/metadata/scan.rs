@@ -167,6 +167,30 @@ fn a_block_whose_slot_needs_retries_moves_to_another_one() {
 }
 
 #[test]
+fn blocks_stay_in_failing_slots_where_few_are_free() {
+    let mut rig = begun(SMALL);
+    rig.bad.clear();
+    let mut engine = rig.open().unwrap();
+    engine.done(&mut rig, Order::Remap(range_of(40 * BLOCK, 11 * 4096)));
+    assert_eq!(engine.status(&mut rig).free, 4, "of 16");
+    rig.bad = vec![unreadable(SPARE, slot_offset(&rig, 0), 512, Reads::Times(6))];
+    assert_eq!(engine.scan(&mut rig).found, Found { recovered: 1, ..Found::default() });
+    assert_eq!(engine.status(&mut rig).retired, 0);
+}
+
+#[test]
+fn a_pass_ends_with_its_server() {
+    let mut rig = made(LARGE);
+    let mut engine = rig.open().unwrap();
+    engine.begin_scan(&mut rig, ScanScope::default());
+    engine.scan_until(&mut rig, 8 * MIB);
+    engine.wind_down();
+    let before = rig.performed.len();
+    engine.pass(&mut rig, 5).unwrap();
+    assert!(rig.performed.len() - before <= 4, "no more than what was under way: {:?}", &rig.performed[before..]);
+}
+
+#[test]
 fn weak_blocks_move_while_they_can_be_read_if_that_is_wanted_and_no_more_than_a_share() {
     let scan = |move_weak| {
         let mut rig = made(SMALL);
