@@ -164,11 +164,12 @@ fn beside<T>(what: Beside, backend: &Backend, measure: impl FnOnce() -> Result<T
                     status.map_err(|error| error.to_string())?;
                     std::thread::sleep(Duration::from_millis(100));
                 } else if what == Beside::Scan {
-                    // Refused while the last one is under way.
-                    let scope = json!({ "check_only": false });
-                    let begun = backend.order("/v1/scan/start", &scope);
-                    if times == 0 {
-                        begun?;
+                    // Refused while one is under way, as that of an earlier run may be, which goes on by itself.
+                    let _ = backend.order("/v1/scan/start", &json!({ "check_only": false }));
+                    let status = backend.control().get::<Value>("/v1/status", REPORT_TIMEOUT);
+                    let status = status.map_err(|error| error.to_string())?;
+                    if status["scan"]["state"] != "running" {
+                        return Err(format!("no pass is under way: {}", status["scan"]));
                     }
                     std::thread::sleep(Duration::from_millis(100));
                 } else {

@@ -82,6 +82,11 @@ fn a_change_of_health_is_told_once_with_the_rule_and_the_numbers() {
     assert_eq!(engine.causes("health").len(), 2);
 }
 
+/// What the scanner keeps, as of one that has ended passes and has none under way.
+fn scanner_words() -> [u64; 32] {
+    std::array::from_fn(|at| if at == 1 || at >= 17 { 77 } else { 0 })
+}
+
 /// A process that is killed has lost what came in the last minute.
 #[test]
 fn the_days_are_kept_with_the_counters_and_what_others_keep_there_stays() {
@@ -89,7 +94,7 @@ fn the_days_are_kept_with_the_counters_and_what_others_keep_there_stays() {
     let set = rig.shape.create_params().set;
     for (seat, mut saved) in counters(&rig).collect::<Vec<_>>() {
         saved.values.resize(48, 0);
-        saved.values[16..48].fill(77);
+        saved.values[16..48].copy_from_slice(&scanner_words());
         seat.write(&rig, &saved.encode(set, PageSeat::Spare(seat.at.place().unwrap())));
     }
     let mut engine = rig.open().unwrap();
@@ -99,12 +104,12 @@ fn the_days_are_kept_with_the_counters_and_what_others_keep_there_stays() {
     drop(engine);
     rig.kill();
     for (_, saved) in counters(&rig) {
-        assert_eq!((saved.values.len(), &saved.values[16..48]), (256, &[77; 32][..]));
+        assert_eq!((saved.values.len(), &saved.values[16..48]), (256, &scanner_words()[..]));
     }
     let mut engine = rig.open().unwrap();
     assert_eq!(days(&mut engine, &mut rig), [(TODAY, 1)]);
     engine.done(&mut rig, Order::Save);
-    assert!(counters(&rig).all(|(_, saved)| saved.values[16..48] == [77; 32]));
+    assert!(counters(&rig).all(|(_, saved)| saved.values[16..48] == scanner_words()));
 }
 
 #[test]
