@@ -384,6 +384,10 @@ fn check_body(status: u16, kind: Option<&str>, body: &[u8]) {
             serde_json::from_slice::<Value>(body).unwrap_or_else(|e| panic!("{e}: {shown}"));
         }
         Some("text/plain; charset=utf-8") => assert!(status == 200, "{status}: {shown}"),
+        // The page.
+        Some("text/html; charset=utf-8") => {
+            assert!(status == 200 && shown.ends_with("</html>\n"), "{status}: {shown}");
+        }
         // What is not even HTTP is answered by the HTTP library, without a word.
         None => assert!(body.is_empty() && [400, 414, 431].contains(&status), "{status}: {shown}"),
         Some(kind) => panic!("{kind} with status {status}: {shown}"),
