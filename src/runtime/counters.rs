@@ -69,6 +69,15 @@ impl OperationCounters {
     fn fail(&self) {
         self.failed.add(1);
     }
+
+    /// Add how long the answers took.
+    fn add_to(&self, latency: &mut Histogram) {
+        latency.sum_ns = latency.sum_ns.wrapping_add(self.took_ns.get());
+        latency.max_ns = latency.max_ns.max(self.took_ns_max.get());
+        for (sum, count) in latency.counts.iter_mut().zip(&self.buckets) {
+            *sum += count.get();
+        }
+    }
 }
 
 /// What one worker counts. Aligned, so that no line of it (nor the one that a processor fetches along) is another's.
@@ -199,12 +208,7 @@ impl Counters {
             numbers.under_way += counters.under_way.get();
             let start = Some(Time(counters.oldest_start_ns.get())).filter(|start| start.0 != NEVER);
             numbers.oldest_start = numbers.oldest_start.into_iter().chain(start).min();
-            let latency = &mut numbers.latency;
-            latency.sum_ns = latency.sum_ns.wrapping_add(counters.took_ns.get());
-            latency.max_ns = latency.max_ns.max(counters.took_ns_max.get());
-            for (sum, count) in latency.counts.iter_mut().zip(&counters.buckets) {
-                *sum += count.get();
-            }
+            counters.add_to(&mut numbers.latency);
         }
         numbers
     }
@@ -218,20 +222,8 @@ impl Counters {
     /// Time from the taking to the answer, of all answered requests of all kinds.
     pub fn latency(&self) -> Histogram {
         let mut latency = Histogram::new();
-        for counters in self.workers.iter().flat_map(|worker| &worker.operations) {
-            latency.sum_ns = latency.sum_ns.wrapping_add(counters.took_ns.get());
-            latency.max_ns = latency.max_ns.max(counters.took_ns_max.get());
-            for (sum, count) in latency.counts.iter_mut().zip(&counters.buckets) {
-                *sum += count.get();
-            }
-        }
+        self.workers.iter().flat_map(|worker| &worker.operations).for_each(|counters| counters.add_to(&mut latency));
         latency
-    }
-
-    /// How long all answered requests took together, in nanoseconds.
-    pub fn request_ns(&self) -> u64 {
-        let workers = self.workers.iter().flat_map(|worker| &worker.operations);
-        workers.map(|counters| counters.took_ns.get()).fold(0, u64::wrapping_add)
     }
 
     /// Operations of one of [`DEVICE_OPERATIONS`] sent to a device, and their bytes.
@@ -261,7 +253,7 @@ mod tests {
         assert_eq!((reads.failed, reads.bytes, reads.latency.count()), (1, 4096, 2));
         assert_eq!((reads.under_way, reads.oldest_start), (3, Some(Time(40))));
         assert_eq!((reads.latency.sum_ns, reads.latency.max_ns), (4000, 3000));
-        assert_eq!(counters.request_ns(), 4007);
+        assert_eq!(counters.latency().sum_ns, 4007);
         assert_eq!(counters.operation(Operation::Flush).latency.quantile_ns(990_000), Some(7));
         assert_eq!(counters.operation(Operation::Discard), OperationNumbers::default());
         counters.workers[0].set_under_way(&[idle; 5]);
