@@ -86,7 +86,7 @@ pub struct StatsArgs {
 #[command(after_help = "Examples:\n  vhost-remap health --control-path /run/vm1.sock.ctl\n  \
 vhost-remap health --control-path /run/vm1.sock.ctl --smart\n\n\
 The score is 100 less points for each of these, and at most 94 for WATCH, 79 for AT_RISK and 39 for REPLACE:\n  \
-failed operations in 10,000 requests: 5 from 2 on, 20 from 11 on, 50 from 101 on\n  \
+requests in 10,000 that met an error of a device: 5 from 2 on, 20 from 11 on, 50 from 101 on\n  \
 requests that met an error of a device within 600 s: 15 from 6 on, 30 from 10 on\n  \
 pending blocks: 5 from 1 on, 10 from 11 on, 25 from 21 on\n  \
 percent of the slots used: half of them\n  \

@@ -33,6 +33,8 @@ pub(super) struct Health {
     devices: Cell<[HealthState; 2]>,
     /// Requests that met an error of a device lately.
     bursts: RefCell<[Burst; 2]>,
+    /// All that did since the volume was opened.
+    requests_in_error: Cell<u64>,
     signs: Cell<Signs>,
 }
 
@@ -45,6 +47,7 @@ impl Health {
             ordered: Cell::new(0),
             devices: Cell::default(),
             bursts: RefCell::default(),
+            requests_in_error: Cell::new(0),
             signs: Cell::default(),
         }
     }
@@ -57,6 +60,7 @@ impl Health {
     /// A request met an error of a device. What the ladders try again after that is the same trouble.
     pub(super) fn met_error(&self, device: DeviceIndex, now: Time) {
         self.bursts.borrow_mut()[usize::from(device.0)].note(now);
+        self.requests_in_error.set(self.requests_in_error.get() + 1);
     }
 
     /// A block was moved by an operator's order, which says nothing of its device.
@@ -134,7 +138,7 @@ impl Core {
             places_retired: 2 - self.live_places().len() as u64,
             recovered_reads: tally.recovered_reads,
             requests: progress.reads.load(Relaxed) + progress.writes.load(Relaxed),
-            device_errors: self.io.errors.borrow().iter().flatten().sum(),
+            requests_in_error: self.health.requests_in_error.get(),
         })
     }
 

@@ -135,8 +135,8 @@ pub struct Inputs<'a> {
     pub recovered_reads: u64,
     /// The guest's reads and writes since the volume was opened.
     pub requests: u64,
-    /// Failed operations of both devices since the volume was opened.
-    pub device_errors: u64,
+    /// Requests that met an error of a device, since the volume was opened.
+    pub requests_in_error: u64,
 }
 
 impl Inputs<'_> {
@@ -402,12 +402,12 @@ fn points(value: u64, steps: &[(u64, u64)]) -> u64 {
 
 /// What is taken from the score. Rates, bursts and the steps of the third are dm-remap's, whose score had these inputs.
 fn deductions(inputs: &Inputs<'_>) -> Vec<Deduction> {
-    // Below ten thousand requests an error counts as one in ten thousand: a fresh start is no catastrophe.
-    let rate = inputs.device_errors.saturating_mul(10_000) / inputs.requests.max(10_000);
+    // Below ten thousand requests one in error counts as one in ten thousand: a fresh start is no catastrophe.
+    let rate = inputs.requests_in_error.saturating_mul(10_000) / inputs.requests.max(10_000);
     let burst = inputs.devices.iter().map(|device| device.burst).max().unwrap_or(0);
     let used = inputs.used_percent();
     let all = [
-        ("failed operations in 10,000 requests", rate, points(rate, &[(101, 50), (11, 20), (2, 5)])),
+        ("requests in 10,000 that met an error of a device", rate, points(rate, &[(101, 50), (11, 20), (2, 5)])),
         ("requests that met an error of a device within 600 s", burst, points(burst, &[(10, 30), (6, 15)])),
         ("pending blocks", inputs.pending, points(inputs.pending, &[(21, 25), (11, 10), (1, 5)])),
         ("percent of the slots used", used, used / 2),

@@ -18,7 +18,7 @@ fn healthy(days: &[Day]) -> Inputs<'_> {
         places_retired: 0,
         recovered_reads: 0,
         requests: 1_000_000,
-        device_errors: 0,
+        requests_in_error: 0,
     }
 }
 
@@ -130,10 +130,10 @@ fn the_score_is_what_the_deductions_leave_and_never_better_than_the_state() {
     let score = |inputs: Inputs<'_>| assess(&inputs).score;
     // Too few for a rule.
     assert_eq!(score(Inputs { slots: 100, slots_used: 21, ..base }), 90);
-    assert_eq!(score(Inputs { device_errors: 200, ..base }), 95);
-    assert_eq!(score(Inputs { device_errors: 100, ..base }), 100);
+    assert_eq!(score(Inputs { requests_in_error: 200, ..base }), 95);
+    assert_eq!(score(Inputs { requests_in_error: 100, ..base }), 100);
     // Errors at the start are not put down to every request.
-    assert_eq!(score(Inputs { device_errors: 1, requests: 1, ..base }), 100);
+    assert_eq!(score(Inputs { requests_in_error: 1, requests: 1, ..base }), 100);
     assert_eq!(score(Inputs { recovered_reads: 1, ..base }), 94);
     assert_eq!(score(Inputs { slots_retired: 1, ..base }), 79);
     assert_eq!(score(Inputs { remapped: 1001, ..base }), 39);
@@ -142,7 +142,7 @@ fn the_score_is_what_the_deductions_leave_and_never_better_than_the_state() {
         pending: 100,
         lost_sectors: 9,
         slots_used: 16_384,
-        device_errors: u64::MAX,
+        requests_in_error: u64::MAX,
         devices: [DeviceInputs { burst: 10, gone: true, poisoned: true }; 2],
         ..base
     };
