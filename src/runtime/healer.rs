@@ -231,6 +231,8 @@ impl Driver {
         let mut out = HealerOut::default();
         let mut messages = Vec::new();
         let mut commands = Vec::new();
+        // Local time, before a window is looked at.
+        self.healer.hear((self.load)(self.clock.now()));
         loop {
             let now = self.clock.now();
             if self.healer.wants_load() {

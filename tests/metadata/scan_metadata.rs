@@ -1,7 +1,8 @@
 //! Damaged copies of metadata that a pass comes upon while the volume is open.
 
+use vhost_remap::device::OpKind;
 use vhost_remap::engine::healer::Order;
-use vhost_remap::engine::scan::{Found, ScanScope};
+use vhost_remap::engine::scan::{Found, ScanOrder, ScanScope};
 
 use crate::commits::{MOVED, SMALL, begun, old};
 use crate::crash::at_every_operation;
@@ -96,7 +97,7 @@ fn the_power_may_go_while_a_damaged_copy_is_written_anew() {
         let act = |rig: &mut Rig, (): &mut ()| {
             let mut engine = rig.try_open(rig.open_params())?.expect("opens");
             damage(rig, &seat);
-            engine.order(rig, Order::Scan(vhost_remap::engine::scan::ScanOrder::Start(ScanScope::default())))?;
+            engine.order(rig, Order::Scan(ScanOrder::Start(ScanScope::default())))?;
             // A block moves meanwhile.
             engine.begin_order(rig, Order::Remap(range_of(0, 4096)));
             engine.pass(rig, 1)
@@ -107,5 +108,42 @@ fn the_power_may_go_while_a_damaged_copy_is_written_anew() {
             assert!(map.iter().all(|entry| found.contains(entry)), "{found:?}");
             assert_eq!(engine.read(&mut after, MOVED * BLOCK, BLOCK), Some(old(MOVED)));
         });
+    }
+}
+
+/// As long as the home that counts is damaged, the other one is all there is: it has to be durable before the first is
+/// written over.
+#[test]
+fn a_damaged_anchor_is_written_anew_once_the_other_home_is_durable() {
+    for home in [0, 1] {
+        let mut rig = begun(SMALL);
+        rig.bad.clear();
+        let seat = seats(&SMALL).into_iter().find(|seat| seat.kind == Kind::Table(home, 0)).unwrap();
+        let act = |rig: &mut Rig, rewriting: &mut bool| {
+            let mut engine = rig.try_open(rig.open_params())?.expect("opens");
+            engine.order(rig, Order::Remap(range_of(0, 4096)))?;
+            engine.settle(rig)?;
+            damage(rig, &seat);
+            let from = rig.performed.len();
+            engine.begin_order(rig, Order::Scan(ScanOrder::Start(ScanScope::default())));
+            for _ in 0..20 {
+                engine.tick(rig, 1);
+                while engine.step(rig)? {
+                    let mut since = rig.performed[from..].iter();
+                    *rewriting |= since.any(|op| op.kind == OpKind::Write && op.offset == seat.offset);
+                }
+            }
+            Ok(())
+        };
+        let mut cuts = 0;
+        at_every_operation(&rig, act, |mut after, rewriting| {
+            if *rewriting {
+                cuts += 1;
+                let mut engine = after.open().unwrap();
+                assert_eq!(engine.map().len(), 2);
+                assert_eq!(engine.read(&mut after, MOVED * BLOCK, BLOCK), Some(old(MOVED)));
+            }
+        });
+        assert!(cuts > 0, "home {home} was written anew");
     }
 }

@@ -45,7 +45,7 @@ pub(super) struct Flushes {
     taken: RefCell<Option<Regions>>,
     poison: RefCell<Poison>,
     /// Held while the note of a poison, or of its end, is written: one after the other.
-    note: Permits,
+    pub(super) note: Permits,
     /// Whether the poison is on at least one device.
     persistent: Cell<bool>,
 }

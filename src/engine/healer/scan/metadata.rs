@@ -97,24 +97,23 @@ impl Core {
         let from = usize::try_from(position).unwrap_or(usize::MAX).min(copies.len());
         let some = &copies[from..(from + PAGES_A_STEP).min(copies.len())];
         self.await_pace(turn, some.len() as u64 * PAGE_BYTES).await?;
-        let found = join_all(some.iter().map(|copy| self.trouble_with(*copy))).await;
-        let mut damaged = 0;
-        for (copy, trouble) in some.iter().zip(found) {
-            if let Some(trouble) = trouble {
-                let (device, offset) = self.seat_of(*copy);
-                if self.refuse_gone(device).is_err() {
-                    return Ok(Step::Again);
-                }
-                damaged += 1;
-                let action = self.repair_copy(turn, *copy).await;
-                let cause = format!("{}, byte {offset}: {trouble}", copy.name());
-                let none = SectorRange::default();
-                self.event(Severity::Warn, "metadata-damaged", Some(device), none, cause, action);
-            }
+        let looks = join_all(some.iter().map(|copy| self.trouble_with(*copy))).await;
+        let damaged: Vec<(Copy, String)> =
+            some.iter().zip(looks).filter_map(|(copy, trouble)| Some((*copy, trouble?))).collect();
+        // Before anything is said: a step that is taken again says it all again.
+        if damaged.iter().any(|(copy, _)| self.refuse_gone(self.seat_of(*copy).0).is_err()) {
+            return Ok(Step::Again);
+        }
+        for (copy, trouble) in &damaged {
+            let (device, offset) = self.seat_of(*copy);
+            let action = self.repair_copy(turn, *copy).await;
+            let cause = format!("{}, byte {offset}: {trouble}", copy.name());
+            let none = SectorRange::default();
+            self.event(Severity::Warn, "metadata-damaged", Some(device), none, cause, action);
         }
         let now = self.io.now();
         self.of_pass(turn, |pass| {
-            pass.found.metadata += damaged;
+            pass.found.metadata += damaged.len() as u64;
             pass.cover(now, some.len() as u64 * PAGE_BYTES);
         })?;
         Ok(Step::Done)
@@ -124,11 +123,12 @@ impl Core {
     async fn trouble_with(self: &Rc<Self>, copy: Copy) -> Option<String> {
         const TRIES: usize = 4;
         for _ in 0..TRIES {
-            // The label is written by one at a time, superblocks too; the others are whole between commits.
+            // All but pages of the table are written by one at a time; those are whole between commits.
             let permits = match copy {
                 Copy::Superblock(..) => Some(&self.places.turn),
+                Copy::Poison(_) | Copy::LabelPoison(_) => Some(&self.flushes.note),
                 Copy::Counters(_) => Some(&self.places.saving),
-                Copy::LabelSuperblock(..) | Copy::LabelPoison(_) | Copy::LabelTable(..) => Some(&self.places.label),
+                Copy::LabelSuperblock(..) | Copy::LabelTable(..) => Some(&self.places.label),
                 _ => None,
             };
             if let Some(permits) = permits {
@@ -157,8 +157,8 @@ impl Core {
     }
 
     /// What changes when something of the metadata was written.
-    fn written_so_far(&self) -> (u64, u64, u64) {
-        (self.tally.borrow().commits, self.places.saved_sequence.get(), self.poison_sequence())
+    fn written_so_far(&self) -> (u64, u64) {
+        (self.tally.borrow().commits, self.places.saved_sequence.get())
     }
 
     fn check(&self, copy: Copy, page: &[u8]) -> Result<(), &'static str> {
