@@ -141,14 +141,14 @@ fn show(bar: &ProgressBar, scan: &ScanReport) {
 mod tests {
     use super::*;
     use crate::control::volume::scripted::sample_scan;
-    use crate::runtime::scan_report::{LastPassReport, ScanRange, SkippedReport};
+    use crate::engine::scan::LastPass;
+    use crate::runtime::scan_report::{ScanRange, SkippedReport};
 
     /// Pass 3, when it is over.
     fn over(complete: bool) -> ScanReport {
         let mut scan = sample_scan();
         scan.state = "waiting".into();
-        scan.last =
-            Some(LastPassReport { pass: 3, started: 100, ended: 223, complete, cancelled: false, found: scan.found });
+        scan.last = Some(LastPass { pass: 3, started: 100, ended: 223, complete, cancelled: false, found: scan.found });
         scan
     }
 
@@ -188,7 +188,7 @@ mod tests {
     #[test]
     fn a_pass_that_was_cancelled_or_is_forgotten_is_an_error() {
         let mut scan = over(false);
-        scan.last = scan.last.map(|last| LastPassReport { cancelled: true, ..last });
+        scan.last = scan.last.map(|last| LastPass { cancelled: true, ..last });
         assert!(verdict(3, &scan).unwrap_err().contains("pass 3 was cancelled"));
         assert!(verdict(1, &scan).unwrap_err().contains("pass 1 has ended, and others after it"));
         assert!(verdict(0, &ScanReport::default()).unwrap_err().contains("`scan start`"));

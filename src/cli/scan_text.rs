@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::show::{bytes, sectors, time};
-use crate::runtime::scan_report::{LastPassReport, ScanFound, ScanReport};
+use crate::engine::scan::{Found, LastPass};
+use crate::runtime::scan_report::ScanReport;
 
 /// The most skipped parts that are named.
 const SKIPPED_MAX: usize = 8;
@@ -19,6 +20,9 @@ pub(super) fn lines(scan: &ScanReport) -> Vec<String> {
     }
     if scan.skipped_bytes > 0 {
         lines.push(format!("! {}", skipped(scan)));
+    }
+    if scan.releasable > 0 {
+        lines.push(format!("the old places of {} remapped blocks read well: see `release`", scan.releasable));
     }
     let date = |seconds| time(seconds, humantime::format_rfc3339_seconds).unwrap_or_else(|| "-".into());
     if let Some(last) = scan.last {
@@ -90,8 +94,8 @@ pub(super) fn progress(scan: &ScanReport) -> String {
 }
 
 /// What a pass came upon.
-fn found(found: &ScanFound) -> String {
-    let ScanFound { bad, recovered, slow, lost, healed, moved, rewritten, metadata } = found;
+fn found(found: &Found) -> String {
+    let Found { bad, recovered, slow, lost, healed, moved, rewritten, metadata } = found;
     format!(
         "{bad} bad, {recovered} recovered and {slow} slow blocks, {lost} lost sectors, {metadata} damaged copies of \
          metadata; {rewritten} rewritten, {healed} healed, {moved} moved"
@@ -111,7 +115,7 @@ pub(super) fn skipped(scan: &ScanReport) -> String {
 }
 
 /// A pass that read everything; its report, where that is still there.
-pub(super) fn ended(last: &LastPassReport, scan: Option<&ScanReport>) -> String {
+pub(super) fn ended(last: &LastPass, scan: Option<&ScanReport>) -> String {
     let took = humantime::format_duration(Duration::from_secs(last.ended.saturating_sub(last.started)));
     let read = scan.map_or_else(String::new, |scan| {
         format!("{} covered, {} read; ", bytes(scan.covered_bytes), bytes(scan.read_bytes))
@@ -147,6 +151,8 @@ mod tests {
         assert_eq!(text[0], "pass 3 of sectors 8-23, check only: 99.9 %, paused, 2.5 GiB of 10 GiB");
         assert_eq!(text[2], "! skipped 1 KiB: spare bytes 512-1023 (gone), …");
         assert_eq!(text[4], "only by order, at most 50 MiB/s, mon 22:00-06:00; weak blocks move");
+        scan.releasable = 2;
+        assert_eq!(lines(&scan)[3], "the old places of 2 remapped blocks read well: see `release`");
     }
 
     #[test]

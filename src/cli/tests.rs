@@ -10,11 +10,12 @@ use crate::control::tests::Running;
 use crate::control::volume::scripted::{ScriptedVolume, entry, event};
 use crate::control::volume::{Order, ScanOrder, ScanScope};
 use crate::device::fault::FaultTable;
+use crate::engine::scan::LastPass;
 use crate::runtime::options::{
     Cache, CreateIfAbsent, FailOrHold, IoEngine, Listen, ServeOptions, Transport, VolumeShape,
 };
 use crate::runtime::scan_options::{MoveWeak, ScanInterval, ScanOptions};
-use crate::runtime::scan_report::{LastPassReport, ScanReport};
+use crate::runtime::scan_report::ScanReport;
 use crate::units::{Sector, SectorRange};
 
 /// Run `words` with the server's control path in place of `CTL`; the output.
@@ -149,7 +150,7 @@ ID  DEVICE   OPS         SECTORS  ERROR      HITS  DETAILS
 #[test]
 fn scan_s_verbs_reach_the_volume() {
     let mut scripted = ScriptedVolume::new();
-    let last = LastPassReport { pass: 3, complete: true, ..LastPassReport::default() };
+    let last = LastPass { pass: 3, complete: true, ..LastPass::default() };
     (scripted.status.scan.state, scripted.status.scan.last) = ("waiting".into(), Some(last));
     let (running, volume) = Running::one(scripted);
     for words in ["start", "pause", "resume", "cancel"] {

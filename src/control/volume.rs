@@ -1,5 +1,6 @@
 //! What the control socket asks of a volume.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::api::LIST_LIMIT_MAX;
@@ -52,7 +53,7 @@ pub trait Volume: Send + Sync {
         Ok(surface)
     }
     /// Slow blocks, and what the scanner has read; see [`HeldVolume::scanned`].
-    fn scanned(&self) -> Option<(Vec<Block>, Scanned)>;
+    fn scanned(&self) -> Option<(Arc<BTreeSet<Block>>, Scanned)>;
     /// See [`HeldVolume::events`].
     fn events(&self, after: u64, limit: usize) -> EventPage;
     /// See [`HeldVolume::faults`].
@@ -100,7 +101,7 @@ impl Volume for HeldVolume {
         HeldVolume::health(self)
     }
 
-    fn scanned(&self) -> Option<(Vec<Block>, Scanned)> {
+    fn scanned(&self) -> Option<(Arc<BTreeSet<Block>>, Scanned)> {
         HeldVolume::scanned(self)
     }
 
@@ -135,9 +136,10 @@ pub(crate) mod scripted {
     use std::sync::{Mutex, PoisonError};
 
     use super::*;
+    use crate::engine::scan::{Found, LastPass};
     use crate::runtime::latency::{Histogram, bucket};
     use crate::runtime::report::{BlockReport, Counters, DeviceReport, EventRecord, SCHEMA_VERSION};
-    use crate::runtime::scan_report::{LastPassReport, ScanFound, ScanReport};
+    use crate::runtime::scan_report::ScanReport;
     use crate::runtime::stats::{DeviceOperationReport, LatencyReport, OperationReport};
 
     /// Answers what it was given and keeps the orders it got.
@@ -190,7 +192,7 @@ pub(crate) mod scripted {
             Ok(self.health.clone())
         }
 
-        fn scanned(&self) -> Option<(Vec<Block>, Scanned)> {
+        fn scanned(&self) -> Option<(Arc<BTreeSet<Block>>, Scanned)> {
             None
         }
 
@@ -293,14 +295,14 @@ pub(crate) mod scripted {
 
     /// Its third pass, under way.
     pub(crate) fn sample_scan() -> ScanReport {
-        let found = ScanFound { bad: 3, slow: 2, lost: 2, moved: 1, ..ScanFound::default() };
-        let last = LastPassReport {
+        let found = Found { bad: 3, slow: 2, lost: 2, moved: 1, ..Found::default() };
+        let last = LastPass {
             pass: 2,
             started: 1_767_000_000,
             ended: 1_767_003_600,
             complete: true,
             cancelled: false,
-            found: ScanFound::default(),
+            found: Found::default(),
         };
         ScanReport {
             state: "running".into(),

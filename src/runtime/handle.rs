@@ -143,7 +143,7 @@ impl VolumeHandle {
             health_score: healer.health.score,
             counters_since: cleared.at,
             scan: ScanReport::of(&served.scan, healer.scan),
-            request_ns: standing.counters.request_ns().saturating_sub(cleared.request_ns),
+            request_ns: standing.counters.latency().sum_ns.saturating_sub(cleared.request_ns),
             failed_writes_in_a_row: healer.failed_writes_in_a_row as u64,
         })
     }
@@ -336,7 +336,7 @@ impl VolumeHandle {
             at: self.now_seconds(),
             counters: self.counters(&healer),
             errors: healer.errors,
-            request_ns: self.0.standing.counters.request_ns(),
+            request_ns: self.0.standing.counters.latency().sum_ns,
         };
         let before =
             std::mem::replace(&mut *self.0.cleared.lock().unwrap_or_else(PoisonError::into_inner), now.clone());

@@ -6,6 +6,7 @@
 //! the volume again when a queue starts. One that was started for an incoming guest has looked at the superblocks
 //! so far, so that it can show the disk.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -409,7 +410,7 @@ impl HeldVolume {
     }
 
     /// Slow blocks, and what the scanner has read; nothing while the volume is away.
-    pub fn scanned(&self) -> Option<(Vec<Block>, Scanned)> {
+    pub fn scanned(&self) -> Option<(Arc<BTreeSet<Block>>, Scanned)> {
         self.handle()?.scanned()
     }
 

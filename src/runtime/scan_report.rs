@@ -1,5 +1,8 @@
 //! How the scanner stands, as plain data.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -52,14 +55,18 @@ pub struct ScanReport {
     #[serde(default)]
     pub eta_seconds: Option<u64>,
     /// What it has come upon.
-    pub found: ScanFound,
+    pub found: Found,
     /// What it could not look at: the first parts.
     pub skipped: Vec<SkippedReport>,
     /// Bytes of all such parts.
     pub skipped_bytes: u64,
+    /// Blocks in slots whose old place on the primary was read well, by this pass and since the volume was opened:
+    /// `release` may bring them back and free their slots.
+    #[serde(default)]
+    pub releasable: u64,
     /// The pass that ended last.
     #[serde(default)]
-    pub last: Option<LastPassReport>,
+    pub last: Option<LastPass>,
     /// When the last pass ended that was of the whole volume and skipped nothing, seconds since the epoch.
     #[serde(default)]
     pub last_complete: Option<u64>,
@@ -75,51 +82,6 @@ pub struct ScanRange {
     pub start: u64,
     /// How many.
     pub count: u64,
-}
-
-/// What a pass came upon.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct ScanFound {
-    /// Blocks (4096 bytes) with sectors that could not be read.
-    pub bad: u64,
-    /// Blocks read only after retries.
-    pub recovered: u64,
-    /// Blocks far slower than their neighbours, also when they were read again.
-    pub slow: u64,
-    /// Sectors (512 bytes) that are lost, and stayed so.
-    pub lost: u64,
-    /// Lost sectors that read again, and rewritten blocks that were read.
-    pub healed: u64,
-    /// Blocks moved to a slot, or to another one.
-    pub moved: u64,
-    /// Blocks that the guest rewrote in place meanwhile after a failure.
-    pub rewritten: u64,
-    /// Damaged copies of metadata.
-    pub metadata: u64,
-}
-
-impl ScanFound {
-    /// By their names.
-    pub fn kinds(&self) -> [(&'static str, u64); 8] {
-        let ScanFound { bad, recovered, slow, lost, healed, moved, rewritten, metadata } = *self;
-        [
-            ("bad", bad),
-            ("recovered", recovered),
-            ("slow", slow),
-            ("lost", lost),
-            ("healed", healed),
-            ("moved", moved),
-            ("rewritten", rewritten),
-            ("metadata", metadata),
-        ]
-    }
-}
-
-impl From<Found> for ScanFound {
-    fn from(found: Found) -> Self {
-        let Found { bad, recovered, slow, lost, healed, moved, rewritten, metadata } = found;
-        ScanFound { bad, recovered, slow, lost, healed, moved, rewritten, metadata }
-    }
 }
 
 /// A part of a device that a pass could not look at.
@@ -139,30 +101,6 @@ impl From<&Skipped> for SkippedReport {
     fn from(skipped: &Skipped) -> Self {
         let Skipped { device, offset, len, why } = skipped;
         SkippedReport { device: device.to_string(), offset: *offset, len: *len, why: why.clone() }
-    }
-}
-
-/// A pass that has ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct LastPassReport {
-    /// Its number.
-    pub pass: u64,
-    /// When it began, seconds since the epoch.
-    pub started: u64,
-    /// When it ended, seconds since the epoch.
-    pub ended: u64,
-    /// Whether it was of the whole volume and skipped nothing.
-    pub complete: bool,
-    /// Whether it was given up by order.
-    pub cancelled: bool,
-    /// What it came upon.
-    pub found: ScanFound,
-}
-
-impl From<LastPass> for LastPassReport {
-    fn from(last: LastPass) -> Self {
-        let LastPass { pass, started, ended, complete, cancelled, found } = last;
-        LastPassReport { pass, started, ended, complete, cancelled, found: found.into() }
     }
 }
 
@@ -191,10 +129,11 @@ impl ScanReport {
             speed_now: status.speed_now,
             speed_average: status.speed_average,
             eta_seconds: status.eta_seconds,
-            found: status.found.into(),
+            found: status.found,
             skipped: status.skipped.iter().map(SkippedReport::from).collect(),
             skipped_bytes: status.skipped_bytes,
-            last: status.last.map(LastPassReport::from),
+            releasable: status.releasable,
+            last: status.last,
             last_complete: status.last_complete,
             next: status.next,
         }
@@ -208,7 +147,7 @@ impl ScanReport {
 
 impl VolumeHandle {
     /// Slow blocks, and what the scanner has read; nothing once the volume is being closed.
-    pub fn scanned(&self) -> Option<(Vec<Block>, Scanned)> {
+    pub fn scanned(&self) -> Option<(Arc<BTreeSet<Block>>, Scanned)> {
         let scan = self.healer_status()?.scan;
         Some((scan.slow, scan.scanned))
     }

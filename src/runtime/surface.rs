@@ -1,5 +1,7 @@
 //! A map of the disk: equal ranges of sectors, and how much trouble lies in each.
 
+use std::collections::BTreeSet;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -64,7 +66,7 @@ pub fn empty(capacity: u64, cells: u64) -> SurfaceReport {
 
 impl SurfaceReport {
     /// Put down what the scanner knows.
-    pub fn add_scan(&mut self, slow: &[Block], scanned: &Scanned) {
+    pub fn add_scan(&mut self, slow: &BTreeSet<Block>, scanned: &Scanned) {
         for block in slow {
             let (first, cell) = (block.start().0, block.start().0 / self.sectors_per_cell);
             let last = (first + SECTORS_PER_BLOCK).min(self.capacity_sectors) - 1;
@@ -168,15 +170,15 @@ mod tests {
         let scanned = Scanned { extent, position: 4 };
         let mut surface = empty(extent.count, 300);
         surface.add(&entry(3 * 2048 + 64, &["pending"], &[]));
-        surface.add_scan(&[Block(3 * 256), Block(7 * 256 + 1)], &scanned);
+        surface.add_scan(&BTreeSet::from([Block(3 * 256), Block(7 * 256 + 1)]), &scanned);
         assert_eq!(surface.not_scanned, [(2, 126), (129, 127), (257, 43)]);
         let marked: Vec<_> = surface.marked.iter().map(|cell| (cell.cell, cell.first, cell.last, cell.slow)).collect();
         assert_eq!(marked, [(3, 3 * 2048, 3 * 2048 + 71, 1), (7, 7 * 2048 + 8, 7 * 2048 + 15, 1)]);
         let mut coarse = empty(extent.count, 150);
-        coarse.add_scan(&[], &scanned);
+        coarse.add_scan(&BTreeSet::new(), &scanned);
         assert_eq!(coarse.not_scanned, [(1, 149)], "a cell of which a half was read is not done");
         let mut all = empty(extent.count + 2048, 301);
-        all.add_scan(&[], &Scanned { extent, position: u64::MAX });
+        all.add_scan(&BTreeSet::new(), &Scanned { extent, position: u64::MAX });
         assert_eq!(all.not_scanned, [(300, 1)], "by so much the disk has grown since");
     }
 }

@@ -558,7 +558,7 @@ pub fn open_volume(options: &ServeOptions, workers: u32, standing: &Arc<Standing
         transport: options.transport.name(),
         scan,
         resizing: Mutex::new(()),
-        cleared: Mutex::new(Cleared::at(standing.epoch + clock.now().0 / 1_000_000_000, counters.request_ns())),
+        cleared: Mutex::new(Cleared::at(standing.epoch + clock.now().0 / 1_000_000_000, counters.latency().sum_ns)),
     }));
     Ok(ServedVolume { healer, handle, ports, disk, passthrough: options.passthrough })
 }

@@ -15,6 +15,7 @@ mod status;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::{Core, Severity};
@@ -37,6 +38,8 @@ const SETTLE_SECONDS: u64 = 600;
 const HELD_SECONDS: u64 = 1;
 /// Rewritten blocks that wait for a pass, at most: those beyond are never called healed.
 const UNPROVEN_MAX: usize = 65_536;
+/// Slow blocks that are remembered, and blocks that may be released, at most.
+const REMEMBERED_MAX: usize = 4096;
 /// Pages of metadata looked at in one step.
 const PAGES_A_STEP: usize = 64;
 
@@ -72,7 +75,9 @@ pub(super) struct Scanner {
     /// How the pass stood that ended last.
     over: RefCell<ScanStatus>,
     /// Blocks that were slow when they were last read, the first so many.
-    slow: RefCell<BTreeSet<Block>>,
+    slow: RefCell<Arc<BTreeSet<Block>>>,
+    /// Blocks in slots whose old place on the primary was read well by this pass or the last one, the first so many.
+    releasable: RefCell<BTreeSet<Block>>,
     /// Memory to read into.
     buffers: RefCell<Vec<AlignedBuf>>,
     /// When the volume was opened, seconds since the epoch.
@@ -93,6 +98,7 @@ impl Scanner {
             unproven: RefCell::default(),
             over: RefCell::default(),
             slow: RefCell::default(),
+            releasable: RefCell::default(),
             buffers: RefCell::default(),
             opened: Cell::new(0),
         }
@@ -120,7 +126,16 @@ impl Scanner {
     /// The block has moved: what it was rewritten to does not matter.
     pub(super) fn has_moved(&self, block: Block) {
         self.unproven.borrow_mut().remove(&block);
-        self.slow.borrow_mut().remove(&block);
+        self.not_slow(block);
+    }
+
+    /// Which blocks are slow is about to be seen again.
+    fn not_slow(&self, block: Block) {
+        let mut slow = self.slow.borrow_mut();
+        // Somebody may be looking at them.
+        if slow.contains(&block) {
+            Arc::make_mut(&mut slow).remove(&block);
+        }
     }
 
     /// A pass that was under way goes on only by order: it cannot be saved how far it came.
@@ -233,6 +248,7 @@ impl Core {
         let mut pass = Pass::new(number, scope, ordered, self.wall_seconds());
         pass.extent = scope.range.unwrap_or_else(|| self.whole());
         *self.scan.pass.borrow_mut() = Some(pass);
+        self.scan.releasable.borrow_mut().clear();
         let cause = if ordered { "the operator's order" } else { "it was due" };
         self.scan_event(Severity::Info, cause, format!("pass {number} began"));
         self.work_at_pass();
@@ -345,8 +361,7 @@ impl Core {
                 if cursor.stage != Stage::Primary {
                     pass.end_step(next, std::iter::empty());
                 }
-                let all_read = cursor.stage != Stage::Primary || pass.urgent.is_empty();
-                !(over && all_read) || pass.next_stage()
+                !(over && pass.urgent.is_empty()) || pass.next_stage()
             })?;
             if !goes_on {
                 return Ok(());

@@ -5,6 +5,12 @@ pub mod pace;
 pub mod plan;
 pub mod window;
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::device::DeviceIndex;
 use crate::units::{Block, Sector, SectorRange};
 
@@ -79,15 +85,15 @@ impl ScanState {
 }
 
 /// What a pass came upon.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Found {
-    /// Blocks with sectors that could not be read.
+    /// Blocks (4096 bytes) with sectors that could not be read.
     pub bad: u64,
     /// Blocks read only after retries.
     pub recovered: u64,
     /// Blocks far slower than their neighbours, also when they were read again.
     pub slow: u64,
-    /// Sectors that are lost, and stayed so.
+    /// Sectors (512 bytes) that are lost, and stayed so.
     pub lost: u64,
     /// Lost sectors that read again, and rewritten blocks that were read.
     pub healed: u64,
@@ -100,6 +106,21 @@ pub struct Found {
 }
 
 impl Found {
+    /// By their names.
+    pub fn kinds(&self) -> [(&'static str, u64); 8] {
+        let Found { bad, recovered, slow, lost, healed, moved, rewritten, metadata } = *self;
+        [
+            ("bad", bad),
+            ("recovered", recovered),
+            ("slow", slow),
+            ("lost", lost),
+            ("healed", healed),
+            ("moved", moved),
+            ("rewritten", rewritten),
+            ("metadata", metadata),
+        ]
+    }
+
     /// What came since `earlier`.
     pub fn since(&self, earlier: &Found) -> Found {
         self.with(earlier, u64::saturating_sub)
@@ -138,13 +159,13 @@ pub struct Skipped {
 }
 
 /// A pass that has ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct LastPass {
     /// Its number.
     pub pass: u64,
     /// When it began, seconds since the epoch.
     pub started: u64,
-    /// When it ended.
+    /// When it ended, seconds since the epoch.
     pub ended: u64,
     /// Whether it was of the whole volume and skipped nothing.
     pub complete: bool,
@@ -186,6 +207,8 @@ pub struct ScanStatus {
     pub skipped: Vec<Skipped>,
     /// Bytes of all such parts.
     pub skipped_bytes: u64,
+    /// Blocks in slots whose old place on the primary was read well by this pass, since the volume was opened.
+    pub releasable: u64,
     /// The pass that ended last.
     pub last: Option<LastPass>,
     /// When the last pass ended that was of the whole volume and skipped nothing, seconds since the epoch.
@@ -193,7 +216,7 @@ pub struct ScanStatus {
     /// When the next one begins by itself.
     pub next: Option<u64>,
     /// Blocks that were far slower than their neighbours when they were last read, the first so many.
-    pub slow: Vec<Block>,
+    pub slow: Arc<BTreeSet<Block>>,
     /// What was read of the primary.
     pub scanned: Scanned,
 }

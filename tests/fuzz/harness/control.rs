@@ -3,6 +3,7 @@
 //! Whatever comes, each answer is well-formed HTTP, an answer with an error is JSON with one line of text, no
 //! handler panics, and nothing but an order changes the volume.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -154,7 +155,7 @@ impl Volume for Noting {
         Ok(entries.collect())
     }
 
-    fn scanned(&self) -> Option<(Vec<Block>, Scanned)> {
+    fn scanned(&self) -> Option<(Arc<BTreeSet<Block>>, Scanned)> {
         None
     }
 

@@ -2,8 +2,9 @@
 //! can still be read.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
-use super::{Step, Stopped, Turn};
+use super::{REMEMBERED_MAX, Step, Stopped, Turn};
 use crate::device::DeviceIndex;
 use crate::engine::healer::failure::Failure;
 use crate::engine::healer::read::{Budget, sectors_of_mask};
@@ -11,15 +12,13 @@ use crate::engine::healer::write::Reason;
 use crate::engine::healer::{Core, Severity};
 use crate::engine::message::Refusal;
 use crate::engine::scan::Found;
-use crate::engine::view::runs;
+use crate::engine::view::{Run, runs};
 use crate::units::{Block, BlockRange};
 
 /// Weak blocks moved on one day, and blocks moved out of failing slots in one pass, at most.
 const WEAK_A_DAY: u32 = 64;
 /// The most of all slots that weak blocks may take, and the fewest that must be free where slots fail: one in so many.
 const WEAK_SHARE: u64 = 4;
-/// Slow blocks that are remembered, at most.
-const SLOW_MAX: usize = 4096;
 const SECONDS_A_DAY: u64 = 86_400;
 
 impl Core {
@@ -68,20 +67,14 @@ impl Core {
         let slow = slow.filter(|(device, _)| *device == run.device).map(|(_, why)| why);
         let budget = Budget::of_read();
         let read = self.read_run(run, None, &budget).await?;
-        // Counted once, however often the pass comes by.
         let first = self.of_pass(turn, |pass| pass.meets(block)).unwrap_or(false);
-        let count = |add: &dyn Fn(&mut Found)| {
-            if first {
-                _ = self.of_pass(turn, |pass| add(&mut pass.found));
-            }
-        };
         let is_bad = !read.bad.is_empty();
         if is_bad {
-            count(&|found| found.bad += 1);
+            self.count(turn, first, |found| found.bad += 1);
             self.hit(turn, block);
         } else if self.scan.unproven.borrow_mut().remove(&block) {
             self.tally.borrow_mut().healed += 1;
-            count(&|found| found.healed += 1);
+            self.count(turn, first, |found| found.healed += 1);
             let cause = "a rewritten block was read by a pass";
             self.event(Severity::Info, "healed", Some(run.device), range, cause, "it counts as healed");
         }
@@ -90,33 +83,52 @@ impl Core {
         }
         if before.lost != 0 {
             let (healed, lost) = self.look_for_lost(turn, block, &budget).await?;
-            count(&|found| (found.healed, found.lost) = (found.healed + healed, found.lost + lost));
+            self.count(turn, first, |found| (found.healed, found.lost) = (found.healed + healed, found.lost + lost));
         }
         if read.recovered {
-            count(&|found| found.recovered += 1);
+            self.count(turn, first, |found| found.recovered += 1);
         }
         if slow.is_some() {
-            count(&|found| found.slow += 1);
+            self.count(turn, first, |found| found.slow += 1);
             let mut slow = self.scan.slow.borrow_mut();
-            if slow.len() < SLOW_MAX {
-                slow.insert(block);
+            if slow.len() < REMEMBERED_MAX {
+                Arc::make_mut(&mut slow).insert(block);
             }
         }
         if is_bad || !(read.recovered || slow.is_some()) {
             return Ok(());
         }
         self.hit(turn, block);
-        let why = slow.map_or_else(|| "it was read only after retries".to_owned(), |slow| format!("slow: {slow}"));
-        let failing_slot = run.device == DeviceIndex::SPARE && read.recovered;
-        let may_move = if failing_slot { self.may_leave_slot(turn) } else { self.may_move_weak() };
-        if !(first && may_move && self.acts(turn)) {
-            if slow.is_some() {
-                let action = "weak; it stays where it is";
-                self.event(Severity::Warn, "slow-block", Some(run.device), range, why, action);
-            }
-            return Ok(());
+        self.see_to_weak(turn, run, first, read.recovered, slow).await
+    }
+
+    /// Count what was seen of a block once, however often the pass comes by.
+    fn count(&self, turn: Turn, first: bool, add: impl FnOnce(&mut Found)) {
+        if first {
+            _ = self.of_pass(turn, |pass| add(&mut pass.found));
         }
-        self.move_weak(turn, block, why, failing_slot).await
+    }
+
+    /// Move a block that was read, but not as it should, if that is to be done; or say so.
+    async fn see_to_weak(
+        self: &Rc<Self>,
+        turn: Turn,
+        run: Run,
+        first: bool,
+        recovered: bool,
+        slow: Option<&str>,
+    ) -> Result<(), Failure> {
+        let why = slow.map_or_else(|| "it was read only after retries".to_owned(), |slow| format!("slow: {slow}"));
+        let failing_slot = run.device == DeviceIndex::SPARE && recovered;
+        let may_move = if failing_slot { self.may_leave_slot(turn) } else { self.may_move_weak() };
+        if first && may_move && self.acts(turn) {
+            return self.move_weak(turn, run.range.blocks().start, why, failing_slot).await;
+        }
+        if slow.is_some() {
+            let action = "weak; it stays where it is";
+            self.event(Severity::Warn, "slow-block", Some(run.device), run.range, why, action);
+        }
+        Ok(())
     }
 
     /// Whether a pass may change anything now.

@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-use super::{Step, Stopped, Turn, bytes_of};
+use super::{REMEMBERED_MAX, Step, Stopped, Turn, bytes_of};
 use crate::device::buffer::AlignedBuf;
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::healer::Core;
 use crate::engine::scan::Skipped;
 use crate::engine::scan::plan::UNIT_SLOTS;
 use crate::engine::task::join_all;
-use crate::engine::view::runs;
+use crate::engine::view::{Run, runs};
 use crate::units::{BLOCK_SIZE, Block, SectorRange, Slot, Time};
 use crate::volume::table::SlotState;
 
@@ -84,7 +84,8 @@ impl Core {
         let map = self.map.borrow().clone();
         let geometry = self.geometry();
         let runs = ranges.iter().flat_map(|range| runs(&map, &geometry, *range));
-        let pieces = runs.filter(|run| run.device == DeviceIndex::PRIMARY).map(|run| Piece {
+        let (here, moved): (Vec<Run>, Vec<Run>) = runs.partition(|run| run.device == DeviceIndex::PRIMARY);
+        let pieces = here.iter().map(|run| Piece {
             device: run.device,
             offset: run.offset,
             len: run.range.bytes(),
@@ -92,6 +93,11 @@ impl Core {
         });
         if self.read_pieces(turn, pieces.collect()).await? == Step::Again {
             return Ok((Step::Again, next));
+        }
+        for block in moved.iter().flat_map(|run| run.range.blocks().iter()) {
+            if self.read_dead(turn, block).await? == Step::Again {
+                return Ok((Step::Again, next));
+            }
         }
         for range in ranges {
             for block in self.to_be_seen_to(range) {
@@ -108,6 +114,22 @@ impl Core {
             None => pass.end_step(next, (from..next).filter_map(|position| order.unit_at(position))),
         })?;
         Ok((Step::Done, next))
+    }
+
+    /// Read the place on the primary that a block has moved away from, once and by itself. If it fails, nobody's data
+    /// does; if it reads, the operator may have the block back there.
+    async fn read_dead(self: &Rc<Self>, turn: Turn, block: Block) -> Result<Step, Stopped> {
+        let sectors = self.geometry().sectors_of(block);
+        let (result, took) =
+            self.paced_read(turn, DeviceIndex::PRIMARY, sectors.start.bytes(), sectors.bytes()).await?;
+        if result.is_err() && self.refuse_gone(DeviceIndex::PRIMARY).is_err() {
+            return Ok(Step::Again);
+        }
+        let mut releasable = self.scan.releasable.borrow_mut();
+        if result.is_ok() && took < SLOW_NS && releasable.len() < REMEMBERED_MAX {
+            releasable.insert(block);
+        }
+        Ok(Step::Done)
     }
 
     /// Blocks on the primary that failed before and may be well now, whatever the read of their piece said.
@@ -184,10 +206,7 @@ impl Core {
             let reads = join_all(some.iter().map(|piece| self.read_piece(turn, piece))).await;
             for (piece, read) in some.iter().zip(reads) {
                 let read = read?;
-                if !self.scan.slow.borrow().is_empty() {
-                    // Which of them still are is about to be seen.
-                    piece.blocks.iter().for_each(|block| _ = self.scan.slow.borrow_mut().remove(block));
-                }
+                piece.blocks.iter().for_each(|block| self.scan.not_slow(*block));
                 if !matches!(read, Read::Well) && self.narrow(turn, piece).await? == Step::Again {
                     return Ok(Step::Again);
                 }

@@ -4,7 +4,6 @@ use super::bytes_of;
 use super::pass::{Pass, Stage};
 use crate::engine::healer::Core;
 use crate::engine::scan::{ScanState, ScanStatus, Scanned};
-use crate::units::Block;
 
 impl Core {
     /// Bytes that the pass is to go over: each block where it lives, and all pages of metadata.
@@ -29,8 +28,8 @@ impl Core {
             let found = record.last.found;
             let (held, speed_now, eta_seconds) = (None, 0, None);
             let pass = record.pass;
-            let (slow, scanned) = (self.slow_blocks(), self.scanned(None));
-            let over = ScanStatus { slow, scanned, ..over };
+            let (releasable, slow, scanned) = (self.releasable(), self.scan.slow.borrow().clone(), self.scanned(None));
+            let over = ScanStatus { releasable, slow, scanned, ..over };
             return ScanStatus { state, held, pass, found, speed_now, eta_seconds, last, last_complete, next, ..over };
         };
         let (state, held) = match &pass.waits {
@@ -56,16 +55,20 @@ impl Core {
             found: pass.found,
             skipped: pass.skipped.clone(),
             skipped_bytes: pass.skipped_bytes,
+            releasable: self.releasable(),
             last,
             last_complete,
             next,
-            slow: self.slow_blocks(),
+            slow: self.scan.slow.borrow().clone(),
             scanned: self.scanned(Some(pass)),
         }
     }
 
-    fn slow_blocks(&self) -> Vec<Block> {
-        self.scan.slow.borrow().iter().copied().collect()
+    /// Blocks in slots that may be released, as far as a read tells.
+    fn releasable(&self) -> u64 {
+        let map = self.map.borrow();
+        let blocks = self.scan.releasable.borrow();
+        blocks.iter().filter(|block| map.get(**block).slot.is_some()).count() as u64
     }
 
     /// What was read of the primary by the pass that is under way, or by any that was complete.
