@@ -141,8 +141,7 @@ fn show(bar: &ProgressBar, scan: &ScanReport) {
 mod tests {
     use super::*;
     use crate::control::volume::scripted::sample_scan;
-    use crate::engine::scan::LastPass;
-    use crate::runtime::scan_report::{ScanRange, SkippedReport};
+    use crate::runtime::scan_report::{LastPass, ScanRange, SkippedReport};
 
     /// Pass 3, when it is over.
     fn over(complete: bool) -> ScanReport {

@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use super::show::{bytes, sectors, time};
-use crate::engine::scan::{Found, LastPass};
-use crate::runtime::scan_report::ScanReport;
+use crate::runtime::scan_report::{Found, LastPass, ScanReport};
 
 /// The most skipped parts that are named.
 const SKIPPED_MAX: usize = 8;

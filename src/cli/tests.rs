@@ -10,12 +10,11 @@ use crate::control::tests::Running;
 use crate::control::volume::scripted::{ScriptedVolume, entry, event};
 use crate::control::volume::{Order, ScanOrder, ScanScope};
 use crate::device::fault::FaultTable;
-use crate::engine::scan::LastPass;
 use crate::runtime::options::{
     Cache, CreateIfAbsent, FailOrHold, IoEngine, Listen, ServeOptions, Transport, VolumeShape,
 };
 use crate::runtime::scan_options::{MoveWeak, ScanInterval, ScanOptions};
-use crate::runtime::scan_report::ScanReport;
+use crate::runtime::scan_report::{LastPass, ScanReport};
 use crate::units::{Sector, SectorRange};
 
 /// Run `words` with the server's control path in place of `CTL`; the output.

@@ -136,10 +136,9 @@ pub(crate) mod scripted {
     use std::sync::{Mutex, PoisonError};
 
     use super::*;
-    use crate::engine::scan::{Found, LastPass};
     use crate::runtime::latency::{Histogram, bucket};
     use crate::runtime::report::{BlockReport, Counters, DeviceReport, EventRecord, SCHEMA_VERSION};
-    use crate::runtime::scan_report::ScanReport;
+    use crate::runtime::scan_report::{Found, LastPass, ScanReport};
     use crate::runtime::stats::{DeviceOperationReport, LatencyReport, OperationReport};
 
     /// Answers what it was given and keeps the orders it got.

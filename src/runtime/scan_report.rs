@@ -7,7 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::handle::VolumeHandle;
-use crate::engine::scan::{Found, LastPass, ScanParams, ScanStatus, Scanned, Skipped};
+pub use crate::engine::scan::{Found, LastPass};
+use crate::engine::scan::{ScanParams, ScanStatus, Scanned, Skipped};
 use crate::units::Block;
 
 /// The scanner: what it was told, and how its pass stands. Where none is under way, `started` to `skipped_bytes` are of
