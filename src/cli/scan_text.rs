@@ -21,7 +21,7 @@ pub(super) fn lines(scan: &ScanReport) -> Vec<String> {
         lines.push(format!("! {}", skipped(scan)));
     }
     if scan.releasable > 0 {
-        lines.push(format!("the old places of {} remapped blocks read well: see `release`", scan.releasable));
+        lines.push(format!("remapped blocks whose old place reads well: {}; see `release`", scan.releasable));
     }
     let date = |seconds| time(seconds, humantime::format_rfc3339_seconds).unwrap_or_else(|| "-".into());
     if let Some(last) = scan.last {
@@ -151,7 +151,7 @@ mod tests {
         assert_eq!(text[2], "! skipped 1 KiB: spare bytes 512-1023 (gone), …");
         assert_eq!(text[4], "only by order, at most 50 MiB/s, mon 22:00-06:00; weak blocks move");
         scan.releasable = 2;
-        assert_eq!(lines(&scan)[3], "the old places of 2 remapped blocks read well: see `release`");
+        assert_eq!(lines(&scan)[3], "remapped blocks whose old place reads well: 2; see `release`");
     }
 
     #[test]
