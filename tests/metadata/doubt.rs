@@ -4,6 +4,7 @@
 use vhost_remap::device::OpKind;
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::request::{Status, Token};
+use vhost_remap::engine::scan::{Found, ScanOrder, ScanScope};
 
 use crate::commits::{BLOCK_A, BLOCK_B, MOVED, SMALL, assert_old_or_new, begun, new, old, reopened};
 use crate::engine::Engine;
@@ -93,6 +94,30 @@ fn a_doubt_ends_with_the_poison_that_came_with_it() {
         assert_eq!(engine.flush(rig), Ok(Status::Ok));
     });
     assert!(poisoned > 0, "some of them poison");
+}
+
+/// Where a block lives that is in doubt nobody knows, so a pass leaves it alone, and says so.
+#[test]
+fn a_pass_skips_a_block_in_doubt() {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    rig.held_page = Some(0);
+    let first = begin(&mut rig, &mut engine, BLOCK_A);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    rig.held_page = None;
+    // The spare answers nothing any more, so that the doubt stays.
+    let spare = Bad { device: SPARE, from: 0, to: u64::MAX, reads: Reads::Never, writes: true };
+    let block =
+        Bad { device: PRIMARY, from: BLOCK_A * 4096, to: BLOCK_A * 4096 + 512, reads: Reads::Never, writes: true };
+    rig.bad = vec![spare, block];
+    engine.settle(&mut rig).unwrap();
+    assert_eq!((engine.answer(first), engine.status(&mut rig).in_doubt), (Some(Status::IoErr), 1));
+    let range = Some(range_of(BLOCK_A * BLOCK, 4096));
+    engine.done(&mut rig, Order::Scan(ScanOrder::Start(ScanScope { range, check_only: false })));
+    engine.pass(&mut rig, 1).unwrap();
+    let status = engine.status(&mut rig);
+    assert_eq!((status.scan.skipped_bytes, status.scan.found, status.pending), (4096, Found::default(), 0));
+    assert!(status.scan.skipped[0].why.contains("in doubt"), "{:?}", status.scan.skipped);
 }
 
 /// A failed flush of the primary poisons the volume. A commit that has not begun by then is refused, so that

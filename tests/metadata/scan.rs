@@ -260,6 +260,24 @@ fn weak_blocks_move_while_they_can_be_read_if_that_is_wanted_and_no_more_than_a_
     assert_eq!(status.tally.remaps, 4);
 }
 
+/// R4.
+#[test]
+fn a_weak_block_that_reads_no_more_when_it_is_to_move_stays_and_loses_nothing() {
+    let mut rig = made(SMALL);
+    rig.scan = ScanParams { move_weak: true, ..ScanParams::default() };
+    rig.bad = vec![unreadable(PRIMARY, BLOCK_A * 4096, 512, Reads::Times(6))];
+    let mut engine = rig.open().unwrap();
+    engine.begin_scan(&mut rig, ScanScope::default());
+    engine.tick(&mut rig, 1);
+    while engine.status_now(&mut rig).scan.found.recovered == 0 {
+        assert!(engine.step(&mut rig).unwrap());
+    }
+    rig.bad[0].reads = Reads::Never;
+    assert_eq!(engine.end_scan(&mut rig).found, Found { recovered: 1, bad: 1, ..Found::default() });
+    let status = engine.status(&mut rig);
+    assert_eq!((status.live, status.lost_sectors, status.pending), (0, 0, 1));
+}
+
 #[test]
 fn of_weak_blocks_64_move_on_a_day() {
     let mut rig = made(Shape { capacity: 131_072, max_remaps: 400, labelled: false });

@@ -122,7 +122,7 @@ impl Core {
         let failing_slot = run.device == DeviceIndex::SPARE && recovered;
         let may_move = if failing_slot { self.may_leave_slot(turn) } else { self.may_move_weak() };
         if first && may_move && self.acts(turn) {
-            return self.move_weak(turn, run.range.blocks().start, why, failing_slot).await;
+            return self.move_weak(turn, run, why, failing_slot).await;
         }
         if slow.is_some() {
             let action = "weak; it stays where it is";
@@ -186,17 +186,15 @@ impl Core {
     }
 
     /// Move a block that was read to a slot, or to another one.
-    async fn move_weak(
-        self: &Rc<Self>,
-        turn: Turn,
-        block: Block,
-        why: String,
-        failing_slot: bool,
-    ) -> Result<(), Failure> {
+    async fn move_weak(self: &Rc<Self>, turn: Turn, run: Run, why: String, failing_slot: bool) -> Result<(), Failure> {
+        let block = run.range.blocks().start;
         let before = self.map.borrow().get(block);
         let mut placement = self.rescue(block, 0).await?;
         if placement.lost != before.lost {
-            // It reads no more: by itself a read error loses nothing (R4).
+            // It reads no more: by itself a read error loses nothing (R4), and is known from now on.
+            if !self.read_run(run, None, &Budget::of_read()).await?.bad.is_empty() {
+                self.count(turn, true, |found| found.bad += 1);
+            }
             return Ok(());
         }
         if failing_slot {
