@@ -325,11 +325,11 @@ pub struct EventsArgs {
     pub follow: bool,
     /// Only events of these kinds, or `health` (a device became better or worse, or is gone), `lost` (sectors),
     /// `exhausted` (the spare fills or is full), `errors`.
-    #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
+    #[arg(long, value_name = "KIND,…", value_delimiter = ',', value_parser = super::follow::parse_kind)]
     pub on: Vec<String>,
     /// Run this command by /bin/sh for each event, one after the other. It gets the event as JSON on its input, and in
     /// variables VHOST_REMAP_EVENT, _VOLUME, _SEVERITY, _DEVICE, _SECTOR, _SECTORS, _CAUSE, _ACTION and _SEQ. If it
-    /// fails, that is reported.
+    /// fails, that is reported. With --follow it is run for what happens from now on.
     #[arg(long, value_name = "COMMAND")]
     pub exec: Option<String>,
 }

@@ -8,7 +8,7 @@ use super::args::EventsArgs;
 use super::run::{CliError, Server};
 use super::show;
 use crate::control::client::{ClientError, REPORT_TIMEOUT};
-use crate::runtime::report::{EventPage, EventRecord};
+use crate::runtime::report::{EVENT_KINDS, EventPage, EventRecord};
 
 /// How long the server puts off its answer while `events --follow` waits for something to happen.
 const WAIT_SECONDS: u64 = 30;
@@ -23,6 +23,19 @@ const GROUPS: [(&str, &[&str]); 4] = [
     ("errors", &["guest-error", "read-error", "flush-failed"]),
 ];
 
+/// A word of `--on`.
+///
+/// # Errors
+/// When it names neither a kind nor a group of them.
+pub(super) fn parse_kind(word: &str) -> Result<String, String> {
+    let groups = || GROUPS.iter().map(|(group, _)| *group);
+    if groups().any(|group| group == word) || EVENT_KINDS.contains(&word) {
+        return Ok(word.to_owned());
+    }
+    let groups: Vec<&str> = groups().collect();
+    Err(format!("no events are called so; there are {}, and {}", groups.join(", "), EVENT_KINDS.join(", ")))
+}
+
 /// Whether `--on` wants an event of that kind.
 fn is_wanted(kind: &str, on: &[String]) -> bool {
     let names =
@@ -30,10 +43,13 @@ fn is_wanted(kind: &str, on: &[String]) -> bool {
     on.is_empty() || on.iter().any(names)
 }
 
-/// Print what there is, and with `--follow` what comes.
+/// Print what there is, and with `--follow` what comes; a command is not run again for what was before.
 pub(super) fn events(server: &Server, args: &EventsArgs, out: &mut dyn Write) -> Result<(), CliError> {
-    let (mut after, mut dropped) = (0, 0);
-    let mut run = None;
+    let (mut after, mut run) = (0, None);
+    if args.follow && args.exec.is_some() {
+        let newest = next_page(server, false, u64::MAX)?;
+        (after, run) = (newest.last_seq, Some(newest.run));
+    }
     let mut is_away = false;
     loop {
         let page = match next_page(server, args.follow, after) {
@@ -51,8 +67,12 @@ pub(super) fn events(server: &Server, args: &EventsArgs, out: &mut dyn Write) ->
         is_away = false;
         if run.as_ref().is_some_and(|run| *run != page.run) && after > 0 {
             // Its numbers begin anew.
-            (after, dropped, run) = (0, 0, Some(page.run));
+            (after, run) = (0, Some(page.run));
             continue;
+        }
+        let dropped = page.events.first().map_or(0, |event| event.seq.saturating_sub(after + 1));
+        if dropped > 0 && !server.prints_json() {
+            writeln!(out, "({dropped} events dropped because the log was full)")?;
         }
         for event in page.events.iter().filter(|event| is_wanted(&event.kind, &args.on)) {
             server.print(event, show::event, out)?;
@@ -61,11 +81,7 @@ pub(super) fn events(server: &Server, args: &EventsArgs, out: &mut dyn Write) ->
                 execute(command, &page, event);
             }
         }
-        if page.dropped > dropped && !server.prints_json() {
-            writeln!(out, "({} events dropped because the log was full)", page.dropped - dropped)?;
-        }
         out.flush()?;
-        dropped = page.dropped;
         if page.events.is_empty() && !args.follow {
             return Ok(());
         }
@@ -138,6 +154,11 @@ mod tests {
         assert!(is_wanted("spare-full", &on(&["exhausted"])) && is_wanted("spare-filling", &on(&["exhausted"])));
         assert!(is_wanted("remapped", &on(&["remapped"])));
         assert!(!is_wanted("remapped", &on(&["health", "lost", "exhausted"])));
+        // No word that is taken is one that no event ever has.
+        let of_groups = GROUPS.iter().flat_map(|(_, kinds)| *kinds);
+        of_groups.for_each(|kind| assert!(EVENT_KINDS.contains(kind), "{kind}"));
+        assert!(parse_kind("exhausted").is_ok() && parse_kind("remapped").is_ok());
+        assert!(parse_kind("helth").unwrap_err().contains("there are health, lost, exhausted, errors, and cleared, "));
     }
 
     #[test]

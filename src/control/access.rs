@@ -14,16 +14,22 @@ use axum::response::{IntoResponse, Response};
 use axum::serve::IncomingStream;
 use tokio::net::UnixListener;
 
+use super::bounded::Bounded;
 use super::routes::Refusal;
 
 /// The user at the other end of a connection; `None` where the kernel does not say.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Peer(Option<u32>);
 
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Peer {
-        Peer(stream.io().peer_cred().ok().map(|credentials| credentials.uid()))
+impl Connected<IncomingStream<'_, Bounded<UnixListener>>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Bounded<UnixListener>>) -> Peer {
+        Peer(stream.io().stream.peer_cred().ok().map(|credentials| credentials.uid()))
     }
+}
+
+/// Whether that user is root or the server's own.
+pub(super) fn is_owner(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
 /// A group that may read, where there is one.
@@ -37,7 +43,7 @@ pub(super) async fn readers_only_read(
     next: Next,
 ) -> Response {
     let own = rustix::process::geteuid().as_raw();
-    let may_order = uid.is_some_and(|uid| uid == 0 || uid == own);
+    let may_order = uid.is_some_and(is_owner);
     match readers {
         Some(group) if !may_order && !is_reading(request.method()) => {
             let error = format!("members of group {group} may only read here; give orders as root or as user {own}");

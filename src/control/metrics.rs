@@ -25,6 +25,9 @@ const STATES: [&str; 10] = [
     "away",
 ];
 
+/// All that `health` can say.
+const HEALTH_STATES: [&str; 4] = ["OK", "WATCH", "AT_RISK", "REPLACE"];
+
 /// All that the scanner can be at.
 const SCAN_STATES: [&str; 6] = ["off", "waiting", "running", "paused", "outside-window", "held"];
 
@@ -39,6 +42,18 @@ pub struct Sample {
     pub status: StatusReport,
     /// Its numbers.
     pub stats: StatsReport,
+}
+
+impl Sample {
+    /// Whether nothing is known of what is on its devices.
+    fn is_away(&self) -> bool {
+        self.status.state.iter().any(|state| state == "away")
+    }
+
+    /// The number, if it can be known.
+    fn unless_away(&self, number: f64) -> Vec<(Labels, Value)> {
+        if self.is_away() { Vec::new() } else { vec![(Vec::new(), Value::Number(number))] }
+    }
 }
 
 /// Metrics under the names of this program.
@@ -79,7 +94,9 @@ pub fn render_dm_remap(volumes: &[Sample]) -> String {
     });
     out.gauge("dm_remap_spare_sectors_used", "Sectors of slots in use or retired.", |s| {
         let blocks = &s.status.blocks;
-        (blocks.remaps_max.saturating_sub(blocks.slots_free) * SECTORS_PER_BLOCK) as f64
+        // While it is away none is known to be free.
+        let used = if s.is_away() { 0 } else { blocks.remaps_max.saturating_sub(blocks.slots_free) };
+        (used * SECTORS_PER_BLOCK) as f64
     });
     out.gauge("dm_remap_remap_rate_per_hour", "Blocks moved in an hour, on average.", |s| {
         per_hour(s.status.counters.remaps, s)
@@ -112,6 +129,14 @@ fn state(out: &mut Families<'_>) {
         let row = |state: &&str| (vec![("state", (*state).to_owned())], Value::Number(f64::from(holds(state))));
         STATES.iter().map(row).collect()
     });
+    let help = "1 for what `health` says of the volume, 0 for the others; absent while it is away.";
+    out.many("vhost_remap_health_state", help, MetricType::GAUGE, |s| {
+        let row =
+            |state: &&str| (vec![("state", (*state).to_owned())], Value::Number(f64::from(s.status.health == *state)));
+        HEALTH_STATES.iter().filter(|_| !s.is_away()).map(row).collect()
+    });
+    let help = "What `health` makes of the volume, 0 to 100; absent while it is away.";
+    out.many("vhost_remap_health_score", help, MetricType::GAUGE, |s| s.unless_away(s.status.health_score as f64));
     out.gauge("vhost_remap_front_end_connected", "Whether a front-end is connected.", |s| {
         f64::from(s.status.connected)
     });
@@ -136,11 +161,13 @@ fn blocks(out: &mut Families<'_>) {
         let blocks = &s.status.blocks;
         let used = blocks.remaps_max.saturating_sub(blocks.slots_free + blocks.slots_retired);
         let rows = [("free", blocks.slots_free), ("used", used), ("retired", blocks.slots_retired)];
-        rows.map(|(state, count)| (vec![("state", state.to_owned())], Value::Number(count as f64))).into()
+        let rows = rows.into_iter().filter(|_| !s.is_away());
+        rows.map(|(state, count)| (vec![("state", state.to_owned())], Value::Number(count as f64))).collect()
     });
-    out.gauge("vhost_remap_spare_used_ratio", "Part of the slots that is used or retired.", |s| {
+    let help = "Part of the slots that is used or retired; absent while the volume is away.";
+    out.many("vhost_remap_spare_used_ratio", help, MetricType::GAUGE, |s| {
         let blocks = &s.status.blocks;
-        blocks.remaps_max.saturating_sub(blocks.slots_free) as f64 / blocks.remaps_max.max(1) as f64
+        s.unless_away(blocks.remaps_max.saturating_sub(blocks.slots_free) as f64 / blocks.remaps_max.max(1) as f64)
     });
 }
 
@@ -413,6 +440,17 @@ mod tests {
                 "vhost_remap_request_duration_seconds_sum{volume=\"a.img\",operation=\"read\"} 6.000159",
             ],
         );
+    }
+
+    #[test]
+    fn of_a_volume_that_is_away_no_slot_is_called_used() {
+        let mut away = sample("a.img");
+        check(&render(&[sample("a.img")]), &["vhost_remap_health_state{volume=\"a.img\",state=\"AT_RISK\"} 1"]);
+        (away.status.state, away.status.health) = (vec!["away".into()], String::new());
+        let text = render(&[away]);
+        for family in ["vhost_remap_slots", "vhost_remap_spare_used_ratio", "vhost_remap_health"] {
+            assert!(!text.lines().any(|line| line.starts_with(family)), "{text}");
+        }
     }
 
     #[test]

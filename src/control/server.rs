@@ -119,7 +119,7 @@ async fn run(
     let mut stopped = state.stopped.clone();
     let control = control.map(|listener| {
         let routes = routes::control(state.clone(), readers).into_make_service_with_connect_info::<Peer>();
-        let serving = axum::serve(listener, routes).with_graceful_shutdown(has_stopped(stopped.clone()));
+        let serving = axum::serve(Bounded::new(listener), routes).with_graceful_shutdown(has_stopped(stopped.clone()));
         tokio::spawn(serving.into_future())
     });
     let http = http.map(|listener| {

@@ -47,6 +47,8 @@ pub(super) struct Io {
     pub(super) errors: RefCell<[[u64; 3]; 2]>,
     /// The same by what they mean.
     pub(super) errors_by_class: RefCell<BTreeMap<(DeviceIndex, &'static str, Class), u64>>,
+    /// When one failed last.
+    pub(super) last_error: Cell<Option<Time>>,
 }
 
 impl Io {
@@ -62,6 +64,7 @@ impl Io {
             spawner,
             errors: RefCell::default(),
             errors_by_class: RefCell::default(),
+            last_error: Cell::new(None),
         }
     }
 
@@ -110,6 +113,7 @@ impl Io {
             OpKind::Write | OpKind::Discard | OpKind::WriteZeroes { .. } => (1, "write"),
             OpKind::Identify => return,
         };
+        self.last_error.set(Some(self.now()));
         self.errors.borrow_mut()[usize::from(device.0)][column] += 1;
         *self.errors_by_class.borrow_mut().entry((device, name, class_of(errno))).or_default() += 1;
     }

@@ -8,29 +8,24 @@ use log::kv::Value;
 use uuid::Uuid;
 
 use super::lines::{EVENT_LINES_MAX, LINES_SECONDS, Lines};
-use super::report::{EventPage, EventRecord};
+use super::report::{EVENT_KINDS, EventPage, EventRecord};
 use crate::engine::event::{Event, Severity};
 use crate::sync::{Mutex, MutexGuard};
 
 /// Events kept; older ones are dropped and counted.
 const EVENTS_MAX: usize = 4096;
+/// Levels that a line of log can have, counted from 1.
+const LEVELS: usize = log::Level::Trace as usize + 1;
 
 #[derive(Default)]
 struct Log {
     events: VecDeque<EventRecord>,
     last_seq: u64,
     dropped: u64,
-    lines: Lines,
-    lasts: Lasts,
-}
-
-/// When something last happened, seconds since the epoch.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Lasts {
-    /// A block moved to a slot.
-    pub remap: Option<f64>,
-    /// A device failed.
-    pub device_error: Option<f64>,
+    /// By level.
+    lines: [Lines; LEVELS],
+    /// When a block last moved to a slot, seconds since the epoch.
+    last_remap: Option<f64>,
 }
 
 /// A bounded log. Its lock is held for copying only, never across I/O.
@@ -55,6 +50,7 @@ impl EventLog {
 
     /// Keep an event and log it.
     pub fn push(&self, event: Event) {
+        debug_assert!(EVENT_KINDS.contains(&event.kind), "{} is not among the kinds of events", event.kind);
         let record = EventRecord {
             seq: 0,
             time: self.epoch + (event.time.0 / 1_000_000) as f64 / 1000.0,
@@ -66,28 +62,27 @@ impl EventLog {
             cause: event.cause,
             action: event.action,
         };
-        let is_device_error = event.severity != Severity::Info && event.device.is_some();
         let level = match event.severity {
             Severity::Info => log::Level::Info,
             Severity::Warn => log::Level::Warn,
             Severity::Error => log::Level::Error,
         };
-        let (in_time, left_out) = self.lock().lines.count(event.time, EVENT_LINES_MAX);
-        if left_out > 0 {
-            log::warn!(
-                "{}: {left_out} events more than {EVENT_LINES_MAX} in {LINES_SECONDS} s were not logged",
-                self.volume
-            );
-        }
-        if in_time && level <= log::max_level() {
-            self.write(level, &record);
+        if level <= log::max_level() {
+            // Each level by itself: what matters most is not crowded out.
+            let (in_time, left_out) = self.lock().lines[level as usize].count(event.time, EVENT_LINES_MAX);
+            if left_out > 0 {
+                log::warn!(
+                    "{}: {left_out} events of level {level} more than {EVENT_LINES_MAX} in {LINES_SECONDS} s were not logged",
+                    self.volume
+                );
+            }
+            if in_time {
+                self.write(level, &record);
+            }
         }
         let mut log = self.lock();
         if record.kind == "remapped" {
-            log.lasts.remap = Some(record.time);
-        }
-        if is_device_error {
-            log.lasts.device_error = Some(record.time);
+            log.last_remap = Some(record.time);
         }
         log.last_seq += 1;
         let seq = log.last_seq;
@@ -130,9 +125,9 @@ impl EventLog {
         EventPage { events, last_seq, dropped: log.dropped, volume: self.volume.clone(), run: self.run.clone() }
     }
 
-    /// When things last happened.
-    pub fn lasts(&self) -> Lasts {
-        self.lock().lasts
+    /// When a block last moved to a slot, seconds since the epoch.
+    pub fn last_remap(&self) -> Option<f64> {
+        self.lock().last_remap
     }
 
     /// Events dropped because the log was full.

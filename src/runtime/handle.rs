@@ -120,7 +120,8 @@ impl VolumeHandle {
             blocks: BlockReport {
                 remapped: healer.remapped as u64,
                 remaps_max: u64::from(served.opened.geometry.slots),
-                slots_free: healer.free as u64,
+                // With passthrough there are some in a table that nobody has.
+                slots_free: (healer.free as u64).min(u64::from(served.opened.geometry.slots)),
                 slots_retired: healer.retired as u64,
                 pending: healer.pending as u64,
                 lost_sectors: healer.lost_sectors,

@@ -343,7 +343,7 @@ impl HeldVolume {
             started: standing.epoch,
             now: standing.clock.now(),
             malformed_requests: front_end.malformed_requests,
-            lasts: standing.log.lasts(),
+            last_remap: standing.log.last_remap(),
             devices: &devices,
             healer: healer.as_deref(),
         };

@@ -225,6 +225,47 @@ pub struct ListEntry {
     pub primary_stale: bool,
 }
 
+/// All that [`EventRecord::kind`] can be.
+pub const EVENT_KINDS: &[&str] = &[
+    "cleared",
+    "close",
+    "degraded",
+    "device-back",
+    "device-gone",
+    "fence-given-up",
+    "flush-failed",
+    "guest-error",
+    "handed-over",
+    "healed",
+    "health",
+    "in-doubt",
+    "lost",
+    "malformed",
+    "metadata-damaged",
+    "metadata-repaired",
+    "old-label",
+    "place-restored",
+    "place-retired",
+    "poisoned",
+    "primary-grown",
+    "read-error",
+    "read-only",
+    "recovered-read",
+    "released",
+    "remapped",
+    "resized",
+    "rewritten",
+    "scan",
+    "slot-failed",
+    "slow-block",
+    "spare-back",
+    "spare-down",
+    "spare-filling",
+    "spare-full",
+    "stats-cleared",
+    "taken-over",
+];
+
 /// One thing that happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EventRecord {
@@ -234,9 +275,7 @@ pub struct EventRecord {
     pub time: f64,
     /// `info`, `warn` or `error`.
     pub severity: String,
-    /// What kind: `remapped`, `rewritten`, `lost`, `read-error`, `guest-error`, `flush-failed`, `poisoned`,
-    /// `device-gone`, `device-back`, `spare-down`, `spare-full`, `metadata-repaired`, `metadata-damaged`,
-    /// `place-retired`, `place-restored`, `resized`, `health`, `stats-cleared`, ...
+    /// What kind: one of [`EVENT_KINDS`].
     pub kind: String,
     /// `primary`, `spare`, or empty.
     pub device: String,

@@ -6,7 +6,6 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::counters::{Counters, DEVICE_OPERATIONS, OperationNumbers};
-use super::eventlog::Lasts;
 use super::latency::{Histogram, upper_bound};
 use super::report::SCHEMA_VERSION;
 use crate::device::DeviceIndex;
@@ -122,7 +121,8 @@ pub(super) struct Source<'a> {
     pub(super) started: u64,
     pub(super) now: Time,
     pub(super) malformed_requests: u64,
-    pub(super) lasts: Lasts,
+    /// When a block last moved to a slot, seconds since the epoch.
+    pub(super) last_remap: Option<f64>,
     pub(super) devices: &'a [DeviceIndex],
     /// Of an open volume.
     pub(super) healer: Option<&'a HealerStatus>,
@@ -143,8 +143,11 @@ pub(super) fn report(counters: &Counters, source: &Source<'_>) -> StatsReport {
         operations: operations.into(),
         devices: source.devices.iter().flat_map(of_device).collect(),
         malformed_requests: source.malformed_requests,
-        last_remap: source.lasts.remap,
-        last_error: source.lasts.device_error,
+        last_remap: source.last_remap,
+        last_error: source
+            .healer
+            .and_then(|healer| healer.last_error)
+            .map(|at| source.started as f64 + at.0 as f64 / 1e9),
     }
 }
 

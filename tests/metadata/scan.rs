@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use vhost_remap::device::{DeviceIndex, OpKind};
-use vhost_remap::engine::healer::Order;
+use vhost_remap::engine::healer::{Order, Reply};
 use vhost_remap::engine::request::Status;
 use vhost_remap::engine::scan::{Found, ScanOrder, ScanParams, ScanScope, ScanState};
 use vhost_remap::units::{Sector, SectorRange};
@@ -88,21 +88,22 @@ fn a_place_that_nobody_lives_in_may_fail_or_be_given_back() {
 
 #[test]
 fn a_pass_over_a_slot_ends_although_its_block_went_back_to_a_weak_place() {
-    let mut rig = begun(SMALL);
+    let mut rig = begun(LARGE);
     rig.bad.clear();
     let mut engine = rig.open().unwrap();
-    let home = range_of(MOVED * BLOCK, 4096);
     // The block goes back, and the pass, which could not read its slot, waits for that.
     rig.held = Some((PRIMARY, MOVED * 4096));
-    let release = engine.begin_order(&mut rig, Order::Release(home));
+    let release = engine.begin_order(&mut rig, Order::Release(range_of(MOVED * BLOCK, 4096)));
     engine.settle_but_for_held(&mut rig).unwrap();
     rig.bad = vec![unreadable(SPARE, slot_offset(&rig, 0), 512, Reads::Never)];
-    engine.begin_order(&mut rig, Order::Scan(ScanOrder::Start(ScanScope { range: Some(home), check_only: false })));
-    for _ in 0..10 {
+    engine.begin_order(&mut rig, Order::Scan(ScanOrder::Start(ScanScope::default())));
+    rig.performed.clear();
+    let slot = slot_offset(&rig, 0);
+    for _ in 0..100 {
         engine.tick(&mut rig, 1);
         engine.settle_but_for_held(&mut rig).unwrap();
     }
-    assert!(rig.performed.iter().any(|op| op.device == SPARE && op.len == 4096 && op.kind == OpKind::Read));
+    assert!(rig.performed.iter().any(|op| (op.device, op.offset, op.kind) == (SPARE, slot, OpKind::Read)));
     assert_eq!(engine.status_now(&mut rig).scan.state, ScanState::Running);
     rig.held = None;
     while !engine.is_answered(release) {
@@ -334,6 +335,26 @@ fn a_pass_that_a_kill_interrupts_goes_on_by_itself() {
     let scan = engine.status(&mut rig).scan;
     assert!(scan.state == ScanState::Running && scan.covered >= 8 * MIB, "{scan:?}");
     assert!(engine.end_scan(&mut rig).complete);
+}
+
+/// The disk grows meanwhile.
+#[test]
+fn a_pass_that_skipped_something_does_not_count() {
+    let shape = Shape { labelled: false, ..LARGE };
+    let mut rig = made(shape);
+    let mut engine = rig.open().unwrap();
+    engine.begin_scan(&mut rig, ScanScope::default());
+    engine.done(&mut rig, Order::Scan(ScanOrder::Pause));
+    let grown = Shape { capacity: shape.capacity + 2048, ..shape };
+    rig.disks.extend(PRIMARY, grown.sizes()[0]);
+    let order = Order::Resize { capacity: grown.capacity, primary_size: grown.sizes()[0] };
+    assert!(matches!(engine.order(&mut rig, order).unwrap(), Reply::Resized(Ok(_))));
+    engine.done(&mut rig, Order::Scan(ScanOrder::Resume));
+    let last = engine.end_scan(&mut rig);
+    let status = engine.status(&mut rig);
+    assert_eq!((last.complete, status.scan.skipped_bytes, status.scan.last_complete), (false, MIB, None));
+    assert_eq!(status.tally.health_scans, 0);
+    assert!(engine.scan(&mut rig).complete);
 }
 
 #[test]

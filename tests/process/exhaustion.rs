@@ -62,19 +62,26 @@ fn a_filling_spare_is_announced_however_fast_it_fills() {
     let server = volume.serve(&[]);
     let mut guest = server.guest(1);
     let announced = || {
-        let events = server.events().into_iter().filter(|event| event.kind == "spare-filling");
-        events.map(|event| (event.severity, event.cause)).collect::<Vec<_>>()
+        let events = server.events().into_iter().filter(|event| event.kind.starts_with("spare-f"));
+        events.map(|event| (event.severity, event.kind, event.cause)).collect::<Vec<_>>()
     };
-    let event = |severity: &str, used, percent| {
-        (severity.to_owned(), format!("{used} of {SLOTS} slots are used ({percent} %)"))
+    let event = |severity: &str, kind: &str, used, percent| {
+        (severity.to_owned(), kind.to_owned(), format!("{used} of {SLOTS} slots are used ({percent} %)"))
     };
     server.fault(&["--ops", "write", "--sectors", "1000-1199"]);
     guest.write(1000, pattern(1000, 12 * 8, 1)).unwrap();
     assert_eq!(announced(), []);
     guest.write(1096, pattern(1096, 2 * 8, 1)).unwrap();
-    assert_eq!(announced(), [event("warn", 14, 87)]);
+    let filling = event("warn", "spare-filling", 14, 87);
+    assert_eq!(announced(), [filling.clone()]);
     guest.write(1112, pattern(1112, 2 * 8, 1)).unwrap();
-    assert_eq!(announced(), [event("warn", 14, 87), event("error", 16, 100)]);
+    let full = event("error", "spare-full", 16, 100);
+    assert_eq!(announced(), [filling.clone(), full.clone()]);
+    // Full again.
+    server.no_faults();
+    server.order(&["release", "1000-1007"]);
+    server.order(&["remap", "1000-1007"]);
+    assert_eq!(announced(), [filling, full.clone(), full]);
 }
 
 /// What GET_LIFETIME answers: how much of the reserve is used, from 1 (less than 80 %) to 3 (90 % and more).

@@ -306,6 +306,7 @@ fn a_hook_runs_for_each_wanted_event_also_after_a_restart() {
     let (hooked, ctl) = (volume.dir.path().join("hooked"), server.ctl.clone());
     let hook = format!("cat >>{0}; echo \"$VHOST_REMAP_EVENT $VHOST_REMAP_SECTOR\" >>{0}; exit 1", hooked.display());
     let errors = fs::File::create(volume.dir.path().join("errors")).unwrap();
+    server.order(&["remap", "4000"]);
     let mut follower = Command::new(env!("CARGO_BIN_EXE_vhost-remap"))
         .args(["events", "--follow", "--on", "remapped,lost", "--exec", &hook, "--control-path"])
         .arg(&ctl)
@@ -315,9 +316,14 @@ fn a_hook_runs_for_each_wanted_event_also_after_a_restart() {
         .spawn()
         .unwrap();
     let ran = |what: &str| fs::read_to_string(&hooked).is_ok_and(|text| text.lines().any(|line| line == what));
+    eventually("the follower is there", || {
+        server.order(&["remap", "6000"]);
+        server.order(&["release", "6000"]);
+        hooked.exists()
+    });
     work(&server);
     eventually("the hook ran", || ran("remapped 1000"));
-    assert!(!ran("guest-error 2003"));
+    assert!(!ran("guest-error 2003") && !ran("remapped 4000"), "neither for others nor for what was before");
     server.stop();
     let server = volume.serve(&[]);
     server.order(&["remap", "5000"]);

@@ -14,7 +14,7 @@ use crate::engine::request::Operation;
 use crate::engine::scan::{ScanOrder, ScanStatus};
 use crate::engine::task::join_all;
 use crate::engine::view::{Mode, PrimaryState};
-use crate::units::{BLOCK_SIZE, Block, BlockRange, Sector, SectorRange};
+use crate::units::{BLOCK_SIZE, Block, BlockRange, Sector, SectorRange, Time};
 use crate::volume::map::BlockState;
 use crate::volume::superblock::CloseStamp;
 use crate::volume::table::{Change, Entry};
@@ -88,6 +88,8 @@ pub struct HealerStatus {
     pub errors: [[u64; 3]; 2],
     /// The same by device, kind (`read`, `write`, `flush`) and what they mean.
     pub errors_by_class: BTreeMap<(DeviceIndex, &'static str, Class), u64>,
+    /// When an operation last failed, on the volume's clock.
+    pub last_error: Option<Time>,
     /// Requests answered with an error since the server started, by what they were and why.
     pub guest_errors: BTreeMap<(Operation, FailureClass), u64>,
     /// Slots in use.
@@ -217,6 +219,7 @@ impl Core {
             lifetime: self.lifetime_values(),
             errors: *self.io.errors.borrow(),
             errors_by_class: self.io.errors_by_class.borrow().clone(),
+            last_error: self.io.last_error.get(),
             guest_errors: self.guest_errors.borrow().clone(),
             remapped,
             live: table.live(),
@@ -372,6 +375,8 @@ impl Core {
         let range = self.geometry().sectors_of(block);
         let (cause, action) = ("the operator's order", format!("moved back from slot {slot}"));
         self.event(Severity::Info, "released", Some(DeviceIndex::PRIMARY), range, cause, action);
+        // So that it is told again when it is used again.
+        self.warn_of_exhaustion();
         self.resume_held(super::failure::Hold::SpareFull);
         Ok(1)
     }

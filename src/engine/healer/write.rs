@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::commit::Commit;
 use super::failure::{Failure, FailureClass};
 use super::read::{Budget, innermost, sectors_of_mask};
-use super::{Core, Severity, used_slots};
+use super::{Core, OnLoss, Severity, used_slots};
 use crate::device::buffer::{AlignedBuf, Iovecs};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
@@ -603,18 +603,25 @@ impl Core {
         }
     }
 
-    /// Say it once when a share of the slots is used (E2). Several can be taken at a time, so the share may
+    /// Say it once when a share of the slots is used, or all are (E2). Several can be taken at a time, so the share may
     /// be passed without being met.
-    fn warn_of_exhaustion(&self) {
+    pub(super) fn warn_of_exhaustion(&self) {
         let table = self.table.borrow();
         let (all, used) = (u64::from(table.max_remaps()), used_slots(&table));
-        let shares = [(90, Severity::Error), (80, Severity::Warn)];
-        let reached = shares.into_iter().find(|(percent, _)| used * 100 >= all * percent);
-        let before = self.told_used.replace(reached.map_or(0, |(percent, _)| percent));
-        let Some((_, severity)) = reached.filter(|(percent, _)| *percent > before) else { return };
+        let full = match self.policy.spare_full {
+            OnLoss::Fail => "writes to further bad blocks fail; replace the primary",
+            _ => "writes to further bad blocks wait; replace the primary",
+        };
+        let shares = [
+            (100, Severity::Error, "spare-full", full),
+            (90, Severity::Error, "spare-filling", "replace the primary soon"),
+            (80, Severity::Warn, "spare-filling", "replace the primary soon"),
+        ];
+        let reached = shares.into_iter().find(|(percent, ..)| used * 100 >= all * percent);
+        let before = self.told_used.replace(reached.map_or(0, |(percent, ..)| percent));
+        let Some((_, severity, kind, action)) = reached.filter(|(percent, ..)| *percent > before) else { return };
         let cause = format!("{used} of {all} slots are used ({} %)", used * 100 / all);
-        let (spare, none) = (Some(DeviceIndex::SPARE), SectorRange::default());
-        self.event(severity, "spare-filling", spare, none, cause, "replace the primary soon");
+        self.event(severity, kind, Some(DeviceIndex::SPARE), SectorRange::default(), cause, action);
     }
 }
 

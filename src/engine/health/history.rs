@@ -143,10 +143,14 @@ impl History {
         &self.days
     }
 
-    /// Put down what has come to the totals since the last call, on `today`. Days after today were told by a clock
-    /// that was wrong: what they counted is today's.
+    /// Put down what has come to the totals since the last call, on `today`. A day before all that are kept is told by a
+    /// clock that is wrong: it counts as the last one. Otherwise it was wrong when it told days after today: what they
+    /// counted is today's.
     pub fn note(&mut self, today: u64, totals: Totals) {
-        let today = today.min(DAY.max() - 1);
+        let today = match (self.days.first(), self.days.last()) {
+            (Some(first), Some(last)) if today < first.day => last.day,
+            _ => today.min(DAY.max() - 1),
+        };
         let seen = std::mem::replace(&mut self.seen, totals);
         let mut now = Day {
             day: today,
@@ -231,6 +235,18 @@ mod tests {
         history.note(20_001, totals(4, 3));
         let found: Vec<_> = history.days().iter().map(|day| (day.day, day.remaps)).collect();
         assert_eq!(found, [(20_000, 1), (20_001, 3)]);
+    }
+
+    #[test]
+    fn a_clock_that_begins_anew_dates_nothing_back() {
+        let mut history = History::default();
+        history.note(20_000, Totals { flush_errors: [1, 0], ..totals(1, 1) });
+        history.note(20_001, Totals { flush_errors: [1, 0], ..totals(2, 2) });
+        let mut history = History::decode(&history.encode());
+        history.note(730, totals(1, 3));
+        history.note(20_002, totals(1, 3));
+        let found: Vec<_> = history.days().iter().map(|day| (day.day, day.remaps, day.flush_failed[0])).collect();
+        assert_eq!(found, [(20_000, 1, true), (20_001, 2, false), (20_002, 0, false)]);
     }
 
     #[test]

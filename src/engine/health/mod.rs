@@ -141,7 +141,7 @@ pub struct Inputs<'a> {
 
 impl Inputs<'_> {
     fn recent(&self) -> impl Iterator<Item = &Day> {
-        self.days.iter().filter(|day| day.day <= self.today && self.today - day.day < RECENT_DAYS)
+        self.days.iter().filter(|day| self.today.saturating_sub(day.day) < RECENT_DAYS)
     }
 
     fn used_percent(&self) -> u64 {
