@@ -143,9 +143,9 @@ impl History {
         &self.days
     }
 
-    /// Put down what has come to the totals since the last call, on `today`. A day before all that are kept is told by a
-    /// clock that is wrong: it counts as the last one. Otherwise it was wrong when it told days after today: what they
-    /// counted is today's.
+    /// Put down what has come to the totals since the last call, on `today`. A day before all that are kept is told by
+    /// a clock that is wrong: it counts as the last one. Otherwise it was wrong when it told days after today: what
+    /// they counted is today's.
     pub fn note(&mut self, today: u64, totals: Totals) {
         let today = match (self.days.first(), self.days.last()) {
             (Some(first), Some(last)) if today < first.day => last.day,
