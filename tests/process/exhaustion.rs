@@ -73,7 +73,7 @@ fn a_filling_spare_is_announced_however_fast_it_fills() {
     assert_eq!(announced(), []);
     guest.write(1096, pattern(1096, 2 * 8, 1)).unwrap();
     let filling = event("warn", "spare-filling", 14, 87);
-    assert_eq!(announced(), [filling.clone()]);
+    assert_eq!(announced(), std::slice::from_ref(&filling));
     guest.write(1112, pattern(1112, 2 * 8, 1)).unwrap();
     let full = event("error", "spare-full", 16, 100);
     assert_eq!(announced(), [filling.clone(), full.clone()]);
