@@ -13,7 +13,7 @@ use crate::units::SectorRange;
 #[derive(Debug, clap::Args)]
 pub struct ScanServeArgs {
     /// Read the whole volume from time to time, to meet trouble while it can be helped: a time from 1h to 90d, from the
-    /// start of a pass to that of the next one, or `off` for passes by order only.
+    /// end of a pass to the start of the next one, or `off` for passes by order only.
     #[arg(long, value_name = "TIME", default_value = "14d", conflicts_with = "scan_interval_hours")]
     pub scan_interval: ScanInterval,
     /// dm-remap's: hours from the end of a pass to the start of the next one.

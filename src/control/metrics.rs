@@ -222,7 +222,7 @@ fn scanner(out: &mut Families<'_>) {
     out.gauge("vhost_remap_scan_last_completed_timestamp_seconds", help, |s| {
         s.status.scan.last_complete.unwrap_or(0) as f64
     });
-    let help = "From the start of a pass to that of the next one; absent where they begin only by order.";
+    let help = "From the end of a pass to the start of the next one; absent where they begin only by order.";
     out.many("vhost_remap_scan_interval_seconds", help, MetricType::GAUGE, |s| {
         let interval = s.status.scan.interval_seconds.iter();
         interval.map(|seconds| (Vec::new(), Value::Number(*seconds as f64))).collect()

@@ -3,10 +3,11 @@
 use vhost_remap::device::OpKind;
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::scan::{Found, ScanOrder, ScanScope};
+use vhost_remap::volume::layout::{Home, Place};
 
 use crate::commits::{MOVED, SMALL, begun, old};
 use crate::crash::at_every_operation;
-use crate::rig::{BLOCK, Bad, Reads, Rig, range_of};
+use crate::rig::{BLOCK, Bad, Reads, Rig, SPARE, Shape, range_of};
 use crate::seat::{At, Kind, Seat, is_whole, seats};
 
 /// Whether a pass writes it anew; superblocks and notes of a failed flush are left to the next opening.
@@ -171,4 +172,24 @@ fn a_damaged_anchor_is_written_anew_once_the_other_home_is_durable() {
         });
         assert!(cuts > 0, "home {home} was written anew");
     }
+}
+
+/// What is left is counted anew, and none of it left out.
+#[test]
+fn a_place_that_goes_during_a_pass_does_not_end_it_early() {
+    let shape = Shape { capacity: 131_072, max_remaps: 16_384, labelled: true };
+    let mut rig = begun(shape);
+    let mut engine = quiet(&mut rig);
+    // In the second of several steps.
+    let from = shape.layout().table(Place::Tail, Home::ALL[0], 10);
+    rig.bad = vec![Bad { device: SPARE, from, to: from + 4096, reads: Reads::Never, writes: true }];
+    rig.performed.clear();
+    assert!(engine.scan(&mut rig).complete);
+    assert_eq!(engine.status(&mut rig).retired_places.len(), 1);
+    let label: Vec<Seat> = seats(&shape).into_iter().filter(|seat| seat.at == At::Label).collect();
+    for seat in &label {
+        let mut reads = rig.performed.iter().filter(|op| op.kind == OpKind::Read && op.device == seat.device());
+        assert!(reads.any(|op| (op.offset, op.len) == (seat.offset, 4096)), "{seat:?} was not read");
+    }
+    assert!(label.len() > 3, "the label has a table");
 }

@@ -170,7 +170,11 @@ impl Core {
 
     /// Go on with a pass that the last close interrupted, and begin those that are due.
     pub(super) fn begin_scanning(self: &Rc<Self>) {
-        self.scan.opened.set(self.wall_seconds());
+        let now = self.wall_seconds();
+        self.scan.opened.set(now);
+        // An end in the future was told by a clock that was wrong: passes would not begin until then.
+        let ended = self.scan.record.borrow().whole_ended.min(now);
+        self.scan.record.borrow_mut().whole_ended = ended;
         if self.scan.wants_load() {
             self.work_at_pass();
         }
@@ -217,7 +221,7 @@ impl Core {
         match order {
             ScanOrder::Start(scope) => self.start_scan(scope),
             ScanOrder::Pause => self.pause_scan().await,
-            ScanOrder::Resume => self.resume_scan(),
+            ScanOrder::Resume => self.resume_scan().await,
             ScanOrder::Cancel => self.cancel_scan().await,
         }
     }
@@ -269,7 +273,7 @@ impl Core {
         Ok(format!("pass {number} is paused, also over a restart; `scan resume` goes on with it{unsaved}"))
     }
 
-    fn resume_scan(self: &Rc<Self>) -> Result<String, String> {
+    async fn resume_scan(self: &Rc<Self>) -> Result<String, String> {
         let number = match self.scan.pass.borrow_mut().as_mut() {
             None => return Err("no pass is paused".into()),
             Some(pass) if !pass.paused => return Err(format!("pass {} is not paused", pass.number)),
@@ -279,7 +283,8 @@ impl Core {
             }
         };
         self.work_at_pass();
-        Ok(format!("pass {number} goes on"))
+        let unsaved = self.keep_place().await;
+        Ok(format!("pass {number} goes on{unsaved}"))
     }
 
     async fn cancel_scan(self: &Rc<Self>) -> Result<String, String> {
@@ -355,7 +360,8 @@ impl Core {
             let over = match cursor.stage {
                 Stage::Primary => next >= self.scan_order_of(turn)?.positions(),
                 Stage::Slots => next >= u64::from(self.geometry().slots.div_ceil(UNIT_SLOTS)),
-                Stage::Metadata => next >= self.metadata_pages(),
+                // Where a place has gone meanwhile, there are others than those that were counted.
+                Stage::Metadata => self.counts_all_pages(turn)? && next >= self.metadata_pages(),
             };
             let goes_on = self.of_pass(turn, |pass| {
                 if cursor.stage != Stage::Primary {
@@ -367,6 +373,12 @@ impl Core {
                 return Ok(());
             }
         }
+    }
+
+    /// Whether the pages of metadata are those that the pass counted.
+    fn counts_all_pages(&self, turn: Turn) -> Result<bool, Stopped> {
+        let pages = self.metadata_pages();
+        self.of_pass(turn, |pass| pass.pages as u64 == pages)
     }
 
     /// Do something with the pass, as long as it is this task's.

@@ -180,7 +180,7 @@ impl Core {
 
     /// Whether a block may leave a slot that fails now and then, and that is retired with it.
     fn may_leave_slot(&self, turn: Turn) -> bool {
-        let moved = self.of_pass(turn, |pass| pass.found.moved).unwrap_or(u64::MAX);
+        let moved = self.of_pass(turn, |pass| pass.left_slots).unwrap_or(u64::MAX);
         let (free, slots) = (self.table.borrow().available() as u64, u64::from(self.geometry().slots));
         moved < u64::from(WEAK_A_DAY) && free > slots / WEAK_SHARE
     }
@@ -211,7 +211,10 @@ impl Core {
             self.event(Severity::Warn, "slow-block", failure.device, range, failure.cause, action);
             return Ok(());
         }
-        _ = self.of_pass(turn, |pass| pass.found.moved += 1);
+        _ = self.of_pass(turn, |pass| {
+            pass.found.moved += 1;
+            pass.left_slots += u64::from(failing_slot);
+        });
         if !failing_slot {
             let today = self.weak_day();
             let mut record = self.scan.record.borrow_mut();

@@ -134,7 +134,7 @@ impl Core {
             if let Some(permits) = permits {
                 permits.acquire().await;
             }
-            let (before, busy) = (self.written_so_far(), self.commits_under_way());
+            let (before, busy) = (self.tally.borrow().commits, self.commits_under_way());
             let (device, offset) = self.seat_of(copy);
             let (read, _) = self.io.read(device, offset, PAGE).await;
             if let Some(permits) = permits {
@@ -148,17 +148,13 @@ impl Core {
                     errno.to_string()
                 }
             };
-            if !busy && !self.commits_under_way() && before == self.written_so_far() {
+            let is_over = !busy && !self.commits_under_way() && before == self.tally.borrow().commits;
+            if is_over || !matches!(copy, Copy::Table(..)) {
                 return Some(trouble);
             }
         }
         // It is written all the time: then it is whole each time it was.
         None
-    }
-
-    /// What changes when something of the metadata was written.
-    fn written_so_far(&self) -> (u64, u64) {
-        (self.tally.borrow().commits, self.places.saved_sequence.get())
     }
 
     fn check(&self, copy: Copy, page: &[u8]) -> Result<(), &'static str> {

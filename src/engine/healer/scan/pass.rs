@@ -92,6 +92,8 @@ pub(super) struct Pass {
     pub(super) covered: u64,
     pub(super) read: u64,
     pub(super) found: Found,
+    /// Blocks moved out of slots, since the volume was opened.
+    pub(super) left_slots: u64,
     pub(super) skipped: Vec<Skipped>,
     pub(super) skipped_bytes: u64,
     /// Units round hits: to be read next, and all that were, with what they came to where the cursor has not passed
@@ -128,6 +130,7 @@ impl Pass {
             covered: 0,
             read: 0,
             found: Found::default(),
+            left_slots: 0,
             skipped: Vec::new(),
             skipped_bytes: 0,
             urgent: VecDeque::new(),

@@ -195,7 +195,14 @@ impl Core {
     /// How much may be read at a time now, and how often side by side.
     fn reads_now(&self) -> (usize, usize) {
         let now = self.io.now();
-        let (bytes, parallel) = self.scan.pace.borrow().as_ref().map_or((BLOCK_SIZE, 1), |pace| pace.reads(now));
+        let (bytes, parallel) = match self.scan.pace.borrow_mut().as_mut() {
+            None => (BLOCK_SIZE, 1),
+            Some(pace) => {
+                // What was seen before the last reads, which may have waited for long, is no longer so.
+                pace.look(now, self.requests_answered(), self.scan.load.get());
+                pace.reads(now)
+            }
+        };
         (usize::try_from(bytes / BLOCK_SIZE).expect("a few hundred"), parallel)
     }
 
