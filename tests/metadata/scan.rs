@@ -215,6 +215,16 @@ fn a_block_whose_slot_needs_retries_moves_to_another_one() {
     assert_eq!(engine.read(&mut rig, MOVED * BLOCK, BLOCK), Some(old(MOVED)));
 }
 
+/// Its piece, its part, and itself alone.
+#[test]
+fn a_block_that_reads_only_when_it_is_examined_counts_as_recovered() {
+    let mut rig = made(SMALL);
+    rig.bad = vec![unreadable(PRIMARY, BLOCK_A * 4096, 512, Reads::Times(3))];
+    let mut engine = rig.open().unwrap();
+    assert_eq!(engine.scan(&mut rig).found, Found { recovered: 1, ..Found::default() });
+    assert_eq!(rig.bad[0].reads, Reads::Times(0));
+}
+
 #[test]
 fn blocks_stay_in_failing_slots_where_few_are_free() {
     let mut rig = begun(SMALL);

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::{REMEMBERED_MAX, Step, Stopped, Turn};
-use crate::device::DeviceIndex;
+use crate::device::{DeviceIndex, Errno};
 use crate::engine::healer::failure::Failure;
 use crate::engine::healer::read::{Budget, sectors_of_mask};
 use crate::engine::healer::write::Reason;
@@ -21,19 +21,29 @@ const WEAK_A_DAY: u32 = 64;
 const WEAK_SHARE: u64 = 4;
 const SECONDS_A_DAY: u64 = 86_400;
 
+/// Why a block is examined.
+#[derive(Clone, Copy)]
+pub(super) enum Trouble<'a> {
+    /// It is pending, was rewritten, or has lost sectors.
+    Known,
+    /// It did not read on that device just now.
+    Failed(DeviceIndex, Errno),
+    /// It is slow on that device, for the reason given.
+    Slow(DeviceIndex, &'a str),
+}
+
 impl Core {
-    /// See to a block that failed, is pending, was rewritten, has lost sectors, or is slow where it lives, for the
-    /// reason given.
+    /// See to a block in trouble where it lives.
     pub(super) async fn examine(
         self: &Rc<Self>,
         turn: Turn,
         block: Block,
-        slow: Option<(DeviceIndex, &str)>,
+        trouble: Trouble<'_>,
     ) -> Result<Step, Stopped> {
         self.of_pass(turn, |_| ())?;
         let done = match self.fence(BlockRange::one(block)).await {
             Ok(fence) => {
-                let done = self.examine_fenced(turn, block, slow).await;
+                let done = self.examine_fenced(turn, block, trouble).await;
                 self.lift(fence);
                 done
             }
@@ -49,12 +59,7 @@ impl Core {
         Ok(step)
     }
 
-    async fn examine_fenced(
-        self: &Rc<Self>,
-        turn: Turn,
-        block: Block,
-        slow: Option<(DeviceIndex, &str)>,
-    ) -> Result<(), Failure> {
+    async fn examine_fenced(self: &Rc<Self>, turn: Turn, block: Block, trouble: Trouble<'_>) -> Result<(), Failure> {
         let before = self.map.borrow().get(block);
         if before.in_doubt {
             return Err(Failure::refused(Refusal::InDoubt));
@@ -64,9 +69,13 @@ impl Core {
         let Some(run) = runs(&map, &self.geometry(), range).first().copied() else { return Ok(()) };
         self.refuse_gone(run.device)?;
         // It may have moved since.
-        let slow = slow.filter(|(device, _)| *device == run.device).map(|(_, why)| why);
+        let (failed, slow) = match trouble {
+            Trouble::Failed(device, errno) if device == run.device => (Some(errno), None),
+            Trouble::Slow(device, why) if device == run.device => (None, Some(why)),
+            _ => (None, None),
+        };
         let budget = Budget::of_read();
-        let read = self.read_run(run, None, &budget).await?;
+        let read = self.read_run(run, failed, &budget).await?;
         let first = self.of_pass(turn, |pass| pass.meets(block)).unwrap_or(false);
         let is_bad = !read.bad.is_empty();
         if is_bad {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
+use super::examine::Trouble;
 use super::{REMEMBERED_MAX, Step, Stopped, Turn, bytes_of};
 use crate::device::buffer::AlignedBuf;
 use crate::device::{DeviceIndex, Errno};
@@ -189,7 +190,7 @@ impl Core {
         if self.of_pass(turn, |pass| pass.has_met(block))? {
             return Ok(Step::Done);
         }
-        self.examine(turn, block, None).await
+        self.examine(turn, block, Trouble::Known).await
     }
 
     /// How much may be read at a time now, and how often side by side.
@@ -275,11 +276,11 @@ impl Core {
             let (result, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
             match result {
                 Ok(()) => times.push((single, took)),
-                Err(_) => failing.push(single),
+                Err(errno) => failing.push((single, errno)),
             }
         }
-        for single in failing {
-            if self.examine(turn, single.blocks[0], None).await? == Step::Again {
+        for (single, errno) in failing {
+            if self.examine(turn, single.blocks[0], Trouble::Failed(single.device, errno)).await? == Step::Again {
                 return Ok(Step::Again);
             }
         }
@@ -293,7 +294,7 @@ impl Core {
                 continue;
             }
             let cause = format!("{} ms, and again, where {} ms are usual", took / 1_000_000, usual / 1_000_000);
-            if self.examine(turn, single.blocks[0], Some((single.device, &cause))).await? == Step::Again {
+            if self.examine(turn, single.blocks[0], Trouble::Slow(single.device, &cause)).await? == Step::Again {
                 return Ok(Step::Again);
             }
         }
