@@ -71,9 +71,13 @@ impl Engine {
         } else if let Some(message) = self.to_shard.pop_front() {
             self.shard.message(self.now, message, &mut fast);
         } else if rig.disks.pending_len() > 0 {
-            match rig.perform()? {
-                (0, completion) => self.healer.completed(self.now, completion, &mut rare),
-                (_, completion) => self.shard.completed(self.now, completion, &mut fast),
+            let (queue, completion) = rig.perform()?;
+            if completion.result.is_err() {
+                self.now = self.now.plus_secs(rig.failing_seconds);
+            }
+            match queue {
+                0 => self.healer.completed(self.now, completion, &mut rare),
+                _ => self.shard.completed(self.now, completion, &mut fast),
             }
         } else {
             return Ok(false);

@@ -30,5 +30,6 @@ mod returns;
 mod rig;
 mod scan;
 mod scan_metadata;
+mod scan_slow;
 mod seat;
 mod story;

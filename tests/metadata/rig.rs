@@ -115,6 +115,8 @@ pub(crate) struct Rig {
     pub(crate) held_flush: Option<DeviceIndex>,
     /// Operations of the spare that fail, counted from 0: the first of them, and how many.
     pub(crate) fails: Option<(u64, u64)>,
+    /// Seconds that a read takes to fail.
+    pub(crate) failing_seconds: u64,
     /// Operations that may still be performed before the power goes.
     pub(crate) left: Option<u64>,
     /// What the next opening's scanner does by itself.
@@ -146,6 +148,7 @@ impl Rig {
             held_read: None,
             held_flush: None,
             fails: None,
+            failing_seconds: 0,
             left: None,
             scan: ScanParams::default(),
             performed: Vec::new(),

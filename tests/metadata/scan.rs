@@ -17,12 +17,12 @@ use crate::seat::seats;
 const LARGE: Shape = Shape { capacity: 131_072, max_remaps: 64, labelled: true };
 const MIB: u64 = 1 << 20;
 
-fn unreadable(device: DeviceIndex, from: u64, bytes: u64, reads: Reads) -> Bad {
+pub(crate) fn unreadable(device: DeviceIndex, from: u64, bytes: u64, reads: Reads) -> Bad {
     Bad { device, from, to: from + bytes, reads, writes: false }
 }
 
 /// A volume of that shape without faults.
-fn made(shape: Shape) -> Rig {
+pub(crate) fn made(shape: Shape) -> Rig {
     let mut rig = Rig::new(shape);
     rig.create().unwrap().unwrap();
     rig

@@ -2,12 +2,13 @@
 
 use vhost_remap::device::OpKind;
 use vhost_remap::engine::healer::Order;
-use vhost_remap::engine::scan::{Found, ScanOrder, ScanScope};
+use vhost_remap::engine::scan::{Found, ScanOrder, ScanScope, ScanState};
 use vhost_remap::volume::layout::{Home, Place};
 
 use crate::commits::{MOVED, SMALL, begun, old};
 use crate::crash::at_every_operation;
-use crate::rig::{BLOCK, Bad, Reads, Rig, SPARE, Shape, range_of};
+use crate::resize::{GROWN, extend};
+use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig, SPARE, Shape, range_of};
 use crate::seat::{At, Kind, Seat, is_whole, seats};
 
 /// Whether a pass writes it anew; superblocks and notes of a failed flush are left to the next opening.
@@ -100,8 +101,11 @@ fn a_page_that_is_being_written_is_not_called_damaged() {
             engine.tick(&mut rig, 1);
             engine.settle_but_for_held(&mut rig).unwrap();
         }
-        let last = engine.status_now(&mut rig).scan.last.expect("the pass waits for no commit");
+        let scan = engine.status_now(&mut rig).scan;
+        let last = scan.last.expect("the pass waits for no commit");
         assert_eq!(last.found, Found::default(), "home {home}");
+        // What is in it is not known, and nobody says that it is whole.
+        assert!(!last.complete && scan.skipped_bytes == 4096, "{:?}", scan.skipped);
     }
 }
 
@@ -192,4 +196,39 @@ fn a_place_that_goes_during_a_pass_does_not_end_it_early() {
         assert!(reads.any(|op| (op.offset, op.len) == (seat.offset, 4096)), "{seat:?} was not read");
     }
     assert!(label.len() > 3, "the label has a table");
+}
+
+/// Of a label that moves, pages are overwritten with zeros.
+#[test]
+fn a_label_that_moves_is_not_called_damaged() {
+    let mut rig = begun(SMALL);
+    let mut engine = quiet(&mut rig);
+    engine.scan(&mut rig);
+    let whole = engine.status(&mut rig).scan.scanned.extent;
+    // A pass comes to the label while that moves, waits for it, and finds zeros where it was.
+    extend(&mut rig, GROWN);
+    rig.held = Some((PRIMARY, GROWN.label().unwrap().superblock(0)));
+    let order = Order::Resize { capacity: GROWN.capacity, primary_size: GROWN.sizes()[0] };
+    let resized = engine.begin_order(&mut rig, order);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    engine.begin_order(&mut rig, Order::Scan(ScanOrder::Start(ScanScope::default())));
+    for _ in 0..20 {
+        engine.tick(&mut rig, 1);
+        engine.settle_but_for_held(&mut rig).unwrap();
+    }
+    assert_eq!(engine.status_now(&mut rig).scan.state, ScanState::Running);
+    rig.held = None;
+    engine.settle(&mut rig).unwrap();
+    assert!(engine.is_answered(resized));
+    let last = engine.end_scan(&mut rig);
+    assert_eq!((last.found, last.complete), (Found::default(), false), "the new part was not read");
+    let scanned = engine.status(&mut rig).scan.scanned;
+    assert_eq!(scanned.extent, whole);
+    assert!(scanned.has(range_of(0, 4096)) && !scanned.has(range_of(SMALL.capacity, 4096)));
+    drop(engine);
+    rig.kill();
+    let mut engine = quiet(&mut rig);
+    assert_eq!(engine.status(&mut rig).scan.scanned.extent, whole, "it is remembered");
+    assert!(engine.scan(&mut rig).complete);
+    assert!(engine.status(&mut rig).scan.scanned.has(range_of(SMALL.capacity, 4096)));
 }

@@ -56,8 +56,33 @@ pub(super) struct BadPart {
     pub(super) from: usize,
     /// Bytes.
     pub(super) len: usize,
-    /// Its own reads failed on the medium, to the last retry; otherwise it was merely not reached.
-    pub(super) proven: bool,
+    /// Times its own reads failed on the medium.
+    tried: u32,
+}
+
+impl BadPart {
+    /// It was tried to the last retry; otherwise time was up before.
+    pub(super) fn is_proven(self) -> bool {
+        self.tried > RETRIES
+    }
+}
+
+/// A logical block was tried before, and failed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tried {
+    pub(super) device: DeviceIndex,
+    /// How it failed the last time.
+    pub(super) errno: Errno,
+    /// How often.
+    pub(super) times: u32,
+}
+
+/// A part of a block that is not known to read, nor to fail to the last retry.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unread {
+    pub(super) range: SectorRange,
+    /// Of a part that was tried as a whole.
+    pub(super) tried: Option<Tried>,
 }
 
 /// What the ladder brought up.
@@ -82,24 +107,21 @@ impl Core {
         device: DeviceIndex,
         offset: u64,
         len: usize,
-        failed_before: Option<Errno>,
+        before: Option<Tried>,
         budget: &Budget,
     ) -> Result<Ladder, Failure> {
         let unit = usize::try_from(self.geometry().logical_block).expect("512 or 4096");
-        let mut ladder =
-            Ladder { data: AlignedBuf::zeroed(len), bad: Vec::new(), recovered: Vec::new(), errno: failed_before };
-        let mut failing: Vec<(usize, usize)> = failed_before.map(|_| (0, len)).into_iter().collect();
+        let errno = before.map(|before| before.errno);
+        let mut ladder = Ladder { data: AlignedBuf::zeroed(len), bad: Vec::new(), recovered: Vec::new(), errno };
+        let mut failing: Vec<(usize, usize)> = before.map(|_| (0, len)).into_iter().collect();
         let mut parts = vec![(0, len)];
         while let Some((from, len)) = parts.pop() {
             if budget.is_spent() || ladder.bad.len() >= BAD_MAX {
-                ladder.bad.push(BadPart { from, len, proven: false });
+                ladder.bad.push(BadPart { from, len, tried: 0 });
                 continue;
             }
-            let mut tries = if len <= unit { 1 + RETRIES } else { 1 };
-            if failed_before.is_some() && len == ladder.data.len() && len <= unit {
-                // Its first try was the shard's.
-                tries -= 1;
-            }
+            let is_unit = len <= unit;
+            let mut tried = before.filter(|_| is_unit && len == ladder.data.len()).map_or(0, |before| before.times);
             loop {
                 let (result, took) = self.io.read(device, offset + from as u64, len).await;
                 let errno = match result {
@@ -115,12 +137,12 @@ impl Core {
                 let asked = self.io.now();
                 self.diagnose(device, errno, true, SectorRange::default()).await?;
                 budget.spend(Took(self.io.now().since_ns(asked)));
-                tries -= 1;
-                if tries > 0 && !budget.is_spent() {
+                tried += 1;
+                if is_unit && tried <= RETRIES && !budget.is_spent() {
                     continue;
                 }
-                if len <= unit {
-                    ladder.bad.push(BadPart { from, len, proven: tries == 0 });
+                if is_unit {
+                    ladder.bad.push(BadPart { from, len, tried });
                 } else {
                     let half = (len / 2).next_multiple_of(unit);
                     parts.push((from + half, len - half));
@@ -169,8 +191,9 @@ impl Core {
         let mut unreadable: Option<Failure> = None;
         for run in runs(&map, &self.geometry(), range) {
             self.refuse_gone(run.device)?;
-            let failed = failed.filter(|failed| failed.device == run.device).map(|failed| failed.errno);
-            let read = self.read_run(run, failed, budget).await?;
+            let first_try = |Failed { device, errno, .. }| Tried { device, errno, times: 1 };
+            let before = failed.filter(|failed| failed.device == run.device).map(first_try);
+            let read = self.read_run(run, before, budget).await?;
             let at = from + usize::try_from((run.range.start.0 - range.start.0) * SECTOR_SIZE).expect("a chunk fits");
             guest.copy_from(at, &read.data[read.skip..read.skip + bytes(run.range)]);
             for bad in &read.bad {
@@ -202,7 +225,7 @@ impl Core {
     pub(super) async fn read_run(
         self: &Rc<Self>,
         run: Run,
-        failed: Option<Errno>,
+        before: Option<Tried>,
         budget: &Budget,
     ) -> Result<ReadRun, Failure> {
         let unit = u64::from(self.geometry().logical_block);
@@ -210,7 +233,7 @@ impl Core {
         let end = (run.offset + run.range.bytes()).next_multiple_of(unit);
         let len = usize::try_from(end - start).expect("a chunk fits");
         let skip = run.offset - start;
-        let ladder = self.read_ladder(run.device, start, len, failed, budget).await?;
+        let ladder = self.read_ladder(run.device, start, len, before, budget).await?;
         // Guest sectors of a part of the widened run, clipped to the run.
         let sectors = |from: usize, len: usize| {
             let first = (from as u64).max(skip) - skip;
@@ -219,7 +242,7 @@ impl Core {
             SectorRange { start: Sector(run.range.start.0 + first / SECTOR_SIZE), count }
         };
         let map = self.map.borrow().clone();
-        let mut bad = Vec::new();
+        let (mut bad, mut unread) = (Vec::new(), Vec::new());
         let mut good_from = run.range.start;
         for part in &ladder.bad {
             let range = sectors(part.from, part.len);
@@ -235,17 +258,21 @@ impl Core {
                     continue;
                 }
                 bad.push(range.within(block));
-                if part.proven {
+                if part.is_proven() {
                     self.note_bad(block, mask);
+                } else {
+                    let tried = ladder.errno.filter(|_| part.tried > 0);
+                    let tried = tried.map(|errno| Tried { device: run.device, errno, times: part.tried });
+                    unread.push(Unread { range: range.within(block), tried });
                 }
             }
         }
         self.note_good(SectorRange { start: good_from, count: run.range.end().0 - good_from.0 });
-        self.report_read(&run, &ladder, &bad, sectors);
+        self.report_read(&run, &ladder, (&bad, &unread), sectors);
         let cause = ladder.errno.map_or_else(String::new, |errno| errno.to_string());
         let cause = format!("unreadable after {RETRIES} retries: {cause}");
         let failure = Failure::new(Some(run.device), cause).of(FailureClass::Medium);
-        let (unread, recovered) = (ladder.bad.iter().any(|part| !part.proven), !ladder.recovered.is_empty());
+        let recovered = !ladder.recovered.is_empty();
         let skip = usize::try_from(skip).expect("less than a block");
         Ok(ReadRun { data: ladder.data, skip, bad, unread, recovered, failure })
     }
@@ -254,7 +281,7 @@ impl Core {
         &self,
         run: &Run,
         ladder: &Ladder,
-        bad: &[SectorRange],
+        (bad, unread): (&[SectorRange], &[Unread]),
         sectors: impl Fn(usize, usize) -> SectorRange,
     ) {
         let cause = ladder.errno.map_or_else(String::new, |errno| errno.to_string());
@@ -266,7 +293,10 @@ impl Core {
             }
         }
         for range in bad {
-            let action = "pending: fails until it reads again or is rewritten";
+            let action = match unread.iter().any(|part| part.range == *range) {
+                false => "pending: fails until it reads again or is rewritten",
+                true => "fails now: time is up before its last retry",
+            };
             self.event(Severity::Warn, "read-error", Some(run.device), *range, &*cause, action);
         }
     }
@@ -338,9 +368,10 @@ pub(super) struct ReadRun {
     data: AlignedBuf,
     /// Bytes before the guest's first.
     skip: usize,
+    /// What does not read.
     pub(super) bad: Vec<SectorRange>,
-    /// Some of what is bad was not tried to the last, as time was up.
-    pub(super) unread: bool,
+    /// What of that was not tried to the last, as time was up.
+    pub(super) unread: Vec<Unread>,
     /// Some of it was read only after retries.
     pub(super) recovered: bool,
     failure: Failure,

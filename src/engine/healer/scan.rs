@@ -1,10 +1,11 @@
 //! The scanner: reads everything from time to time, so that trouble is met while it can be helped.
 //!
 //! A pass is one task at a time. It reads without a fence, for what is read well is not looked at; only blocks in
-//! trouble are fenced and seen to like a guest's request. `pass` is how it stands, `read` how it reads, `examine`
-//! what becomes of a block in trouble, `metadata` looks at the pages of places and label, `saved` is what a restart
-//! leaves, `status` what is said of it.
+//! trouble are fenced and seen to like a guest's request. `due` is when it begins, `pass` how it stands, `read` how it
+//! reads, `examine` what becomes of a block in trouble, `metadata` looks at the pages of places and label, `saved` is
+//! what a restart leaves, `status` what is said of it.
 
+mod due;
 mod examine;
 mod metadata;
 mod pass;
@@ -32,8 +33,6 @@ use pass::{Pass, Stage};
 use saved::Record;
 pub(super) use saved::{SAVED_AT, WORDS};
 
-/// The first pass that is due begins so many seconds after the volume was opened.
-const SETTLE_SECONDS: u64 = 600;
 /// What keeps a pass from going on is looked at again after so many seconds.
 const HELD_SECONDS: u64 = 1;
 /// Rewritten blocks that wait for a pass, at most: those beyond are never called healed.
@@ -129,6 +128,12 @@ impl Scanner {
         self.not_slow(block);
     }
 
+    /// A block was given back, and so many slots are still in use: weak blocks have no more than those.
+    pub(super) fn has_left_slot(&self, live: u64) {
+        let mut record = self.record.borrow_mut();
+        record.weak_slots = record.weak_slots.min(live);
+    }
+
     /// Which blocks are slow is about to be seen again.
     fn not_slow(&self, block: Block) {
         let mut slow = self.slow.borrow_mut();
@@ -182,30 +187,6 @@ impl Core {
             let core = self.clone();
             self.spawn(async move { core.scan_when_due().await });
         }
-    }
-
-    async fn scan_when_due(self: &Rc<Self>) {
-        while let Some(due) = self.next_scan() {
-            let now = self.wall_seconds();
-            if due > now {
-                self.io.sleep_until(self.io.now().plus_secs(due - now)).await;
-            } else if self.scan.pass.borrow().is_some() {
-                self.io.sleep_until(self.io.now().plus_secs(SETTLE_SECONDS)).await;
-            } else {
-                self.begin_pass(ScanScope::default(), false);
-            }
-            if self.closing.get() {
-                return;
-            }
-        }
-    }
-
-    /// When a pass is due, seconds since the epoch.
-    fn next_scan(&self) -> Option<u64> {
-        let record = self.scan.record.borrow();
-        let settled = self.scan.opened.get() + SETTLE_SECONDS;
-        let interval = self.scan.params.interval?;
-        Some(if record.whole_ended == 0 { settled } else { settled.max(record.whole_ended.saturating_add(interval)) })
     }
 
     /// What the operator wants of the scanner.
@@ -324,10 +305,10 @@ impl Core {
     fn work_at_pass(self: &Rc<Self>) {
         let turn = self.end_turn();
         let now = self.io.now();
-        let (total, requests) = (self.scan_total(), self.requests_answered());
-        let params = &self.scan.params;
-        *self.scan.pace.borrow_mut() = Some(Pace::new(now, total, params.interval, params.rate, requests));
+        let (total, seconds, requests) = (self.scan_total(), self.seconds_left(), self.requests_answered());
         if let Some(pass) = self.scan.pass.borrow_mut().as_mut() {
+            let left = total.saturating_sub(pass.covered);
+            *self.scan.pace.borrow_mut() = Some(Pace::new(now, left, seconds, self.scan.params.rate, requests));
             pass.goes_on(now);
         }
         let core = self.clone();
@@ -476,7 +457,7 @@ impl Core {
             record.whole_ended = ended;
         }
         if complete {
-            record.complete_ended = ended;
+            (record.complete_ended, record.complete_capacity) = (ended, pass.extent.count);
         }
     }
 

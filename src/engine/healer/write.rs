@@ -440,7 +440,7 @@ impl Core {
             let (from, to) = (first * 512, last * 512);
             let ladder = self.read_ladder(device, base + from as u64, to - from, None, &budget).await?;
             placement.image[from..to].copy_from_slice(&ladder.data);
-            if let Some(bad) = ladder.bad.iter().find(|bad| state.slot.is_some() && !bad.proven) {
+            if let Some(bad) = ladder.bad.iter().find(|bad| state.slot.is_some() && !bad.is_proven()) {
                 // Time was up before its last retry. The primary would be asked for a lost sector again later,
                 // but a slot is left for good.
                 let start = Sector(block.start().0 + (from + bad.from) as u64 / SECTOR_SIZE);

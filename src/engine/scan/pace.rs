@@ -57,8 +57,8 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Of a pass over so many bytes that has so many seconds, at a rate of `cap` bytes of a second at most; the guest
-    /// had so many requests answered until now.
+    /// Of a pass that has so many bytes to read, and so many seconds for that, at a rate of `cap` bytes of a second at
+    /// most; the guest had so many requests answered until now.
     pub fn new(now: Time, bytes: u64, seconds: Option<u64>, cap: Option<u64>, requests: u64) -> Pace {
         let in_time = bytes / seconds.unwrap_or(u64::MAX).max(1);
         let floor = in_time.max(FLOOR_MIN).min(cap.unwrap_or(u64::MAX)).max(1);

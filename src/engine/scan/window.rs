@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 const SECONDS_A_DAY: u64 = 86_400;
 const MINUTES_A_DAY: u32 = 1440;
+const MINUTES_A_WEEK: u64 = 7 * MINUTES_A_DAY as u64;
 /// In the order of the days since 1970-01-05, a Monday.
 const DAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
 /// 1970-01-01 was a Thursday.
@@ -37,6 +38,13 @@ impl Window {
         } else {
             (begins(day) && minute >= self.begin) || (begins(day + 6) && minute < self.end)
         }
+    }
+
+    /// Of so many seconds, those in which it is open.
+    pub fn open_of(&self, seconds: u64) -> u64 {
+        let a_day = if self.begin < self.end { self.end - self.begin } else { MINUTES_A_DAY + self.end - self.begin };
+        let minutes = u64::from(a_day) * u64::from(self.days.count_ones());
+        seconds / MINUTES_A_WEEK * minutes + seconds % MINUTES_A_WEEK * minutes / MINUTES_A_WEEK
     }
 
     /// Seconds from `local` until it may be another: at most a minute, which is as exact as it is said.
@@ -139,6 +147,14 @@ mod tests {
         assert!(open("fri-mon", at(0, 12, 0)) && !open("fri-mon", at(1, 12, 0)));
         assert!(open("00:00-24:00", at(2, 23, 59)) && open("20:00-24:00", at(2, 23, 59)));
         assert!(!open("20:00-24:00", at(2, 0, 0)));
+    }
+
+    #[test]
+    fn of_a_time_a_window_is_open_for_its_share() {
+        let open_of = |text: &str, seconds| text.parse::<Window>().unwrap().open_of(seconds);
+        assert_eq!((Window::default().open_of(7), Window::default().open_of(1_209_601)), (7, 1_209_601));
+        assert_eq!((open_of("22:00-06:00", 86_400), open_of("06:00-22:00", 86_400)), (28_800, 57_600));
+        assert_eq!((open_of("sat,sun", 604_800), open_of("sun 12:00-12:30", 604_800)), (172_800, 1800));
     }
 
     #[test]

@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use super::{REMEMBERED_MAX, Step, Stopped, Turn};
 use crate::device::{DeviceIndex, Errno};
-use crate::engine::healer::failure::Failure;
-use crate::engine::healer::read::{Budget, sectors_of_mask};
+use crate::engine::healer::failure::{Failure, FailureClass};
+use crate::engine::healer::read::{Budget, ReadRun, Tried, Unread, sectors_of_mask};
 use crate::engine::healer::write::Reason;
 use crate::engine::healer::{Core, Severity};
 use crate::engine::message::Refusal;
 use crate::engine::scan::Found;
-use crate::engine::view::{Run, runs};
-use crate::units::{Block, BlockRange};
+use crate::engine::view::runs;
+use crate::units::{Block, BlockRange, SectorRange, Slot};
 
 /// Weak blocks moved on one day, and blocks moved out of failing slots in one pass, at most.
 const WEAK_A_DAY: u32 = 64;
@@ -32,6 +32,65 @@ pub(super) enum Trouble<'a> {
     Slow(DeviceIndex, &'a str),
 }
 
+impl<'a> Trouble<'a> {
+    /// What is to be read of a block in that trouble: all of it.
+    fn unread(self, range: SectorRange) -> Unread {
+        let tried = match self {
+            Trouble::Failed(device, errno) => Some(Tried { device, errno, times: 1 }),
+            _ => None,
+        };
+        Unread { range, tried }
+    }
+
+    /// Why it is slow, unless it has moved since.
+    fn slow_on(self, device: DeviceIndex) -> Option<&'a str> {
+        match self {
+            Trouble::Slow(slow, why) if slow == device => Some(why),
+            _ => None,
+        }
+    }
+}
+
+/// Why an examination ended early.
+enum Cut {
+    Stopped,
+    Failed(Failure),
+}
+
+impl From<Stopped> for Cut {
+    fn from(_: Stopped) -> Cut {
+        Cut::Stopped
+    }
+}
+
+impl From<Failure> for Cut {
+    fn from(failure: Failure) -> Cut {
+        Cut::Failed(failure)
+    }
+}
+
+/// What reading a block to the end came to.
+struct Seen {
+    /// Where it lived.
+    device: DeviceIndex,
+    slot: Option<Slot>,
+    /// Some of it does not read.
+    bad: bool,
+    /// Some of it was read only after retries.
+    recovered: bool,
+    /// It was rewritten before, and reads.
+    healed: bool,
+}
+
+/// A block that reads, but not as it should.
+struct Weak {
+    block: Block,
+    slot: Option<Slot>,
+    why: String,
+    /// It leaves a slot that fails now and then, and that is retired.
+    failing_slot: bool,
+}
+
 impl Core {
     /// See to a block in trouble where it lives.
     pub(super) async fn examine(
@@ -40,16 +99,11 @@ impl Core {
         block: Block,
         trouble: Trouble<'_>,
     ) -> Result<Step, Stopped> {
-        self.of_pass(turn, |_| ())?;
-        let done = match self.fence(BlockRange::one(block)).await {
-            Ok(fence) => {
-                let done = self.examine_fenced(turn, block, trouble).await;
-                self.lift(fence);
-                done
-            }
-            Err(failure) => Err(failure),
+        let failure = match self.look_into(turn, block, trouble).await {
+            Ok(()) => return Ok(Step::Done),
+            Err(Cut::Stopped) => return Err(Stopped),
+            Err(Cut::Failed(failure)) => failure,
         };
-        let Err(failure) = done else { return Ok(Step::Done) };
         let map = self.map.borrow().clone();
         let geometry = self.geometry();
         let mut step = Step::Done;
@@ -59,44 +113,20 @@ impl Core {
         Ok(step)
     }
 
-    async fn examine_fenced(self: &Rc<Self>, turn: Turn, block: Block, trouble: Trouble<'_>) -> Result<(), Failure> {
-        let before = self.map.borrow().get(block);
-        if before.in_doubt {
-            return Err(Failure::refused(Refusal::InDoubt));
-        }
-        let range = self.geometry().sectors_of(block);
-        let map = self.map.borrow().clone();
-        let Some(run) = runs(&map, &self.geometry(), range).first().copied() else { return Ok(()) };
-        self.refuse_gone(run.device)?;
-        // It may have moved since.
-        let (failed, slow) = match trouble {
-            Trouble::Failed(device, errno) if device == run.device => (Some(errno), None),
-            Trouble::Slow(device, why) if device == run.device => (None, Some(why)),
-            _ => (None, None),
-        };
-        let budget = Budget::of_read();
-        let read = self.read_run(run, failed, &budget).await?;
-        let first = self.of_pass(turn, |pass| pass.meets(block)).unwrap_or(false);
-        let is_bad = !read.bad.is_empty();
-        if is_bad {
+    async fn look_into(self: &Rc<Self>, turn: Turn, block: Block, trouble: Trouble<'_>) -> Result<(), Cut> {
+        let seen = self.read_to_the_end(turn, block, trouble).await?;
+        let first = self.of_pass(turn, |pass| pass.meets(block))?;
+        if seen.bad {
             self.count(turn, first, |found| found.bad += 1);
             self.hit(turn, block);
-        } else if self.scan.unproven.borrow_mut().remove(&block) {
-            self.tally.borrow_mut().healed += 1;
-            self.count(turn, first, |found| found.healed += 1);
-            let cause = "a rewritten block was read by a pass";
-            self.event(Severity::Info, "healed", Some(run.device), range, cause, "it counts as healed");
         }
-        if read.unread {
-            return Err(Failure::new(Some(run.device), "reading it takes too long"));
-        }
-        if before.lost != 0 {
-            let (healed, lost) = self.look_for_lost(turn, block, &budget).await?;
-            self.count(turn, first, |found| (found.healed, found.lost) = (found.healed + healed, found.lost + lost));
-        }
-        if read.recovered {
+        let (healed, lost) = self.look_for_lost(turn, block).await?;
+        let healed = healed + u64::from(seen.healed);
+        self.count(turn, first, |found| (found.healed, found.lost) = (found.healed + healed, found.lost + lost));
+        if seen.recovered {
             self.count(turn, first, |found| found.recovered += 1);
         }
+        let slow = trouble.slow_on(seen.device);
         if slow.is_some() {
             self.count(turn, first, |found| found.slow += 1);
             let mut slow = self.scan.slow.borrow_mut();
@@ -104,11 +134,85 @@ impl Core {
                 Arc::make_mut(&mut slow).insert(block);
             }
         }
-        if is_bad || !(read.recovered || slow.is_some()) {
+        if seen.bad || !(seen.recovered || slow.is_some()) {
             return Ok(());
         }
         self.hit(turn, block);
-        self.see_to_weak(turn, run, first, read.recovered, slow).await
+        let why = slow.map_or_else(|| "it was read only after retries".to_owned(), |slow| format!("slow: {slow}"));
+        let failing_slot = seen.device == DeviceIndex::SPARE && seen.recovered;
+        let may_move = if failing_slot { self.may_leave_slot(turn) } else { self.may_move_weak() };
+        if first && may_move && self.acts(turn) {
+            return self.move_weak(turn, Weak { block, slot: seen.slot, why, failing_slot }).await;
+        }
+        if slow.is_some() {
+            let range = self.geometry().sectors_of(block);
+            self.event(Severity::Warn, "slow-block", Some(seen.device), range, why, "weak; it stays where it is");
+        }
+        Ok(())
+    }
+
+    /// Do something with a fenced block when it is this pass's turn to; the disk then rests as long as it took.
+    async fn fenced<T>(
+        self: &Rc<Self>,
+        turn: Turn,
+        block: Block,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Cut> {
+        self.await_pace(turn, self.geometry().sectors_of(block).bytes()).await?;
+        let fence = self.fence(BlockRange::one(block)).await?;
+        let began = self.io.now();
+        let in_doubt = self.map.borrow().get(block).in_doubt;
+        let done = if in_doubt { Err(Failure::refused(Refusal::InDoubt)) } else { work.await };
+        self.lift(fence);
+        if let Some(pace) = self.scan.pace.borrow_mut().as_mut() {
+            let now = self.io.now();
+            pace.pause(now, now.since_ns(began));
+        }
+        Ok(done?)
+    }
+
+    /// Read a block until each of its sectors was read or tried to the last. What a request of the guest would have no
+    /// time for is tried in the next round, and the guest may use the block between them.
+    async fn read_to_the_end(self: &Rc<Self>, turn: Turn, block: Block, trouble: Trouble<'_>) -> Result<Seen, Cut> {
+        let whole = self.geometry().sectors_of(block);
+        let first = self.read_part(block, trouble.unread(whole));
+        let (device, slot, read, healed) = self.fenced(turn, block, first).await?;
+        let is_bad = |read: &ReadRun| read.bad.len() > read.unread.len();
+        let mut seen = Seen { device, slot, bad: is_bad(&read), recovered: read.recovered, healed };
+        let mut left = read.unread;
+        // What has to wait for another round has failed.
+        let has_failed = !left.is_empty();
+        while let Some(part) = left.pop() {
+            let (_, _, read, _) = self.fenced(turn, block, self.read_part(block, part)).await?;
+            seen.bad |= is_bad(&read);
+            seen.recovered |= read.recovered;
+            left.extend(read.unread);
+        }
+        seen.recovered |= has_failed && !seen.bad;
+        Ok(seen)
+    }
+
+    /// Read some of a block, wherever it lives now: where that was, and whether it is healed thereby.
+    async fn read_part(
+        self: &Rc<Self>,
+        block: Block,
+        part: Unread,
+    ) -> Result<(DeviceIndex, Option<Slot>, ReadRun, bool), Failure> {
+        let map = self.map.borrow().clone();
+        let run = *runs(&map, &self.geometry(), part.range).first().expect("some of a block");
+        self.refuse_gone(run.device)?;
+        // It may have moved since.
+        let tried = part.tried.filter(|tried| tried.device == run.device);
+        let read = self.read_run(run, tried, &Budget::of_read()).await?;
+        let whole = self.geometry().sectors_of(block);
+        let is_well = part.range == whole && read.bad.is_empty();
+        let healed = is_well && self.scan.unproven.borrow_mut().remove(&block);
+        if healed {
+            self.tally.borrow_mut().healed += 1;
+            let cause = "a rewritten block was read by a pass";
+            self.event(Severity::Info, "healed", Some(run.device), whole, cause, "it counts as healed");
+        }
+        Ok((run.device, map.get(block).slot, read, healed))
     }
 
     /// Count what was seen of a block once, however often the pass comes by.
@@ -116,28 +220,6 @@ impl Core {
         if first {
             _ = self.of_pass(turn, |pass| add(&mut pass.found));
         }
-    }
-
-    /// Move a block that was read, but not as it should, if that is to be done; or say so.
-    async fn see_to_weak(
-        self: &Rc<Self>,
-        turn: Turn,
-        run: Run,
-        first: bool,
-        recovered: bool,
-        slow: Option<&str>,
-    ) -> Result<(), Failure> {
-        let why = slow.map_or_else(|| "it was read only after retries".to_owned(), |slow| format!("slow: {slow}"));
-        let failing_slot = run.device == DeviceIndex::SPARE && recovered;
-        let may_move = if failing_slot { self.may_leave_slot(turn) } else { self.may_move_weak() };
-        if first && may_move && self.acts(turn) {
-            return self.move_weak(turn, run, why, failing_slot).await;
-        }
-        if slow.is_some() {
-            let action = "weak; it stays where it is";
-            self.event(Severity::Warn, "slow-block", Some(run.device), run.range, why, action);
-        }
-        Ok(())
     }
 
     /// Whether a pass may change anything now.
@@ -157,20 +239,22 @@ impl Core {
 
     /// Try the lost sectors of a block again where the primary still has their last content: how many were healed,
     /// and how many stay lost.
-    async fn look_for_lost(self: &Rc<Self>, turn: Turn, block: Block, budget: &Budget) -> Result<(u64, u64), Failure> {
-        let before = self.map.borrow().get(block).lost;
-        let lost_now = || self.map.borrow().get(block).lost;
-        if self.acts(turn) {
-            for sector in sectors_of_mask(block, before) {
-                let bit = 1 << sector.within_block();
-                if lost_now() & bit != 0 {
-                    // A success is put into the slot and counted there.
-                    self.read_lost(block, sector, budget).await?;
-                }
+    async fn look_for_lost(self: &Rc<Self>, turn: Turn, block: Block) -> Result<(u64, u64), Cut> {
+        let lost = || self.map.borrow().get(block).lost;
+        let mut healed = 0;
+        for sector in sectors_of_mask(block, lost()) {
+            if lost() >> sector.within_block() & 1 == 0 || !self.acts(turn) {
+                continue;
             }
+            let look = async {
+                let before = lost().count_ones();
+                // A success is put into the slot and counted there.
+                self.read_lost(block, sector, &Budget::of_read()).await?;
+                Ok(before - lost().count_ones())
+            };
+            healed += u64::from(self.fenced(turn, block, look).await?);
         }
-        let lost = lost_now().count_ones();
-        Ok((u64::from(before.count_ones() - lost), u64::from(lost)))
+        Ok((healed, u64::from(lost().count_ones())))
     }
 
     fn weak_day(&self) -> u32 {
@@ -183,7 +267,7 @@ impl Core {
         let of_day = if record.weak_day == self.weak_day() { record.weak_of_day } else { 0 };
         self.scan.params.move_weak
             && of_day < WEAK_A_DAY
-            && record.weak_total < u64::from(self.geometry().slots) / WEAK_SHARE
+            && record.weak_slots < u64::from(self.geometry().slots) / WEAK_SHARE
             && self.table.borrow().available() > 0
     }
 
@@ -195,30 +279,44 @@ impl Core {
     }
 
     /// Move a block that was read to a slot, or to another one.
-    async fn move_weak(self: &Rc<Self>, turn: Turn, run: Run, why: String, failing_slot: bool) -> Result<(), Failure> {
-        let block = run.range.blocks().start;
-        let before = self.map.borrow().get(block);
-        let mut placement = self.rescue(block, 0).await?;
-        if placement.lost != before.lost {
-            // It reads no more: by itself a read error loses nothing (R4), and is known from now on.
-            if !self.read_run(run, None, &Budget::of_read()).await?.bad.is_empty() {
-                self.count(turn, true, |found| found.bad += 1);
-            }
+    async fn move_weak(self: &Rc<Self>, turn: Turn, weak: Weak) -> Result<(), Cut> {
+        let block = weak.block;
+        if self.fenced(turn, block, self.move_fenced(turn, weak)).await? {
             return Ok(());
         }
+        // It reads no more: by itself a read error loses nothing (R4), and is known from now on.
+        if self.read_to_the_end(turn, block, Trouble::Known).await?.bad {
+            self.count(turn, true, |found| found.bad += 1);
+        }
+        Ok(())
+    }
+
+    /// Do it; whether the block could still be read.
+    async fn move_fenced(self: &Rc<Self>, turn: Turn, weak: Weak) -> Result<bool, Failure> {
+        let Weak { block, slot, why, failing_slot } = weak;
+        let before = self.map.borrow().get(block);
+        if before.slot != slot {
+            // It has moved since.
+            return Ok(true);
+        }
+        let mut placement = match self.rescue(block, 0).await {
+            Ok(placement) if placement.lost == before.lost => placement,
+            Err(failure) if failure.class != FailureClass::Medium => return Err(failure),
+            _ => return Ok(false),
+        };
         if failing_slot {
             // What looks like a bad slot may be the spare's going.
             self.confirm(DeviceIndex::SPARE).await?;
         }
         if !self.acts(turn) {
-            return Ok(());
+            return Ok(true);
         }
         placement.reason = Reason::Weak(why);
         if let Err(failure) = self.place(vec![placement]).await {
             let range = self.geometry().sectors_of(block);
             let action = "weak, and could not be moved";
             self.event(Severity::Warn, "slow-block", failure.device, range, failure.cause, action);
-            return Ok(());
+            return Ok(true);
         }
         _ = self.of_pass(turn, |pass| {
             pass.found.moved += 1;
@@ -229,8 +327,8 @@ impl Core {
             let mut record = self.scan.record.borrow_mut();
             let of_day = if record.weak_day == today { record.weak_of_day } else { 0 };
             (record.weak_day, record.weak_of_day) = (today, of_day + 1);
-            record.weak_total += 1;
+            record.weak_slots += 1;
         }
-        Ok(())
+        Ok(true)
     }
 }

@@ -6,13 +6,27 @@ use super::{PAGES_A_STEP, Step, Stopped, Turn};
 use crate::device::DeviceIndex;
 use crate::engine::healer::{Core, Severity};
 use crate::engine::task::join_all;
-use crate::units::SectorRange;
+use crate::units::{SectorRange, Time};
 use crate::volume::layout::{Home, LabelLayout, PAGE, Place};
 use crate::volume::sidecar::{Poison, SavedCounters};
 use crate::volume::superblock::{Seat, Superblock};
 use crate::volume::table::{Page, PageSeat};
 
 const PAGE_BYTES: u64 = PAGE as u64;
+
+/// Times a page of the table is read that is written each time, and nanoseconds between them (100 ms).
+const TRIES: usize = 4;
+const BUSY_NS: u64 = 100_000_000;
+
+/// What a look at a copy came to.
+enum Look {
+    Well,
+    Damaged(String),
+    /// It is not read as it is when nobody writes it.
+    Busy,
+    /// The label has moved meanwhile.
+    Gone,
+}
 
 /// One copy of a page.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +41,14 @@ enum Copy {
 }
 
 impl Copy {
+    /// The label it is of.
+    fn label(self) -> Option<LabelLayout> {
+        match self {
+            Copy::LabelSuperblock(label, _) | Copy::LabelPoison(label) | Copy::LabelTable(label, _) => Some(label),
+            _ => None,
+        }
+    }
+
     fn name(self) -> String {
         match self {
             Copy::Superblock(place, copy) => format!("superblock {copy} at the {}", place.name()),
@@ -97,12 +119,26 @@ impl Core {
         let from = usize::try_from(position).unwrap_or(usize::MAX).min(copies.len());
         let some = &copies[from..(from + PAGES_A_STEP).min(copies.len())];
         self.await_pace(turn, some.len() as u64 * PAGE_BYTES).await?;
-        let looks = join_all(some.iter().map(|copy| self.trouble_with(*copy))).await;
-        let damaged: Vec<(Copy, String)> =
-            some.iter().zip(looks).filter_map(|(copy, trouble)| Some((*copy, trouble?))).collect();
+        let looks = join_all(some.iter().map(|copy| self.look_at(*copy))).await;
+        let (mut damaged, mut busy) = (Vec::new(), Vec::new());
+        for (copy, look) in some.iter().zip(looks) {
+            match look {
+                Look::Well => {}
+                Look::Damaged(trouble) => damaged.push((*copy, trouble)),
+                Look::Busy => busy.push(*copy),
+                Look::Gone => return Ok(Step::Again),
+            }
+        }
         // Before anything is said: a step that is taken again says it all again.
         if damaged.iter().any(|(copy, _)| self.refuse_gone(self.seat_of(*copy).0).is_err()) {
             return Ok(Step::Again);
+        }
+        for copy in busy {
+            let (device, offset) = self.seat_of(copy);
+            let why = format!("{} was being written each time it was read", copy.name());
+            if self.skip(turn, device, offset, PAGE_BYTES, why)? == Step::Again {
+                return Ok(Step::Again);
+            }
         }
         for (copy, trouble) in &damaged {
             let (device, offset) = self.seat_of(*copy);
@@ -119,10 +155,12 @@ impl Core {
         Ok(Step::Done)
     }
 
-    /// What is wrong with a copy, if it is so when nobody writes it.
-    async fn trouble_with(self: &Rc<Self>, copy: Copy) -> Option<String> {
-        const TRIES: usize = 4;
-        for _ in 0..TRIES {
+    /// Look at a copy when nobody writes it.
+    async fn look_at(self: &Rc<Self>, copy: Copy) -> Look {
+        for tried in 0..TRIES {
+            if tried > 0 {
+                self.io.sleep_until(Time(self.io.now().0 + BUSY_NS)).await;
+            }
             // All but pages of the table are written by one at a time; those are whole between commits.
             let permits = match copy {
                 Copy::Superblock(..) => Some(&self.places.turn),
@@ -137,11 +175,16 @@ impl Core {
             let (before, busy) = (self.tally.borrow().commits, self.commits_under_way());
             let (device, offset) = self.seat_of(copy);
             let (read, _) = self.io.read(device, offset, PAGE).await;
+            let is_gone = copy.label().is_some_and(|label| self.label.get() != Some(label));
             if let Some(permits) = permits {
                 permits.release();
             }
-            let trouble = match read {
-                Ok(page) => self.check(copy, &page).err()?.to_owned(),
+            if is_gone {
+                return Look::Gone;
+            }
+            let trouble = match read.map(|page| self.check(copy, &page)) {
+                Ok(Ok(())) => return Look::Well,
+                Ok(Err(trouble)) => trouble.to_owned(),
                 Err(errno) => {
                     // Whether it is the device, which is then waited for.
                     let _ = self.diagnose(device, errno, true, SectorRange::default()).await;
@@ -150,11 +193,10 @@ impl Core {
             };
             let is_over = !busy && !self.commits_under_way() && before == self.tally.borrow().commits;
             if is_over || !matches!(copy, Copy::Table(..)) {
-                return Some(trouble);
+                return Look::Damaged(trouble);
             }
         }
-        // It is written all the time: then it is whole each time it was.
-        None
+        Look::Busy
     }
 
     fn check(&self, copy: Copy, page: &[u8]) -> Result<(), &'static str> {
@@ -200,10 +242,13 @@ impl Core {
                 return "the other copies count; it is written anew when the volume is opened next";
             }
         }
-        if self.trouble_with(copy).await.is_some() {
-            return "written anew, and damaged still";
+        match self.look_at(copy).await {
+            Look::Damaged(_) => "written anew, and damaged still",
+            Look::Busy | Look::Gone => "written anew, and being written again",
+            Look::Well => {
+                self.tally.borrow_mut().metadata_repairs += 1;
+                "written anew"
+            }
         }
-        self.tally.borrow_mut().metadata_repairs += 1;
-        "written anew"
     }
 }

@@ -14,6 +14,8 @@ const PAUSED: u64 = 2;
 const CHECK_ONLY: u64 = 4;
 const ORDERED: u64 = 8;
 const HAS_RANGE: u64 = 16;
+/// Above the flags is the capacity.
+const CAPACITY_SHIFT: u32 = 8;
 /// Bits of a position; above them is the stage.
 const POSITION_BITS: u32 = 56;
 
@@ -30,11 +32,13 @@ pub(super) struct Record {
     pub(super) whole_ended: u64,
     /// The same of the last one that was complete.
     pub(super) complete_ended: u64,
+    /// Sectors that the disk had then.
+    pub(super) complete_capacity: u64,
     /// The last day (since the epoch) on which weak blocks moved, and how many did.
     pub(super) weak_day: u32,
     pub(super) weak_of_day: u32,
-    /// Weak blocks moved in all.
-    pub(super) weak_total: u64,
+    /// Slots that weak blocks have, at most: which of the blocks that were given back was weak is not known.
+    pub(super) weak_slots: u64,
 }
 
 fn words(found: &Found) -> [u64; 8] {
@@ -50,6 +54,7 @@ fn found(words: &[u64]) -> Found {
 /// The words of it.
 pub(super) fn encode(record: &Record, pass: Option<&Pass>) -> [u64; WORDS] {
     let mut words_of = [0; WORDS];
+    words_of[0] = record.complete_capacity << CAPACITY_SHIFT;
     words_of[1] = record.pass;
     if let Some(pass) = pass {
         let flags = [
@@ -59,7 +64,7 @@ pub(super) fn encode(record: &Record, pass: Option<&Pass>) -> [u64; WORDS] {
             (ORDERED, pass.ordered),
             (HAS_RANGE, pass.scope.range.is_some()),
         ];
-        words_of[0] = flags.iter().filter(|(_, set)| *set).map(|(bit, _)| bit).sum();
+        words_of[0] |= flags.iter().filter(|(_, set)| *set).map(|(bit, _)| bit).sum::<u64>();
         words_of[2] = u64::from(pass.cursor.stage.number()) << POSITION_BITS | pass.cursor.position;
         let range = pass.extent;
         let kept = pass.kept();
@@ -77,7 +82,7 @@ pub(super) fn encode(record: &Record, pass: Option<&Pass>) -> [u64; WORDS] {
     words_of[21..29].copy_from_slice(&words(&last.found));
     words_of[29] = record.complete_ended;
     words_of[30] = u64::from(record.weak_day) << 32 | u64::from(record.weak_of_day);
-    words_of[31] = record.weak_total;
+    words_of[31] = record.weak_slots;
     words_of
 }
 
@@ -100,9 +105,10 @@ pub(super) fn decode(saved: &[u64]) -> (Record, Option<Pass>) {
         },
         whole_ended: (w[20] >> 2).min(NUMBER_MAX),
         complete_ended: w[29],
+        complete_capacity: w[0] >> CAPACITY_SHIFT,
         weak_day: low(w[30] >> 32),
         weak_of_day: low(w[30]),
-        weak_total: w[31],
+        weak_slots: w[31],
     };
     let stage = Stage::of_number(w[2] >> POSITION_BITS).filter(|_| w[0] & UNDER_WAY != 0);
     let pass = stage.map(|stage| {
@@ -145,9 +151,10 @@ mod tests {
             last: LastPass { pass: 2, started: 10, ended: 20, complete: true, cancelled: true, found: some(100) },
             whole_ended: 20,
             complete_ended: 19,
+            complete_capacity: 1 << 40,
             weak_day: 20_000,
             weak_of_day: 64,
-            weak_total: 70,
+            weak_slots: 70,
         };
         let range = SectorRange { start: Sector(8), count: 16 };
         let scope = ScanScope { range: Some(range), check_only: true };

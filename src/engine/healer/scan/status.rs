@@ -4,6 +4,7 @@ use super::bytes_of;
 use super::pass::{Pass, Stage};
 use crate::engine::healer::Core;
 use crate::engine::scan::{ScanState, ScanStatus, Scanned};
+use crate::units::{Sector, SectorRange};
 
 impl Core {
     /// Bytes that the pass is to go over: each block where it lives, and all pages of metadata.
@@ -73,8 +74,11 @@ impl Core {
 
     /// What was read of the primary by the pass that is under way, or by any that was complete.
     fn scanned(&self, pass: Option<&Pass>) -> Scanned {
-        if self.scan.record.borrow().complete_ended > 0 {
-            return Scanned { extent: self.whole(), position: u64::MAX };
+        let record = self.scan.record.borrow();
+        if record.complete_ended > 0 {
+            // It may have grown since.
+            let count = self.whole().count.min(record.complete_capacity);
+            return Scanned { extent: SectorRange { start: Sector(0), count }, position: u64::MAX };
         }
         let of_pass = |pass: &Pass| {
             let position = if pass.cursor.stage == Stage::Primary { pass.cursor.position } else { u64::MAX };

@@ -1,0 +1,96 @@
+//! What a pass does with disks that take their time to fail.
+
+use vhost_remap::device::OpKind;
+use vhost_remap::engine::healer::Order;
+use vhost_remap::engine::request::Status;
+use vhost_remap::engine::scan::{Found, ScanParams, ScanScope, ScanState};
+
+use crate::commits::{BLOCK_A, SMALL, new};
+use crate::engine::Engine;
+use crate::rig::{BLOCK, PRIMARY, Reads, Rig, range_of};
+use crate::scan::{made, unreadable};
+
+/// Seven of them are more than a request of the guest may take (R2).
+const SECONDS: u64 = 2;
+/// Reads of a block that fails in all its sectors: in whole, in halves and quarters, and each sector to its last retry.
+const LADDER: u64 = 1 + 2 + 4 + 8 * 4;
+
+fn slow_to_fail(reads: Reads) -> (Rig, Engine) {
+    let mut rig = made(SMALL);
+    rig.bad = vec![unreadable(PRIMARY, BLOCK_A * 4096, 4096, reads)];
+    rig.failing_seconds = SECONDS;
+    let engine = rig.open().unwrap();
+    (rig, engine)
+}
+
+fn reads_of_block(rig: &Rig) -> u64 {
+    let bytes = BLOCK_A * 4096..(BLOCK_A + 1) * 4096;
+    let reads = rig.performed.iter().filter(|op| op.device == PRIMARY && op.kind == OpKind::Read && op.len <= 4096);
+    reads.filter(|op| bytes.contains(&op.offset)).count() as u64
+}
+
+#[test]
+fn a_block_that_takes_long_to_fail_is_tried_to_the_last_and_pending() {
+    let (mut rig, mut engine) = slow_to_fail(Reads::Never);
+    rig.performed.clear();
+    let last = engine.scan(&mut rig);
+    assert_eq!(last.found, Found { bad: 1, ..Found::default() });
+    assert!(last.complete, "{:?}", engine.status(&mut rig).scan.skipped);
+    assert_eq!(engine.status(&mut rig).pending, 1);
+    // Once to find it, and all of the ladder but its first read, which was that.
+    let reads = reads_of_block(&rig);
+    assert!((LADDER..=LADDER + 1).contains(&reads), "{reads}");
+    // Nothing else is read while it is tried, and the disk rests between.
+    let took = last.ended - last.started;
+    assert!(took > reads * SECONDS * 3 / 2, "{took} s for {reads} reads that fail");
+}
+
+/// R2: one request of the guest tries only so long, and what it says of the rest is true.
+#[test]
+fn what_a_request_has_no_time_for_is_not_called_pending() {
+    let (mut rig, mut engine) = slow_to_fail(Reads::Never);
+    assert_eq!(engine.read(&mut rig, BLOCK_A * BLOCK, BLOCK), None);
+    assert_eq!(engine.status(&mut rig).pending, 0);
+    let events = engine.events.iter().filter(|event| event.kind == "read-error");
+    let (pending, others): (Vec<_>, Vec<_>) = events.partition(|event| event.action.starts_with("pending"));
+    assert_eq!(pending.len(), 0);
+    assert!(others.iter().all(|event| event.action.contains("time is up")) && !others.is_empty(), "{others:?}");
+}
+
+#[test]
+fn the_guest_has_its_turn_while_a_block_is_tried() {
+    let (mut rig, mut engine) = slow_to_fail(Reads::UntilWritten);
+    engine.begin_scan(&mut rig, ScanScope::default());
+    while engine.causes("read-error").is_empty() {
+        engine.pass(&mut rig, 1).unwrap();
+    }
+    assert_eq!(engine.write(&mut rig, BLOCK_A * BLOCK, &new(BLOCK_A)), Ok(Status::Ok));
+    assert_eq!(engine.status(&mut rig).scan.state, ScanState::Running);
+    assert!(engine.end_scan(&mut rig).complete);
+    assert_eq!(engine.status(&mut rig).pending, 0);
+    assert_eq!(engine.read(&mut rig, BLOCK_A * BLOCK, BLOCK), Some(new(BLOCK_A)));
+}
+
+#[test]
+fn a_block_that_reads_in_a_later_round_counts_as_recovered() {
+    let (mut rig, mut engine) = slow_to_fail(Reads::Times(12));
+    let last = engine.scan(&mut rig);
+    assert_eq!(last.found, Found { recovered: 1, ..Found::default() });
+    assert!(last.complete && engine.status(&mut rig).pending == 0);
+}
+
+/// What weak blocks may take of the slots is there again once they were given back.
+#[test]
+fn slots_that_weak_blocks_had_count_no_more_once_they_are_released() {
+    let mut rig = made(SMALL);
+    rig.scan = ScanParams { move_weak: true, ..ScanParams::default() };
+    let mut engine = rig.open().unwrap();
+    for _ in 0..3 {
+        rig.bad = (0..6).map(|block| unreadable(PRIMARY, block * 4096, 512, Reads::Times(6))).collect();
+        // A quarter of 16 slots.
+        assert_eq!(engine.scan(&mut rig).found.moved, 4);
+        rig.bad.clear();
+        engine.done(&mut rig, Order::Release(range_of(0, 6 * 4096)));
+        assert_eq!(engine.status(&mut rig).live, 0);
+    }
+}
