@@ -14,6 +14,7 @@ mod fence;
 mod flush;
 mod health;
 mod label;
+mod ladder;
 mod operator;
 mod pending;
 mod place;
@@ -50,8 +51,8 @@ use crate::volume::table::Table;
 use failure::Failure;
 pub use failure::FailureClass;
 pub use flush::PoisonReport;
+use ladder::Budget;
 pub use operator::{HealerStatus, Order, OrderId, Reply};
-use read::Budget;
 pub use resize::NotResized;
 
 /// Repairs under way at a time, at most. Others wait in order; each holds at most [`CHUNK_SECTORS`] of

@@ -372,7 +372,7 @@ impl Core {
         let commit = Commit { changes: vec![Change { slot, entry: Entry::FREE }], blocks: vec![(block, 0)] };
         self.commit(commit).await.map_err(|failure| failure.cause)?;
         self.update_map(block, |state| *state = BlockState::default());
-        self.scan.has_left_slot(self.table.borrow().live() as u64);
+        self.scan.weak_are_among(self.table.borrow().live() as u64);
         let range = self.geometry().sectors_of(block);
         let (cause, action) = ("the operator's order", format!("moved back from slot {slot}"));
         self.event(Severity::Info, "released", Some(DeviceIndex::PRIMARY), range, cause, action);

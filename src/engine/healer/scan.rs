@@ -128,8 +128,8 @@ impl Scanner {
         self.not_slow(block);
     }
 
-    /// A block was given back, and so many slots are still in use: weak blocks have no more than those.
-    pub(super) fn has_left_slot(&self, live: u64) {
+    /// So many slots are in use now: weak blocks have no more than those.
+    pub(super) fn weak_are_among(&self, live: u64) {
         let mut record = self.record.borrow_mut();
         record.weak_slots = record.weak_slots.min(live);
     }
@@ -180,6 +180,7 @@ impl Core {
         // An end in the future was told by a clock that was wrong: passes would not begin until then.
         let ended = self.scan.record.borrow().whole_ended.min(now);
         self.scan.record.borrow_mut().whole_ended = ended;
+        self.scan.weak_are_among(self.table.borrow().live() as u64);
         if self.scan.wants_load() {
             self.work_at_pass();
         }

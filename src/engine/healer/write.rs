@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use super::commit::Commit;
 use super::failure::{Failure, FailureClass};
-use super::read::{Budget, innermost, sectors_of_mask};
+use super::ladder::{Budget, Ladder, innermost};
+use super::read::sectors_of_mask;
 use super::{Core, OnLoss, Severity, used_slots};
 use crate::device::buffer::{AlignedBuf, Iovecs};
 use crate::device::{DeviceIndex, Errno};
@@ -438,9 +439,11 @@ impl Core {
         let unit = self.geometry().logical_block;
         for (first, last) in extents(wanted, unit) {
             let (from, to) = (first * 512, last * 512);
-            let ladder = self.read_ladder(device, base + from as u64, to - from, None, &budget).await?;
+            let mut ladder = Ladder::new(to - from, None);
+            self.climb(device, base + from as u64, &mut ladder, &budget).await?;
             placement.image[from..to].copy_from_slice(&ladder.data);
-            if let Some(bad) = ladder.bad.iter().find(|bad| state.slot.is_some() && !bad.is_proven()) {
+            let unread = ladder.unread();
+            if let Some(bad) = unread.iter().find(|bad| state.slot.is_some() && !bad.is_proven()) {
                 // Time was up before its last retry. The primary would be asked for a lost sector again later,
                 // but a slot is left for good.
                 let start = Sector(block.start().0 + (from + bad.from) as u64 / SECTOR_SIZE);
@@ -448,7 +451,7 @@ impl Core {
                 let failure = Failure::new(Some(device), "reading the rest of its block takes too long");
                 return Err(failure.of(FailureClass::Medium).at(range));
             }
-            for bad in &ladder.bad {
+            for bad in unread {
                 let first = u32::try_from((from + bad.from) / 512).expect("0 to 7");
                 placement.lost |= sector_mask(first, bad.len as u64 / 512) & wanted;
                 // A sector that was valid in a slot: what the primary holds of it is old.

@@ -12,6 +12,8 @@ const IDLE_NS: u64 = 100_000_000;
 const LOOK_NS: u64 = 100_000_000;
 /// Slowest that a pass goes beside a busy guest, in bytes of a second, unless its rate is limited further.
 const FLOOR_MIN: u64 = 1 << 20;
+/// Fastest that it goes there to end in time: what does not fit a short window takes another one.
+const FLOOR_MAX: u64 = 32 << 20;
 /// Beside a guest that does not mind, so many times the floor.
 const EASY_MAX: u64 = 16;
 /// With more of its requests under way a guest is thought to mind.
@@ -61,7 +63,7 @@ impl Pace {
     /// most; the guest had so many requests answered until now.
     pub fn new(now: Time, bytes: u64, seconds: Option<u64>, cap: Option<u64>, requests: u64) -> Pace {
         let in_time = bytes / seconds.unwrap_or(u64::MAX).max(1);
-        let floor = in_time.max(FLOOR_MIN).min(cap.unwrap_or(u64::MAX)).max(1);
+        let floor = in_time.clamp(FLOOR_MIN, FLOOR_MAX).min(cap.unwrap_or(u64::MAX)).max(1);
         Pace { floor, cap, speed: floor, next: now, looked: now, requests, asked: now, usual_p99_ns: None, back_off: 0 }
     }
 
@@ -164,6 +166,8 @@ mod tests {
         assert_eq!((first, pace.begin(Time(0), 1)), (Time(0), Time(1_000_000_000)));
         let mut slow = Pace::new(Time(0), MIB, Some(day), None, 0);
         assert_eq!((slow.begin(Time(0), MIB), slow.begin(Time(0), 1)), (Time(0), Time(1_000_000_000)));
+        let mut short = Pace::new(Time(0), 864_000 * MIB, Some(60), None, 0);
+        assert_eq!((short.begin(Time(0), 32 * MIB), short.begin(Time(0), 1)), (Time(0), Time(1_000_000_000)));
         // What the operator allows at most goes before.
         let mut least = Pace::new(Time(0), 864_000 * MIB, Some(day), Some(MIB / 2), 0);
         assert_eq!((least.begin(Time(0), MIB), least.begin(Time(0), 1)), (Time(0), Time(2_000_000_000)));

@@ -40,8 +40,9 @@ impl Core {
     pub(super) fn seconds_left(&self) -> Option<u64> {
         let (interval, now) = (self.scan.params.interval?, self.wall_seconds());
         let pass = self.scan.pass.borrow();
-        let left = pass.as_ref()?.started.saturating_add(interval).saturating_sub(now);
+        let pass = pass.as_ref()?;
+        let left = pass.started.saturating_add(interval).saturating_sub(now);
         let left = left.clamp(interval / LATE_SHARE, interval);
-        Some(if pass.as_ref()?.ordered { left } else { self.scan.params.window.open_of(left) })
+        Some(if pass.ordered { left } else { self.scan.params.window.open_of(left) })
     }
 }

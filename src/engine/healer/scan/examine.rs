@@ -4,16 +4,18 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::read::Piece;
 use super::{REMEMBERED_MAX, Step, Stopped, Turn};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::healer::failure::{Failure, FailureClass};
-use crate::engine::healer::read::{Budget, ReadRun, Tried, Unread, sectors_of_mask};
+use crate::engine::healer::ladder::Budget;
+use crate::engine::healer::read::{Reading, sectors_of_mask};
 use crate::engine::healer::write::Reason;
 use crate::engine::healer::{Core, Severity};
 use crate::engine::message::Refusal;
 use crate::engine::scan::Found;
-use crate::engine::view::runs;
-use crate::units::{Block, BlockRange, SectorRange, Slot};
+use crate::engine::view::{Run, runs};
+use crate::units::{Block, BlockRange};
 
 /// Weak blocks moved on one day, and blocks moved out of failing slots in one pass, at most.
 const WEAK_A_DAY: u32 = 64;
@@ -26,26 +28,25 @@ const SECONDS_A_DAY: u64 = 86_400;
 pub(super) enum Trouble<'a> {
     /// It is pending, was rewritten, or has lost sectors.
     Known,
-    /// It did not read on that device just now.
-    Failed(DeviceIndex, Errno),
-    /// It is slow on that device, for the reason given.
-    Slow(DeviceIndex, &'a str),
+    /// It did not read just now, alone.
+    Failed(&'a Piece, Errno),
+    /// It is slow, for the reason given.
+    Slow(&'a Piece, &'a str),
 }
 
 impl<'a> Trouble<'a> {
-    /// What is to be read of a block in that trouble: all of it.
-    fn unread(self, range: SectorRange) -> Unread {
-        let tried = match self {
-            Trouble::Failed(device, errno) => Some(Tried { device, errno, times: 1 }),
+    /// How it failed, unless it has moved since.
+    fn failed(self, run: Run) -> Option<Errno> {
+        match self {
+            Trouble::Failed(piece, errno) if piece.is_at(run) => Some(errno),
             _ => None,
-        };
-        Unread { range, tried }
+        }
     }
 
     /// Why it is slow, unless it has moved since.
-    fn slow_on(self, device: DeviceIndex) -> Option<&'a str> {
+    fn slow(self, run: Run) -> Option<&'a str> {
         match self {
-            Trouble::Slow(slow, why) if slow == device => Some(why),
+            Trouble::Slow(piece, why) if piece.is_at(run) => Some(why),
             _ => None,
         }
     }
@@ -69,23 +70,25 @@ impl From<Failure> for Cut {
     }
 }
 
-/// What reading a block to the end came to.
+/// What was seen of a block.
+#[derive(Default)]
 struct Seen {
-    /// Where it lived.
-    device: DeviceIndex,
-    slot: Option<Slot>,
-    /// Some of it does not read.
-    bad: bool,
-    /// Some of it was read only after retries.
+    /// How far reading it has come, where it lived when it was read last.
+    reading: Option<Reading>,
     recovered: bool,
-    /// It was rewritten before, and reads.
-    healed: bool,
+    healed: u64,
+    lost: u64,
+}
+
+impl Seen {
+    fn is_bad(&self) -> bool {
+        self.reading.as_ref().is_some_and(|reading| reading.is_bad)
+    }
 }
 
 /// A block that reads, but not as it should.
 struct Weak {
-    block: Block,
-    slot: Option<Slot>,
+    run: Run,
     why: String,
     /// It leaves a slot that fails now and then, and that is retired.
     failing_slot: bool,
@@ -104,61 +107,62 @@ impl Core {
             Err(Cut::Stopped) => return Err(Stopped),
             Err(Cut::Failed(failure)) => failure,
         };
-        let map = self.map.borrow().clone();
-        let geometry = self.geometry();
-        let mut step = Step::Done;
-        for run in runs(&map, &geometry, geometry.sectors_of(block)) {
-            step = self.skip(turn, run.device, run.offset, run.range.bytes(), failure.cause.clone())?;
+        let run = self.run_of(block);
+        let step = self.skip(turn, run.device, run.offset, run.range.bytes(), failure.cause)?;
+        if step == Step::Done {
+            self.of_pass(turn, |pass| pass.meets(block))?;
         }
         Ok(step)
     }
 
-    async fn look_into(self: &Rc<Self>, turn: Turn, block: Block, trouble: Trouble<'_>) -> Result<(), Cut> {
-        let seen = self.read_to_the_end(turn, block, trouble).await?;
-        let first = self.of_pass(turn, |pass| pass.meets(block))?;
-        if seen.bad {
-            self.count(turn, first, |found| found.bad += 1);
-            self.hit(turn, block);
-        }
-        let (healed, lost) = self.look_for_lost(turn, block).await?;
-        let healed = healed + u64::from(seen.healed);
-        self.count(turn, first, |found| (found.healed, found.lost) = (found.healed + healed, found.lost + lost));
-        if seen.recovered {
-            self.count(turn, first, |found| found.recovered += 1);
-        }
-        let slow = trouble.slow_on(seen.device);
-        if slow.is_some() {
-            self.count(turn, first, |found| found.slow += 1);
-            let mut slow = self.scan.slow.borrow_mut();
-            if slow.len() < REMEMBERED_MAX {
-                Arc::make_mut(&mut slow).insert(block);
-            }
-        }
-        if seen.bad || !(seen.recovered || slow.is_some()) {
-            return Ok(());
-        }
-        self.hit(turn, block);
-        let why = slow.map_or_else(|| "it was read only after retries".to_owned(), |slow| format!("slow: {slow}"));
-        let failing_slot = seen.device == DeviceIndex::SPARE && seen.recovered;
-        let may_move = if failing_slot { self.may_leave_slot(turn) } else { self.may_move_weak() };
-        if first && may_move && self.acts(turn) {
-            return self.move_weak(turn, Weak { block, slot: seen.slot, why, failing_slot }).await;
-        }
-        if slow.is_some() {
-            let range = self.geometry().sectors_of(block);
-            self.event(Severity::Warn, "slow-block", Some(seen.device), range, why, "weak; it stays where it is");
-        }
-        Ok(())
+    /// Where a block lives now.
+    fn run_of(&self, block: Block) -> Run {
+        let (map, geometry) = (self.map.borrow(), self.geometry());
+        *runs(&map, &geometry, geometry.sectors_of(block)).first().expect("a block has sectors")
     }
 
-    /// Do something with a fenced block when it is this pass's turn to; the disk then rests as long as it took.
+    async fn look_into(self: &Rc<Self>, turn: Turn, block: Block, trouble: Trouble<'_>) -> Result<(), Cut> {
+        let mut seen = Seen::default();
+        let looked = self.look(turn, block, trouble, &mut seen).await;
+        // What was proven bad is so, whatever came later.
+        if !seen.is_bad() && looked.is_err() {
+            return looked;
+        }
+        let first = self.of_pass(turn, |pass| pass.meets(block))?;
+        self.count(turn, first, |found| {
+            found.bad += u64::from(seen.is_bad());
+            found.recovered += u64::from(seen.recovered);
+            found.healed += seen.healed;
+            found.lost += seen.lost;
+        });
+        if seen.is_bad() {
+            self.hit(turn, block);
+            return looked;
+        }
+        let run = self.run_of(block);
+        if seen.reading.is_none_or(|reading| reading.run != run) {
+            // It has moved since.
+            return Ok(());
+        }
+        self.see_to_weak(turn, first, run, seen.recovered, trouble.slow(run)).await
+    }
+
+    /// Read a block, and look for its lost sectors.
+    async fn look(self: &Rc<Self>, turn: Turn, block: Block, trouble: Trouble<'_>, seen: &mut Seen) -> Result<(), Cut> {
+        self.read_to_the_end(turn, block, trouble, seen).await?;
+        self.look_for_lost(turn, block, seen).await
+    }
+
+    /// Do something with a fenced block when it is this pass's turn to read so many bytes; the disk then rests as long
+    /// as it took, or as a pass rests at most.
     async fn fenced<T>(
         self: &Rc<Self>,
         turn: Turn,
         block: Block,
+        bytes: u64,
         work: impl Future<Output = Result<T, Failure>>,
     ) -> Result<T, Cut> {
-        self.await_pace(turn, self.geometry().sectors_of(block).bytes()).await?;
+        self.await_pace(turn, bytes).await?;
         let fence = self.fence(BlockRange::one(block)).await?;
         let began = self.io.now();
         let in_doubt = self.map.borrow().get(block).in_doubt;
@@ -173,46 +177,43 @@ impl Core {
 
     /// Read a block until each of its sectors was read or tried to the last. What a request of the guest would have no
     /// time for is tried in the next round, and the guest may use the block between them.
-    async fn read_to_the_end(self: &Rc<Self>, turn: Turn, block: Block, trouble: Trouble<'_>) -> Result<Seen, Cut> {
-        let whole = self.geometry().sectors_of(block);
-        let first = self.read_part(block, trouble.unread(whole));
-        let (device, slot, read, healed) = self.fenced(turn, block, first).await?;
-        let is_bad = |read: &ReadRun| read.bad.len() > read.unread.len();
-        let mut seen = Seen { device, slot, bad: is_bad(&read), recovered: read.recovered, healed };
-        let mut left = read.unread;
-        // What has to wait for another round has failed.
-        let has_failed = !left.is_empty();
-        while let Some(part) = left.pop() {
-            let (_, _, read, _) = self.fenced(turn, block, self.read_part(block, part)).await?;
-            seen.bad |= is_bad(&read);
-            seen.recovered |= read.recovered;
-            left.extend(read.unread);
+    async fn read_to_the_end(
+        self: &Rc<Self>,
+        turn: Turn,
+        block: Block,
+        trouble: Trouble<'_>,
+        seen: &mut Seen,
+    ) -> Result<(), Cut> {
+        loop {
+            let left = seen.reading.as_ref().map(|reading| reading.ladder.bytes_left() as u64);
+            let bytes = left.unwrap_or(self.geometry().sectors_of(block).bytes());
+            if self.fenced(turn, block, bytes, self.read_round(block, trouble, seen)).await? {
+                return Ok(());
+            }
         }
-        seen.recovered |= has_failed && !seen.bad;
-        Ok(seen)
     }
 
-    /// Read some of a block, wherever it lives now: where that was, and whether it is healed thereby.
-    async fn read_part(
-        self: &Rc<Self>,
-        block: Block,
-        part: Unread,
-    ) -> Result<(DeviceIndex, Option<Slot>, ReadRun, bool), Failure> {
-        let map = self.map.borrow().clone();
-        let run = *runs(&map, &self.geometry(), part.range).first().expect("some of a block");
+    /// One round of it; whether it was the last.
+    async fn read_round(self: &Rc<Self>, block: Block, trouble: Trouble<'_>, seen: &mut Seen) -> Result<bool, Failure> {
+        let run = self.run_of(block);
         self.refuse_gone(run.device)?;
-        // It may have moved since.
-        let tried = part.tried.filter(|tried| tried.device == run.device);
-        let read = self.read_run(run, tried, &Budget::of_read()).await?;
-        let whole = self.geometry().sectors_of(block);
-        let is_well = part.range == whole && read.bad.is_empty();
-        let healed = is_well && self.scan.unproven.borrow_mut().remove(&block);
-        if healed {
-            self.tally.borrow_mut().healed += 1;
-            let cause = "a rewritten block was read by a pass";
-            self.event(Severity::Info, "healed", Some(run.device), whole, cause, "it counts as healed");
+        // It may have moved since the last one.
+        seen.reading.take_if(|reading| reading.run != run);
+        let is_first = seen.reading.is_none();
+        let begin = || Reading::new(run, self.geometry().logical_block, trouble.failed(run));
+        let reading = seen.reading.get_or_insert_with(begin);
+        self.read_on(reading, &Budget::of_read()).await?;
+        if !reading.ladder.is_done() {
+            return Ok(false);
         }
-        Ok((run.device, map.get(block).slot, read, healed))
+        seen.recovered = self.report_recovered(reading) > 0;
+        if is_first && !reading.is_bad && self.scan.unproven.borrow_mut().remove(&block) {
+            self.tally.borrow_mut().healed += 1;
+            seen.healed += 1;
+            let cause = "a rewritten block was read by a pass";
+            self.event(Severity::Info, "healed", Some(run.device), run.range, cause, "it counts as healed");
+        }
+        Ok(true)
     }
 
     /// Count what was seen of a block once, however often the pass comes by.
@@ -220,6 +221,40 @@ impl Core {
         if first {
             _ = self.of_pass(turn, |pass| add(&mut pass.found));
         }
+    }
+
+    /// Move a block that was read, but not as it should, if that is to be done; or say so.
+    async fn see_to_weak(
+        self: &Rc<Self>,
+        turn: Turn,
+        first: bool,
+        run: Run,
+        recovered: bool,
+        slow: Option<&str>,
+    ) -> Result<(), Cut> {
+        let block = run.range.start.block();
+        if slow.is_some() {
+            self.count(turn, first, |found| found.slow += 1);
+            let mut slow = self.scan.slow.borrow_mut();
+            if slow.len() < REMEMBERED_MAX {
+                Arc::make_mut(&mut slow).insert(block);
+            }
+        }
+        if !recovered && slow.is_none() {
+            return Ok(());
+        }
+        self.hit(turn, block);
+        let why = slow.map_or_else(|| "it was read only after retries".to_owned(), |slow| format!("slow: {slow}"));
+        let failing_slot = run.device == DeviceIndex::SPARE && recovered;
+        let may_move = if failing_slot { self.may_leave_slot(turn) } else { self.may_move_weak() };
+        if may_move && self.acts(turn) {
+            return self.move_weak(turn, Weak { run, why, failing_slot }).await;
+        }
+        if slow.is_some() {
+            let action = "weak; it stays where it is";
+            self.event(Severity::Warn, "slow-block", Some(run.device), run.range, why, action);
+        }
+        Ok(())
     }
 
     /// Whether a pass may change anything now.
@@ -237,24 +272,25 @@ impl Core {
         });
     }
 
-    /// Try the lost sectors of a block again where the primary still has their last content: how many were healed,
-    /// and how many stay lost.
-    async fn look_for_lost(self: &Rc<Self>, turn: Turn, block: Block) -> Result<(u64, u64), Cut> {
-        let lost = || self.map.borrow().get(block).lost;
-        let mut healed = 0;
-        for sector in sectors_of_mask(block, lost()) {
-            if lost() >> sector.within_block() & 1 == 0 || !self.acts(turn) {
+    /// Try the lost sectors of a block again where the primary still has their last content.
+    async fn look_for_lost(self: &Rc<Self>, turn: Turn, block: Block, seen: &mut Seen) -> Result<(), Cut> {
+        let unit = u64::from(self.geometry().logical_block);
+        let state = || self.map.borrow().get(block);
+        for sector in sectors_of_mask(block, state().lost) {
+            let is_lost = state().lost >> sector.within_block() & 1 == 1;
+            if !is_lost || state().primary_stale || !self.acts(turn) {
                 continue;
             }
             let look = async {
-                let before = lost().count_ones();
+                let before = state().lost.count_ones();
                 // A success is put into the slot and counted there.
                 self.read_lost(block, sector, &Budget::of_read()).await?;
-                Ok(before - lost().count_ones())
+                Ok(before - state().lost.count_ones())
             };
-            healed += u64::from(self.fenced(turn, block, look).await?);
+            seen.healed += u64::from(self.fenced(turn, block, unit, look).await?);
         }
-        Ok((healed, u64::from(lost().count_ones())))
+        seen.lost = u64::from(state().lost.count_ones());
+        Ok(())
     }
 
     fn weak_day(&self) -> u32 {
@@ -280,27 +316,31 @@ impl Core {
 
     /// Move a block that was read to a slot, or to another one.
     async fn move_weak(self: &Rc<Self>, turn: Turn, weak: Weak) -> Result<(), Cut> {
-        let block = weak.block;
-        if self.fenced(turn, block, self.move_fenced(turn, weak)).await? {
+        let (block, bytes) = (weak.run.range.start.block(), weak.run.range.bytes());
+        if self.fenced(turn, block, bytes, self.move_fenced(turn, weak)).await? {
             return Ok(());
         }
         // It reads no more: by itself a read error loses nothing (R4), and is known from now on.
-        if self.read_to_the_end(turn, block, Trouble::Known).await?.bad {
-            self.count(turn, true, |found| found.bad += 1);
-        }
-        Ok(())
+        let mut seen = Seen::default();
+        let read = self.read_to_the_end(turn, block, Trouble::Known, &mut seen).await;
+        self.count(turn, true, |found| {
+            found.bad += u64::from(seen.is_bad());
+            found.healed += seen.healed;
+        });
+        read
     }
 
     /// Do it; whether the block could still be read.
     async fn move_fenced(self: &Rc<Self>, turn: Turn, weak: Weak) -> Result<bool, Failure> {
-        let Weak { block, slot, why, failing_slot } = weak;
-        let before = self.map.borrow().get(block);
-        if before.slot != slot {
+        let Weak { run, why, failing_slot } = weak;
+        let block = run.range.start.block();
+        if self.run_of(block) != run {
             // It has moved since.
             return Ok(true);
         }
+        let lost = self.map.borrow().get(block).lost;
         let mut placement = match self.rescue(block, 0).await {
-            Ok(placement) if placement.lost == before.lost => placement,
+            Ok(placement) if placement.lost == lost => placement,
             Err(failure) if failure.class != FailureClass::Medium => return Err(failure),
             _ => return Ok(false),
         };
@@ -313,9 +353,8 @@ impl Core {
         }
         placement.reason = Reason::Weak(why);
         if let Err(failure) = self.place(vec![placement]).await {
-            let range = self.geometry().sectors_of(block);
             let action = "weak, and could not be moved";
-            self.event(Severity::Warn, "slow-block", failure.device, range, failure.cause, action);
+            self.event(Severity::Warn, "slow-block", failure.device, run.range, failure.cause, action);
             return Ok(true);
         }
         _ = self.of_pass(turn, |pass| {

@@ -14,7 +14,7 @@ use crate::volume::table::{Page, PageSeat};
 
 const PAGE_BYTES: u64 = PAGE as u64;
 
-/// Times a page of the table is read that is written each time, and nanoseconds between them (100 ms).
+/// Times a page of the table is read that may be being written, and nanoseconds between them (100 ms).
 const TRIES: usize = 4;
 const BUSY_NS: u64 = 100_000_000;
 
@@ -22,10 +22,8 @@ const BUSY_NS: u64 = 100_000_000;
 enum Look {
     Well,
     Damaged(String),
-    /// It is not read as it is when nobody writes it.
-    Busy,
-    /// The label has moved meanwhile.
-    Gone,
+    /// The same, and commits were under way each time, one of which may have been writing it.
+    Busy(String),
 }
 
 /// One copy of a page.
@@ -41,14 +39,6 @@ enum Copy {
 }
 
 impl Copy {
-    /// The label it is of.
-    fn label(self) -> Option<LabelLayout> {
-        match self {
-            Copy::LabelSuperblock(label, _) | Copy::LabelPoison(label) | Copy::LabelTable(label, _) => Some(label),
-            _ => None,
-        }
-    }
-
     fn name(self) -> String {
         match self {
             Copy::Superblock(place, copy) => format!("superblock {copy} at the {}", place.name()),
@@ -119,23 +109,27 @@ impl Core {
         let from = usize::try_from(position).unwrap_or(usize::MAX).min(copies.len());
         let some = &copies[from..(from + PAGES_A_STEP).min(copies.len())];
         self.await_pace(turn, some.len() as u64 * PAGE_BYTES).await?;
+        let label = self.label.get();
         let looks = join_all(some.iter().map(|copy| self.look_at(*copy))).await;
         let (mut damaged, mut busy) = (Vec::new(), Vec::new());
         for (copy, look) in some.iter().zip(looks) {
             match look {
                 Look::Well => {}
                 Look::Damaged(trouble) => damaged.push((*copy, trouble)),
-                Look::Busy => busy.push(*copy),
-                Look::Gone => return Ok(Step::Again),
+                Look::Busy(trouble) => busy.push((*copy, trouble)),
             }
+        }
+        if self.label.get() != label {
+            // Zeros are written where it was.
+            return Ok(Step::Again);
         }
         // Before anything is said: a step that is taken again says it all again.
         if damaged.iter().any(|(copy, _)| self.refuse_gone(self.seat_of(*copy).0).is_err()) {
             return Ok(Step::Again);
         }
-        for copy in busy {
+        for (copy, trouble) in busy {
             let (device, offset) = self.seat_of(copy);
-            let why = format!("{} was being written each time it was read", copy.name());
+            let why = format!("{} may be being written: {trouble}", copy.name());
             if self.skip(turn, device, offset, PAGE_BYTES, why)? == Step::Again {
                 return Ok(Step::Again);
             }
@@ -157,10 +151,8 @@ impl Core {
 
     /// Look at a copy when nobody writes it.
     async fn look_at(self: &Rc<Self>, copy: Copy) -> Look {
-        for tried in 0..TRIES {
-            if tried > 0 {
-                self.io.sleep_until(Time(self.io.now().0 + BUSY_NS)).await;
-            }
+        let mut tries = 0;
+        loop {
             // All but pages of the table are written by one at a time; those are whole between commits.
             let permits = match copy {
                 Copy::Superblock(..) => Some(&self.places.turn),
@@ -175,12 +167,8 @@ impl Core {
             let (before, busy) = (self.tally.borrow().commits, self.commits_under_way());
             let (device, offset) = self.seat_of(copy);
             let (read, _) = self.io.read(device, offset, PAGE).await;
-            let is_gone = copy.label().is_some_and(|label| self.label.get() != Some(label));
             if let Some(permits) = permits {
                 permits.release();
-            }
-            if is_gone {
-                return Look::Gone;
             }
             let trouble = match read.map(|page| self.check(copy, &page)) {
                 Ok(Ok(())) => return Look::Well,
@@ -195,8 +183,12 @@ impl Core {
             if is_over || !matches!(copy, Copy::Table(..)) {
                 return Look::Damaged(trouble);
             }
+            tries += 1;
+            if tries == TRIES {
+                return Look::Busy(trouble);
+            }
+            self.io.sleep_until(Time(self.io.now().0 + BUSY_NS)).await;
         }
-        Look::Busy
     }
 
     fn check(&self, copy: Copy, page: &[u8]) -> Result<(), &'static str> {
@@ -244,7 +236,7 @@ impl Core {
         }
         match self.look_at(copy).await {
             Look::Damaged(_) => "written anew, and damaged still",
-            Look::Busy | Look::Gone => "written anew, and being written again",
+            Look::Busy(_) => "written anew, and may be being written again",
             Look::Well => {
                 self.tally.borrow_mut().metadata_repairs += 1;
                 "written anew"

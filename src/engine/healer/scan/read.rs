@@ -33,13 +33,18 @@ const CALM_NS: u64 = 100_000_000;
 
 /// Blocks that lie behind each other on a device.
 pub(super) struct Piece {
-    pub(super) device: DeviceIndex,
+    device: DeviceIndex,
     offset: u64,
     len: u64,
     blocks: Vec<Block>,
 }
 
 impl Piece {
+    /// Whether it is a block that lives there.
+    pub(super) fn is_at(&self, run: Run) -> bool {
+        (self.device, self.offset) == (run.device, run.offset)
+    }
+
     /// A part of it: so many blocks from one of them on.
     fn part(&self, from: usize, blocks: usize) -> Piece {
         let blocks = self.blocks[from..(from + blocks).min(self.blocks.len())].to_vec();
@@ -280,7 +285,7 @@ impl Core {
             }
         }
         for (single, errno) in failing {
-            if self.examine(turn, single.blocks[0], Trouble::Failed(single.device, errno)).await? == Step::Again {
+            if self.examine(turn, single.blocks[0], Trouble::Failed(&single, errno)).await? == Step::Again {
                 return Ok(Step::Again);
             }
         }
@@ -294,7 +299,7 @@ impl Core {
                 continue;
             }
             let cause = format!("{} ms, and again, where {} ms are usual", took / 1_000_000, usual / 1_000_000);
-            if self.examine(turn, single.blocks[0], Trouble::Slow(single.device, &cause)).await? == Step::Again {
+            if self.examine(turn, single.blocks[0], Trouble::Slow(&single, &cause)).await? == Step::Again {
                 return Ok(Step::Again);
             }
         }

@@ -4,7 +4,7 @@ use super::bytes_of;
 use super::pass::{Pass, Stage};
 use crate::engine::healer::Core;
 use crate::engine::scan::{ScanState, ScanStatus, Scanned};
-use crate::units::{Sector, SectorRange};
+use crate::units::SectorRange;
 
 impl Core {
     /// Bytes that the pass is to go over: each block where it lives, and all pages of metadata.
@@ -75,15 +75,20 @@ impl Core {
     /// What was read of the primary by the pass that is under way, or by any that was complete.
     fn scanned(&self, pass: Option<&Pass>) -> Scanned {
         let record = self.scan.record.borrow();
-        if record.complete_ended > 0 {
-            // It may have grown since.
-            let count = self.whole().count.min(record.complete_capacity);
-            return Scanned { extent: SectorRange { start: Sector(0), count }, position: u64::MAX };
+        let (whole, complete) = (self.whole(), record.complete_capacity.min(self.geometry().capacity));
+        let of_complete = Scanned { extent: SectorRange { count: complete, ..whole }, position: u64::MAX };
+        if complete == whole.count {
+            return of_complete;
         }
         let of_pass = |pass: &Pass| {
             let position = if pass.cursor.stage == Stage::Primary { pass.cursor.position } else { u64::MAX };
             Scanned { extent: pass.extent, position }
         };
-        pass.map_or_else(|| self.scan.over.borrow().scanned, of_pass)
+        match pass {
+            Some(pass) => of_pass(pass),
+            // It has grown since.
+            None if complete > 0 => of_complete,
+            None => self.scan.over.borrow().scanned,
+        }
     }
 }
