@@ -82,9 +82,14 @@ fn a_change_of_health_is_told_once_with_the_rule_and_the_numbers() {
     assert_eq!(engine.causes("health").len(), 2);
 }
 
-/// What the scanner keeps, as of one that has ended passes and has none under way.
+/// What the scanner keeps, as of one that has ended passes and has none under way. The last is of slots in use, of
+/// which there is one.
 fn scanner_words() -> [u64; 32] {
-    std::array::from_fn(|at| if at == 1 || at >= 17 { 77 } else { 0 })
+    std::array::from_fn(|at| match at {
+        1 | 17..31 => 77,
+        31 => 1,
+        _ => 0,
+    })
 }
 
 /// A process that is killed has lost what came in the last minute.
