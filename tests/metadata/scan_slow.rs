@@ -108,6 +108,25 @@ fn a_pass_that_is_paused_while_it_looks_for_lost_sectors_looks_again() {
     assert_eq!(engine.status(&mut rig).lost_sectors, 0);
 }
 
+/// Between the rounds anybody may move it.
+#[test]
+fn a_weak_block_that_has_moved_meanwhile_stays_there() {
+    let mut rig = made(SMALL);
+    rig.scan = ScanParams { move_weak: true, ..ScanParams::default() };
+    rig.bad = vec![unreadable(PRIMARY, BLOCK_A * 4096, 4096, Reads::Times(8))];
+    rig.failing_seconds = SECONDS;
+    let mut engine = rig.open().unwrap();
+    engine.begin_scan(&mut rig, ScanScope::default());
+    while engine.status(&mut rig).scan.found.recovered == 0 {
+        engine.pass(&mut rig, 1).unwrap();
+    }
+    engine.done(&mut rig, Order::Remap(range_of(BLOCK_A * BLOCK, 4096)));
+    let last = engine.end_scan(&mut rig);
+    assert_eq!(last.found, Found { recovered: 1, ..Found::default() });
+    let status = engine.status(&mut rig);
+    assert_eq!((status.live, status.retired, status.tally.remaps), (1, 0, 1));
+}
+
 /// What weak blocks may take of the slots is there again once they were given back.
 #[test]
 fn slots_that_weak_blocks_had_count_no_more_once_they_are_released() {
