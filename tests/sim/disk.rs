@@ -18,7 +18,7 @@ use std::ops::Range;
 use vhost_remap::device::{Errno, Op, OpKind};
 
 use crate::config::Fault;
-use crate::guest::{self, SECTOR};
+use crate::guest::SECTOR;
 use crate::rng::Rng;
 use store::{Cache, Content, Store};
 pub(crate) use torn::tables;
@@ -36,8 +36,6 @@ pub(crate) struct Disk {
     store: Store,
     current: Vec<Content>,
     cache: Cache,
-    /// For copying.
-    scratch: Vec<u8>,
     /// Writes completed so far.
     completed: u64,
     pub(crate) bad_reads: BTreeMap<usize, Bad>,
@@ -102,7 +100,6 @@ impl Disk {
             store: Store::default(),
             current: vec![0; sectors],
             cache: Cache::new(sectors),
-            scratch: Vec::new(),
             completed: 0,
             bad_reads: BTreeMap::new(),
             bad_writes: BTreeMap::new(),
@@ -255,11 +252,12 @@ impl Disk {
             self.hard.extend(hard.into_iter().map(|sector| (sector, self.step)));
             return Err(errno);
         }
-        let scratch = guest::at_least(&mut self.scratch, (last - first) * SECTOR);
-        for (content, to) in self.current[first..last].iter().zip(scratch.chunks_exact_mut(SECTOR)) {
-            self.store.copy(*content, to);
+        let (mut memory, mut bytes) = (Memory::of(op), [0; SECTOR]);
+        for content in &self.current[first..last] {
+            self.store.copy(*content, &mut bytes);
+            memory.copy(&mut bytes, false);
         }
-        copy(op, scratch, false);
+        memory.end();
         Ok(())
     }
 
@@ -388,9 +386,14 @@ impl Disk {
         if !matches!(op.kind, OpKind::Write) {
             return vec![0; len / SECTOR];
         }
-        let scratch = guest::at_least(&mut self.scratch, len);
-        copy(op, scratch, true);
-        scratch.chunks_exact(SECTOR).map(|sector| self.store.keep(sector)).collect()
+        let (mut memory, mut bytes) = (Memory::of(op), [0; SECTOR]);
+        let mut next = || {
+            memory.copy(&mut bytes, true);
+            self.store.keep(&bytes)
+        };
+        let contents = (0..len / SECTOR).map(|_| next()).collect();
+        memory.end();
+        contents
     }
 
     fn flush(&mut self, durable_to: u64, rng: &mut Rng) -> Result<(), Errno> {
@@ -467,24 +470,48 @@ fn sectors(op: &Op) -> (usize, usize) {
     (first, first + usize::try_from(op.len).expect("small disks") / SECTOR)
 }
 
-/// Copy between an operation's memory and `bytes`: the only place that follows its pointers.
-fn copy(op: &Op, bytes: &mut [u8], from_memory: bool) {
-    let mut done = 0;
-    // SAFETY: the world performs an operation only between its submission and its completion, while
-    // whoever submitted it keeps list and memory alive and unmoved (the contract of `Device::submit`).
-    let iovecs = unsafe { op.data.iovecs() };
-    for iovec in iovecs {
-        let part = &mut bytes[done..done + iovec.iov_len];
-        let memory = iovec.iov_base.cast::<u8>();
-        // SAFETY: as above; `part` is a local slice that cannot overlap foreign memory.
-        unsafe {
-            if from_memory {
-                std::ptr::copy_nonoverlapping(memory, part.as_mut_ptr(), part.len());
-            } else {
-                std::ptr::copy_nonoverlapping(part.as_ptr(), memory, part.len());
-            }
-        }
-        done += part.len();
+/// An operation's memory from some byte on: the only place that follows its pointers. What goes through it is copied
+/// sector by sector, for which the processor's nearest cache has room.
+struct Memory<'a> {
+    op: &'a Op,
+    pieces: &'a [libc::iovec],
+    /// Bytes of the first of them that are behind us.
+    done: usize,
+}
+
+impl Memory<'_> {
+    fn of(op: &Op) -> Memory<'_> {
+        // SAFETY: the world performs an operation only between its submission and its completion, while
+        // whoever submitted it keeps list and memory alive and unmoved (the contract of `Device::submit`).
+        Memory { op, pieces: unsafe { op.data.iovecs() }, done: 0 }
     }
-    assert_eq!(done, bytes.len(), "the data of an operation has its length: {op:?}");
+
+    /// Copy between the next of it and `bytes`.
+    fn copy(&mut self, mut bytes: &mut [u8], from_memory: bool) {
+        while !bytes.is_empty() {
+            let piece =
+                self.pieces.first().unwrap_or_else(|| panic!("an operation has too little data: {:?}", self.op));
+            let (part, rest) = bytes.split_at_mut(bytes.len().min(piece.iov_len - self.done));
+            let memory = piece.iov_base.cast::<u8>().wrapping_add(self.done);
+            // SAFETY: as above; so many bytes are left of the piece, and `part` is a local slice that cannot overlap
+            // foreign memory.
+            unsafe {
+                if from_memory {
+                    std::ptr::copy_nonoverlapping(memory, part.as_mut_ptr(), part.len());
+                } else {
+                    std::ptr::copy_nonoverlapping(part.as_ptr(), memory, part.len());
+                }
+            }
+            self.done += part.len();
+            if self.done == piece.iov_len {
+                (self.pieces, self.done) = (&self.pieces[1..], 0);
+            }
+            bytes = rest;
+        }
+    }
+
+    /// All of it was copied.
+    fn end(&self) {
+        assert!(self.pieces.is_empty(), "an operation has too much data: {:?}", self.op);
+    }
 }

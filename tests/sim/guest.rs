@@ -34,14 +34,6 @@ pub(crate) fn uniform(bytes: &[u8]) -> Option<u64> {
     (bytes[8..] == bytes[..bytes.len() - 8]).then_some(u64::from_le_bytes(first))
 }
 
-/// So many bytes of memory to copy through, whatever is in them.
-pub(crate) fn at_least(scratch: &mut Vec<u8>, len: usize) -> &mut [u8] {
-    if scratch.len() < len {
-        scratch.resize(len, 0);
-    }
-    &mut scratch[..len]
-}
-
 /// Which write `bytes` is of, if it is whole and belongs to `sector`.
 pub(crate) fn value_of(sector: u64, bytes: &[u8]) -> Result<Value, String> {
     let Some(found) = uniform(bytes) else {

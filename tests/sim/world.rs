@@ -138,8 +138,6 @@ pub(crate) struct World {
     pub(crate) script: Phase,
     /// Which fault struck in which states, where that is counted.
     pub(crate) strikes: Option<Strikes>,
-    /// For copying.
-    scratch: Vec<u8>,
     /// What a step of a shard or of the healer brings, empty between steps.
     shard_out: ShardOut,
     healer_out: HealerOut,
@@ -205,7 +203,6 @@ impl World {
             done: None,
             verbose,
             kept: None,
-            scratch: Vec::new(),
             shard_out: ShardOut::default(),
             healer_out: HealerOut::default(),
             late: Vec::new(),

@@ -66,11 +66,11 @@ impl World {
         let value = self.next_value;
         self.next_value += 1;
         let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
-        let scratch = guest::at_least(&mut self.scratch, data.len());
-        for (sector, bytes) in sectors(&[range]).zip(scratch.chunks_exact_mut(SECTOR)) {
-            guest::fill(bytes, sector, value);
+        let mut bytes = [0; SECTOR];
+        for (sector, at) in sectors(&[range]).zip((0..data.len()).step_by(SECTOR)) {
+            guest::fill(&mut bytes, sector, value);
+            data.copy_from(at, &bytes);
         }
-        data.copy_from(0, scratch);
         let start = self.model.begin(sectors(&[range]), value);
         (RequestOp::Write { range, data }, "write", vec![range], start)
     }
@@ -120,10 +120,10 @@ impl World {
             RequestOp::Read { data, .. } => {
                 self.reads_under_way -= 1;
                 if ok {
-                    let scratch = guest::at_least(&mut self.scratch, data.len());
-                    data.copy_to(0, scratch);
-                    for (sector, bytes) in sectors(&asked.ranges).zip(scratch.chunks_exact(SECTOR)) {
-                        if let Err(lie) = self.model.read(sector, asked.start, bytes) {
+                    let mut bytes = [0; SECTOR];
+                    for (sector, at) in sectors(&asked.ranges).zip((0..data.len()).step_by(SECTOR)) {
+                        data.copy_to(at, &mut bytes);
+                        if let Err(lie) = self.model.read(sector, asked.start, &bytes) {
                             assert!(!self.believe, "R1: {lie}");
                         }
                     }
