@@ -364,6 +364,11 @@ impl Healer {
         self.core.scan.wants_load()
     }
 
+    /// Whether a pass of the scanner goes on: it is not paused, and waits for nothing.
+    pub fn is_scanning(&self) -> bool {
+        self.core.scan.is_running()
+    }
+
     /// Time has passed; see [`Healer::wake_at`].
     pub fn tick(&mut self, now: Time, out: &mut HealerOut) {
         self.core.io.set_now(now);

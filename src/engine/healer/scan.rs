@@ -111,6 +111,10 @@ impl Scanner {
         self.pass.borrow().as_ref().is_some_and(|pass| !pass.paused)
     }
 
+    pub(super) fn is_running(&self) -> bool {
+        self.pass.borrow().as_ref().is_some_and(|pass| !pass.paused && pass.waits.is_none())
+    }
+
     /// A block was rewritten in place after a failure: it is healed once a pass has read it (W1).
     pub(super) fn was_rewritten(&self, block: Block) {
         let mut unproven = self.unproven.borrow_mut();

@@ -2,7 +2,6 @@
 
 use vhost_remap::device::{DeviceIndex, Op, OpKind};
 use vhost_remap::engine::healer::{HealerStatus, Order, OrderId, Reply};
-use vhost_remap::engine::scan::ScanState;
 use vhost_remap::engine::view::PrimaryState;
 use vhost_remap::units::Sector;
 
@@ -32,7 +31,13 @@ impl World {
     /// Let a pass of the scanner go on, for a minute at most, unless it waits for something.
     pub(crate) fn scan_through(&mut self) {
         let until = self.now.plus_secs(60);
-        self.serve_until(|world| world.now >= until || world.status().scan.state != ScanState::Running);
+        self.serve_until(|world| {
+            if world.now >= until {
+                return true;
+            }
+            world.wake_healer();
+            !world.healer().is_scanning()
+        });
         self.settle_down();
     }
 
