@@ -161,7 +161,7 @@ impl Core {
             tally.recovered_reads,
             self.health.lost_sectors.get(),
             self.io.errors.borrow().iter().flatten().sum(),
-            self.live_places().len() as u64,
+            u64::from(self.superblock.borrow().retired),
             bits.iter().fold(0, |all, bit| all << 1 | u64::from(*bit)),
         ]
     }
