@@ -7,6 +7,7 @@
 //! makes it durable.
 
 mod image;
+mod memory;
 mod size;
 mod store;
 mod torn;
@@ -20,6 +21,7 @@ use vhost_remap::device::{Errno, Op, OpKind};
 use crate::config::Fault;
 use crate::guest::SECTOR;
 use crate::rng::Rng;
+use memory::Memory;
 use store::{Cache, Content, Store};
 pub(crate) use torn::tables;
 use trouble::strike;
@@ -468,50 +470,4 @@ impl Disk {
 fn sectors(op: &Op) -> (usize, usize) {
     let first = usize::try_from(op.offset).expect("small disks") / SECTOR;
     (first, first + usize::try_from(op.len).expect("small disks") / SECTOR)
-}
-
-/// An operation's memory from some byte on: the only place that follows its pointers. What goes through it is copied
-/// sector by sector, for which the processor's nearest cache has room.
-struct Memory<'a> {
-    op: &'a Op,
-    pieces: &'a [libc::iovec],
-    /// Bytes of the first of them that are behind us.
-    done: usize,
-}
-
-impl Memory<'_> {
-    fn of(op: &Op) -> Memory<'_> {
-        // SAFETY: the world performs an operation only between its submission and its completion, while
-        // whoever submitted it keeps list and memory alive and unmoved (the contract of `Device::submit`).
-        Memory { op, pieces: unsafe { op.data.iovecs() }, done: 0 }
-    }
-
-    /// Copy between the next of it and `bytes`.
-    fn copy(&mut self, mut bytes: &mut [u8], from_memory: bool) {
-        while !bytes.is_empty() {
-            let piece =
-                self.pieces.first().unwrap_or_else(|| panic!("an operation has too little data: {:?}", self.op));
-            let (part, rest) = bytes.split_at_mut(bytes.len().min(piece.iov_len - self.done));
-            let memory = piece.iov_base.cast::<u8>().wrapping_add(self.done);
-            // SAFETY: as above; so many bytes are left of the piece, and `part` is a local slice that cannot overlap
-            // foreign memory.
-            unsafe {
-                if from_memory {
-                    std::ptr::copy_nonoverlapping(memory, part.as_mut_ptr(), part.len());
-                } else {
-                    std::ptr::copy_nonoverlapping(part.as_ptr(), memory, part.len());
-                }
-            }
-            self.done += part.len();
-            if self.done == piece.iov_len {
-                (self.pieces, self.done) = (&self.pieces[1..], 0);
-            }
-            bytes = rest;
-        }
-    }
-
-    /// All of it was copied.
-    fn end(&self) {
-        assert!(self.pieces.is_empty(), "an operation has too much data: {:?}", self.op);
-    }
 }
