@@ -45,7 +45,7 @@ const UNSAFE: [(&str, &str); 34] = [
     ("tests/process/guest.rs", "hands guest memory to the driver"),
     ("tests/process/notify.rs", "makes a thread of the server stand still"),
     ("tests/process/seccomp.rs", "lets the kernel refuse a system call"),
-    ("tests/sim/disk.rs", "copies between the disks and the submitter's memory"),
+    ("tests/sim/disk/memory.rs", "copies between the disks and the submitter's memory"),
     ("tests/sim/guest.rs", "hands guest memory to the engine"),
     ("tests/sim/memory.rs", "gives out memory"),
 ];
