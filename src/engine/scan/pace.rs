@@ -16,6 +16,9 @@ const FLOOR_MIN: u64 = 1 << 20;
 const FLOOR_MAX: u64 = 32 << 20;
 /// Beside a guest that does not mind, so many times the floor.
 const EASY_MAX: u64 = 16;
+/// Beyond the floor, one of so many of its requests at most finds a read of a pass before it: what 99 of 100 take then
+/// stays as it is.
+const MET_AT_MOST: u64 = 200;
 /// With more of its requests under way a guest is thought to mind.
 const DEPTH_MAX: u64 = 8;
 /// Looks at the floor after a guest was seen to mind (5 s).
@@ -50,6 +53,8 @@ pub struct Pace {
     /// When the next read may begin.
     next: Time,
     looked: Time,
+    /// Requests answered until then, and until it was last seen what they are.
+    looked_requests: u64,
     requests: u64,
     /// When the guest was last seen to ask for something.
     asked: Time,
@@ -64,7 +69,18 @@ impl Pace {
     pub fn new(now: Time, bytes: u64, seconds: Option<u64>, cap: Option<u64>, requests: u64) -> Pace {
         let in_time = bytes / seconds.unwrap_or(u64::MAX).max(1);
         let floor = in_time.clamp(FLOOR_MIN, FLOOR_MAX).min(cap.unwrap_or(u64::MAX)).max(1);
-        Pace { floor, cap, speed: floor, next: now, looked: now, requests, asked: now, usual_p99_ns: None, back_off: 0 }
+        Pace {
+            floor,
+            cap,
+            speed: floor,
+            next: now,
+            looked: now,
+            looked_requests: requests,
+            requests,
+            asked: now,
+            usual_p99_ns: None,
+            back_off: 0,
+        }
     }
 
     /// See what the guest has done: how many of its requests have been answered, and how it is served.
@@ -75,7 +91,8 @@ impl Pace {
         if now.since_ns(self.looked) < LOOK_NS {
             return;
         }
-        self.looked = now;
+        let answered = requests.saturating_sub(std::mem::replace(&mut self.looked_requests, requests));
+        let took_ns = now.since_ns(std::mem::replace(&mut self.looked, now));
         if self.is_idle(now) {
             return;
         }
@@ -93,7 +110,11 @@ impl Pace {
         } else if self.back_off > 0 {
             self.back_off -= 1;
         } else {
-            let most = (self.floor.saturating_mul(EASY_MAX)).min(self.cap.unwrap_or(u64::MAX));
+            // While one read of a pass is under way, so many requests come as are under way.
+            let a_second = u128::from(answered) * 1_000_000_000 / u128::from(took_ns);
+            let unmet = a_second * u128::from(PIECE_BUSY) / u128::from(MET_AT_MOST * load.in_flight.max(1));
+            let most = self.floor.saturating_mul(EASY_MAX).min(u64::try_from(unmet).unwrap_or(u64::MAX));
+            let most = most.max(self.floor).min(self.cap.unwrap_or(u64::MAX));
             self.speed = self.speed.saturating_add(self.floor / 4).min(most);
         }
     }
@@ -173,12 +194,27 @@ mod tests {
         assert_eq!((least.begin(Time(0), MIB), least.begin(Time(0), 1)), (Time(0), Time(2_000_000_000)));
     }
 
+    /// The fastest beside a guest that has so many requests answered in 100 ms.
+    fn fastest(pace: &mut Pace, answered: u64, from: u64, looks: u64, load: GuestLoad) -> u64 {
+        let look = |i: u64| (pace.look(Time(i * 100 * MS), i * answered, load), pace.speed).1;
+        (from + 1..=from + looks).map(look).max().unwrap()
+    }
+
+    #[test]
+    fn few_requests_of_a_guest_meet_a_read() {
+        // 2,000 a second at a time, of which one in 200 meets one of 64 KiB.
+        for (in_flight, expected) in [(0, 10 * PIECE_BUSY), (1, 10 * PIECE_BUSY), (8, 10 * PIECE_BUSY / 8)] {
+            let mut pace = Pace::new(Time(0), 0, None, None, 0);
+            pace.floor = PIECE_BUSY;
+            pace.speed = PIECE_BUSY;
+            assert_eq!(fastest(&mut pace, 200, 0, 100, busy(in_flight, 10)), expected);
+        }
+    }
+
     #[test]
     fn a_guest_that_minds_gets_the_floor() {
         let mut pace = Pace::new(Time(0), 0, None, None, 0);
-        let speeds = |pace: &mut Pace, from: u64, looks: u64, load| {
-            (1..=looks).map(|i| (pace.look(Time((from + i) * 100 * MS), from + i, load), pace.speed).1).max().unwrap()
-        };
+        let speeds = |pace: &mut Pace, from: u64, looks: u64, load| fastest(pace, 1_000_000, from, looks, load);
         assert_eq!(speeds(&mut pace, 0, 100, busy(1, 10)), EASY_MAX * MIB);
         assert_eq!(speeds(&mut pace, 100, 1, busy(1, 12)), MIB);
         assert_eq!(speeds(&mut pace, 101, u64::from(BACK_OFF_LOOKS), busy(1, 10)), MIB);
