@@ -90,8 +90,8 @@ const BAD: usize = 200;
 const SLOW: usize = 50;
 const LOST: usize = 20;
 /// Places lie below; a guest may work above.
-const PLACES_END: u64 = 80 * MIB;
-const DISK_MIB: u64 = 96;
+const PLACES_END: u64 = 40 * MIB;
+const DISK_MIB: u64 = 48;
 
 impl Places {
     fn seeded(seed: u64) -> Places {
