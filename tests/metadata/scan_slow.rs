@@ -67,8 +67,8 @@ fn the_guest_has_its_turn_while_a_block_is_tried() {
     assert_eq!(engine.write(&mut rig, BLOCK_A * BLOCK, &new(BLOCK_A)), Ok(Status::Ok));
     assert_eq!(engine.status(&mut rig).scan.state, ScanState::Running);
     let last = engine.end_scan(&mut rig);
-    // It was bad, and some of it was read after it had failed, as it was rewritten.
-    let expected = Found { bad: 1, recovered: 1, rewritten: 1, ..Found::default() };
+    // What was proven bad is counted; then it is another content, which reads.
+    let expected = Found { bad: 1, rewritten: 1, healed: 1, ..Found::default() };
     assert_eq!((last.found, last.complete), (expected, true));
     assert_eq!(engine.status(&mut rig).pending, 0);
     assert_eq!(engine.read(&mut rig, BLOCK_A * BLOCK, BLOCK), Some(new(BLOCK_A)));
@@ -106,6 +106,22 @@ fn a_pass_that_is_paused_while_it_looks_for_lost_sectors_looks_again() {
     let last = engine.end_scan(&mut rig);
     assert!(last.complete && last.found.healed == 7, "{last:?}");
     assert_eq!(engine.status(&mut rig).lost_sectors, 0);
+}
+
+/// A pass over a dead part of a disk ends.
+#[test]
+fn what_fails_has_a_day_of_a_pass_at_most() {
+    let mut rig = made(SMALL);
+    rig.bad = (0..9).map(|block| unreadable(PRIMARY, block * 4096 * 30, 4096, Reads::Never)).collect();
+    rig.failing_seconds = 2000;
+    let mut engine = rig.open().unwrap();
+    let last = engine.scan(&mut rig);
+    let scan = engine.status(&mut rig).scan;
+    assert!(!last.complete && scan.covered == scan.total, "{scan:?}");
+    let given_up = scan.skipped.iter().filter(|part| part.why.contains("a day"));
+    // Of the first block something is proven, and the rest of it and all others are left out.
+    assert_eq!((given_up.count(), last.found), (9, Found { bad: 1, ..Found::default() }), "{scan:?}");
+    assert!(last.ended - last.started < 3 * 86_400, "{last:?}");
 }
 
 /// Between the rounds anybody may move it.

@@ -152,7 +152,10 @@ impl Core {
             ladder.failing.push((from, len));
             ladder.errno = Some(errno);
             let asked = self.io.now();
-            self.diagnose(device, errno, true, SectorRange::default()).await?;
+            if let Err(failure) = self.diagnose(device, errno, true, SectorRange::default()).await {
+                ladder.left.push(part);
+                return Err(failure);
+            }
             budget.spend(Took(self.io.now().since_ns(asked)));
             if len > unit {
                 let half = (len / 2).next_multiple_of(unit);

@@ -237,9 +237,9 @@ impl Core {
     }
 }
 
-/// The last error.
+/// The last error, where there was time for one.
 fn cause_of(reading: &Reading) -> String {
-    reading.ladder.errno.map_or_else(String::new, |errno| errno.to_string())
+    reading.ladder.errno.map_or_else(|| "time was up before".to_owned(), |errno| errno.to_string())
 }
 
 fn bytes(range: SectorRange) -> usize {

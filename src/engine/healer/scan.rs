@@ -71,6 +71,8 @@ pub(super) struct Scanner {
     usual_ns: [[Cell<u64>; 2]; 2],
     /// Blocks rewritten in place that no pass has read since.
     unproven: RefCell<BTreeSet<Block>>,
+    /// Times that a block was rewritten in place.
+    rewritten: Cell<u64>,
     /// How the pass stood that ended last.
     over: RefCell<ScanStatus>,
     /// Blocks that were slow when they were last read, the first so many.
@@ -95,6 +97,7 @@ impl Scanner {
             pace: RefCell::default(),
             usual_ns: std::array::from_fn(|_| std::array::from_fn(|_| Cell::new(0))),
             unproven: RefCell::default(),
+            rewritten: Cell::new(0),
             over: RefCell::default(),
             slow: RefCell::default(),
             releasable: RefCell::default(),
@@ -117,6 +120,7 @@ impl Scanner {
 
     /// A block was rewritten in place after a failure: it is healed once a pass has read it (W1).
     pub(super) fn was_rewritten(&self, block: Block) {
+        self.rewritten.set(self.rewritten.get() + 1);
         let mut unproven = self.unproven.borrow_mut();
         if unproven.len() < UNPROVEN_MAX
             && unproven.insert(block)

@@ -4,6 +4,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::pass::PATIENCE_LOST;
 use super::read::Piece;
 use super::{REMEMBERED_MAX, Step, Stopped, Turn};
 use crate::device::{DeviceIndex, Errno};
@@ -75,15 +76,13 @@ impl From<Failure> for Cut {
 struct Seen {
     /// How far reading it has come, where it lived when it was read last.
     reading: Option<Reading>,
+    /// Blocks that were rewritten in place until then.
+    rewritten: u64,
+    /// Some of it was proven bad, also if it has moved or was rewritten since.
+    bad: bool,
     recovered: bool,
     healed: u64,
     lost: u64,
-}
-
-impl Seen {
-    fn is_bad(&self) -> bool {
-        self.reading.as_ref().is_some_and(|reading| reading.is_bad)
-    }
 }
 
 /// A block that reads, but not as it should.
@@ -125,17 +124,17 @@ impl Core {
         let mut seen = Seen::default();
         let looked = self.look(turn, block, trouble, &mut seen).await;
         // What was proven bad is so, whatever came later.
-        if !seen.is_bad() && looked.is_err() {
+        if !seen.bad && looked.is_err() {
             return looked;
         }
         let first = self.of_pass(turn, |pass| pass.meets(block))?;
         self.count(turn, first, |found| {
-            found.bad += u64::from(seen.is_bad());
+            found.bad += u64::from(seen.bad);
             found.recovered += u64::from(seen.recovered);
             found.healed += seen.healed;
             found.lost += seen.lost;
         });
-        if seen.is_bad() {
+        if seen.bad {
             self.hit(turn, block);
             return looked;
         }
@@ -153,8 +152,7 @@ impl Core {
         self.look_for_lost(turn, block, seen).await
     }
 
-    /// Do something with a fenced block when it is this pass's turn to read so many bytes; the disk then rests as long
-    /// as it took, or as a pass rests at most.
+    /// Do something with a fenced block when it is this pass's turn to read so many bytes.
     async fn fenced<T>(
         self: &Rc<Self>,
         turn: Turn,
@@ -162,16 +160,17 @@ impl Core {
         bytes: u64,
         work: impl Future<Output = Result<T, Failure>>,
     ) -> Result<T, Cut> {
+        self.may_go_on(turn).await?;
+        if self.of_pass(turn, |pass| pass.has_lost_patience())? {
+            return Err(Failure::new(None, PATIENCE_LOST).into());
+        }
         self.await_pace(turn, bytes).await?;
         let fence = self.fence(BlockRange::one(block)).await?;
         let began = self.io.now();
         let in_doubt = self.map.borrow().get(block).in_doubt;
         let done = if in_doubt { Err(Failure::refused(Refusal::InDoubt)) } else { work.await };
         self.lift(fence);
-        if let Some(pace) = self.scan.pace.borrow_mut().as_mut() {
-            let now = self.io.now();
-            pace.pause(now, now.since_ns(began));
-        }
+        self.has_failed_for(turn, self.io.now().since_ns(began));
         Ok(done?)
     }
 
@@ -197,12 +196,19 @@ impl Core {
     async fn read_round(self: &Rc<Self>, block: Block, trouble: Trouble<'_>, seen: &mut Seen) -> Result<bool, Failure> {
         let run = self.run_of(block);
         self.refuse_gone(run.device)?;
-        // It may have moved since the last one.
-        seen.reading.take_if(|reading| reading.run != run);
+        // It may have moved since the last one, or been rewritten in place: what failed before says nothing then.
+        let rewritten = self.scan.rewritten.get();
+        let anew = rewritten != seen.rewritten && self.scan.unproven.borrow().contains(&block);
+        seen.rewritten = rewritten;
+        let failed = match seen.reading.take_if(|reading| reading.run != run || anew) {
+            Some(_) => None,
+            None => trouble.failed(run),
+        };
         let is_first = seen.reading.is_none();
-        let begin = || Reading::new(run, self.geometry().logical_block, trouble.failed(run));
+        let begin = || Reading::new(run, self.geometry().logical_block, failed);
         let reading = seen.reading.get_or_insert_with(begin);
         self.read_on(reading, &Budget::of_read()).await?;
+        seen.bad |= reading.is_bad;
         if !reading.ladder.is_done() {
             return Ok(false);
         }
@@ -277,11 +283,15 @@ impl Core {
         let unit = u64::from(self.geometry().logical_block);
         let state = || self.map.borrow().get(block);
         for sector in sectors_of_mask(block, state().lost) {
-            let is_lost = state().lost >> sector.within_block() & 1 == 1;
-            if !is_lost || state().primary_stale || !self.acts(turn) {
+            let is_wanted = || state().lost >> sector.within_block() & 1 == 1 && !state().primary_stale;
+            if !is_wanted() || !self.acts(turn) {
                 continue;
             }
             let look = async {
+                if !is_wanted() {
+                    // The guest has written it meanwhile.
+                    return Ok(0);
+                }
                 let before = state().lost.count_ones();
                 // A success is put into the slot and counted there.
                 self.read_lost(block, sector, &Budget::of_read()).await?;
@@ -324,7 +334,7 @@ impl Core {
         let mut seen = Seen::default();
         let read = self.read_to_the_end(turn, block, Trouble::Known, &mut seen).await;
         self.count(turn, true, |found| {
-            found.bad += u64::from(seen.is_bad());
+            found.bad += u64::from(seen.bad);
             found.healed += seen.healed;
         });
         read

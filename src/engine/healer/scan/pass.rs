@@ -15,6 +15,11 @@ const NEAR_MAX: usize = 65_536;
 /// The speed now is that of so many seconds.
 const SPEED_SECONDS: u64 = 10;
 const NS: u64 = 1_000_000_000;
+/// Time that a pass gives in all to reads that fail and to blocks in trouble, in nanoseconds (1 day): where a large part
+/// of a disk is dead it comes to an end all the same.
+const PATIENCE_NS: u64 = 86_400 * NS;
+/// Why it leaves out what fails then.
+pub(super) const PATIENCE_LOST: &str = "this pass has given a day to what fails, and leaves out the rest of it";
 
 /// What a pass goes over, in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -92,6 +97,8 @@ pub(super) struct Pass {
     pub(super) covered: u64,
     pub(super) read: u64,
     pub(super) found: Found,
+    /// What reads that failed and blocks in trouble took, since the volume was opened, in nanoseconds.
+    trouble_ns: u64,
     /// Blocks moved out of slots, since the volume was opened.
     pub(super) left_slots: u64,
     pub(super) skipped: Vec<Skipped>,
@@ -130,6 +137,7 @@ impl Pass {
             covered: 0,
             read: 0,
             found: Found::default(),
+            trouble_ns: 0,
             left_slots: 0,
             skipped: Vec::new(),
             skipped_bytes: 0,
@@ -165,6 +173,16 @@ impl Pass {
     /// Whether a block was seen to in this stage.
     pub(super) fn has_met(&self, block: Block) -> bool {
         self.met.contains(&block)
+    }
+
+    /// Trouble took so long.
+    pub(super) fn has_trouble_for(&mut self, ns: u64) {
+        self.trouble_ns = self.trouble_ns.saturating_add(ns);
+    }
+
+    /// What fails is not looked at any more.
+    pub(super) fn has_lost_patience(&self) -> bool {
+        self.trouble_ns >= PATIENCE_NS
     }
 
     /// Trouble in a unit: read those around it next which were not read yet.

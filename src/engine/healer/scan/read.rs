@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use super::examine::Trouble;
+use super::pass::PATIENCE_LOST;
 use super::{REMEMBERED_MAX, Step, Stopped, Turn, bytes_of};
 use crate::device::buffer::AlignedBuf;
 use crate::device::{DeviceIndex, Errno};
@@ -262,6 +263,9 @@ impl Core {
 
     /// Find the blocks that make a piece fail, or slow.
     async fn narrow(self: &Rc<Self>, turn: Turn, piece: &Piece) -> Result<Step, Stopped> {
+        if self.of_pass(turn, |pass| pass.has_lost_patience())? {
+            return self.skip(turn, piece.device, piece.offset, piece.len, PATIENCE_LOST.to_owned());
+        }
         for part in piece.parts(PART_BLOCKS) {
             // A piece as small as that has just been read.
             if piece.blocks.len() > PART_BLOCKS && matches!(self.read_piece(turn, &part).await?, Read::Well) {
@@ -343,12 +347,18 @@ impl Core {
         if len > PART_BLOCKS * BLOCK_LEN {
             self.scan.buffers.borrow_mut().push(buffer);
         }
-        if result.is_err()
-            && let Some(pace) = self.scan.pace.borrow_mut().as_mut()
-        {
-            pace.pause(self.io.now(), took.0);
+        if result.is_err() {
+            self.has_failed_for(turn, took.0);
         }
         Ok((result, took.0))
+    }
+
+    /// Trouble took so long: the disk rests for as long, or as a pass rests at most.
+    pub(super) fn has_failed_for(&self, turn: Turn, ns: u64) {
+        if let Some(pace) = self.scan.pace.borrow_mut().as_mut() {
+            pace.pause(self.io.now(), ns);
+        }
+        _ = self.of_pass(turn, |pass| pass.has_trouble_for(ns));
     }
 
     /// Wait until so many bytes may be read.
