@@ -15,8 +15,8 @@ const NEAR_MAX: usize = 65_536;
 /// The speed now is that of so many seconds.
 const SPEED_SECONDS: u64 = 10;
 const NS: u64 = 1_000_000_000;
-/// Time that a pass gives in all to reads that fail and to blocks in trouble, in nanoseconds (1 day): where a large part
-/// of a disk is dead it comes to an end all the same.
+/// Time that a pass gives in all to reads that fail and to blocks in trouble, in nanoseconds (1 day): where a large
+/// part of a disk is dead it comes to an end all the same.
 const PATIENCE_NS: u64 = 86_400 * NS;
 /// Why it leaves out what fails then.
 pub(super) const PATIENCE_LOST: &str = "this pass has given a day to what fails, and leaves out the rest of it";
