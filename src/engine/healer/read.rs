@@ -20,8 +20,6 @@ pub(super) struct Reading {
     pub(super) ladder: Ladder,
     /// Bytes before the guest's first.
     skip: usize,
-    /// Some of the guest's sectors were proven bad.
-    pub(super) is_bad: bool,
 }
 
 impl Reading {
@@ -30,9 +28,8 @@ impl Reading {
         let unit = u64::from(logical_block);
         let start = run.offset / unit * unit;
         let end = (run.offset + run.range.bytes()).next_multiple_of(unit);
-        let bytes = |bytes: u64| usize::try_from(bytes).expect("a chunk fits");
-        let ladder = Ladder::new(bytes(end - start), failed);
-        Reading { run, ladder, skip: bytes(run.offset - start), is_bad: false }
+        let ladder = Ladder::new(in_memory(end - start), failed);
+        Reading { run, ladder, skip: in_memory(run.offset - start) }
     }
 
     /// Byte offset on the device.
@@ -42,13 +39,13 @@ impl Reading {
 
     /// The guest's bytes.
     fn content(&self) -> &[u8] {
-        &self.ladder.data[self.skip..self.skip + bytes(self.run.range)]
+        &self.ladder.data[self.skip..self.skip + in_memory(self.run.range.bytes())]
     }
 
     /// The guest's sectors in some of what is read.
     fn sectors(&self, from: usize, len: usize) -> SectorRange {
         let first = from.max(self.skip) - self.skip;
-        let last = (from + len).min(self.skip + bytes(self.run.range)).saturating_sub(self.skip);
+        let last = (from + len).min(self.skip + in_memory(self.run.range.bytes())).saturating_sub(self.skip);
         let count = last.saturating_sub(first) as u64 / SECTOR_SIZE;
         SectorRange { start: Sector(self.run.range.start.0 + first as u64 / SECTOR_SIZE), count }
     }
@@ -80,6 +77,7 @@ impl Core {
     ) -> Result<(), Failure> {
         self.refuse_doubted(range, false)?;
         let map = self.map.borrow().clone();
+        let at = |sector: Sector| from + in_memory((sector.0 - range.start.0) * SECTOR_SIZE);
         let mut unreadable: Option<Failure> = None;
         for run in runs(&map, &self.geometry(), range) {
             self.refuse_gone(run.device)?;
@@ -87,8 +85,7 @@ impl Core {
             let mut reading = Reading::new(run, self.geometry().logical_block, failed);
             self.read_on(&mut reading, budget).await?;
             self.report_recovered(&reading);
-            let at = from + usize::try_from((run.range.start.0 - range.start.0) * SECTOR_SIZE).expect("a chunk fits");
-            guest.copy_from(at, reading.content());
+            guest.copy_from(at(run.range.start), reading.content());
             if let Some(failure) = self.failure_of(&reading) {
                 unreadable.get_or_insert(failure);
             }
@@ -97,11 +94,7 @@ impl Core {
             let lost = map.get(block).lost & range.mask_in(block);
             for sector in sectors_of_mask(block, lost) {
                 match self.read_lost(block, sector, budget).await? {
-                    Some(data) => {
-                        let at =
-                            from + usize::try_from((sector.0 - range.start.0) * SECTOR_SIZE).expect("a chunk fits");
-                        guest.copy_from(at, &data);
-                    }
+                    Some(data) => guest.copy_from(at(sector), &data),
                     None => {
                         let failure =
                             Failure::new(Some(DeviceIndex::SPARE), "a lost sector: no device holds its content");
@@ -113,9 +106,17 @@ impl Core {
         unreadable.map_or(Ok(()), Err)
     }
 
-    /// Read as much of a run as there is time for, and note what that proves.
-    pub(super) async fn read_on(self: &Rc<Self>, reading: &mut Reading, budget: &Budget) -> Result<(), Failure> {
+    /// Where a block lives now.
+    pub(super) fn run_of(&self, block: Block) -> Run {
+        let (map, geometry) = (self.map.borrow(), self.geometry());
+        *runs(&map, &geometry, geometry.sectors_of(block)).first().expect("a block has sectors")
+    }
+
+    /// Read as much of a run as there is time for, and note what that proves; whether some of the guest's sectors are
+    /// proven bad by it.
+    pub(super) async fn read_on(self: &Rc<Self>, reading: &mut Reading, budget: &Budget) -> Result<bool, Failure> {
         self.climb(reading.run.device, reading.start(), &mut reading.ladder, budget).await?;
+        let mut is_bad = false;
         for part in std::mem::take(&mut reading.ladder.news) {
             let range = reading.sectors(part.from, part.len);
             if !part.is_proven() {
@@ -124,12 +125,12 @@ impl Core {
             }
             for (range, mask) in self.with_content(range) {
                 self.note_bad(range.start.block(), mask);
-                reading.is_bad = true;
+                is_bad = true;
                 let action = "pending: fails until it reads again or is rewritten";
                 self.event(Severity::Warn, "read-error", Some(reading.run.device), range, cause_of(reading), action);
             }
         }
-        Ok(())
+        Ok(is_bad)
     }
 
     /// Of some sectors those of each block, and a mask of those that hold something. What a slot holds for a lost
@@ -242,8 +243,9 @@ fn cause_of(reading: &Reading) -> String {
     reading.ladder.errno.map_or_else(|| "time was up before".to_owned(), |errno| errno.to_string())
 }
 
-fn bytes(range: SectorRange) -> usize {
-    usize::try_from(range.bytes()).expect("a chunk fits")
+/// So many bytes of a chunk.
+fn in_memory(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a chunk fits")
 }
 
 /// The sectors of `block` whose bits are set.

@@ -14,6 +14,7 @@ use crate::device::buffer::{AlignedBuf, Iovecs};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
 use crate::engine::task::join_all;
+use crate::engine::view::Run;
 use crate::units::{BLOCK_SIZE, Block, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector, SectorRange, Slot, sector_mask};
 use crate::volume::table::{Change, Entry, SlotState};
 
@@ -430,10 +431,7 @@ impl Core {
         if wanted == 0 {
             return Ok(placement);
         }
-        let (device, base) = match state.slot {
-            None => (DeviceIndex::PRIMARY, block.bytes()),
-            Some(slot) => (DeviceIndex::SPARE, self.geometry().slot_offset(slot)),
-        };
+        let Run { device, offset: base, .. } = self.run_of(block);
         self.refuse_gone(device)?;
         let budget = Budget::of_read();
         let unit = self.geometry().logical_block;

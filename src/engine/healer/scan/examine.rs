@@ -15,7 +15,7 @@ use crate::engine::healer::write::Reason;
 use crate::engine::healer::{Core, Severity};
 use crate::engine::message::Refusal;
 use crate::engine::scan::Found;
-use crate::engine::view::{Run, runs};
+use crate::engine::view::Run;
 use crate::units::{Block, BlockRange};
 
 /// Weak blocks moved on one day, and blocks moved out of failing slots in one pass, at most.
@@ -114,12 +114,6 @@ impl Core {
         Ok(step)
     }
 
-    /// Where a block lives now.
-    fn run_of(&self, block: Block) -> Run {
-        let (map, geometry) = (self.map.borrow(), self.geometry());
-        *runs(&map, &geometry, geometry.sectors_of(block)).first().expect("a block has sectors")
-    }
-
     async fn look_into(self: &Rc<Self>, turn: Turn, block: Block, trouble: Trouble<'_>) -> Result<(), Cut> {
         let mut seen = Seen::default();
         let looked = self.look(turn, block, trouble, &mut seen).await;
@@ -207,13 +201,13 @@ impl Core {
         let is_first = seen.reading.is_none();
         let begin = || Reading::new(run, self.geometry().logical_block, failed);
         let reading = seen.reading.get_or_insert_with(begin);
-        self.read_on(reading, &Budget::of_read()).await?;
-        seen.bad |= reading.is_bad;
+        let is_bad = self.read_on(reading, &Budget::of_read()).await?;
+        seen.bad |= is_bad;
         if !reading.ladder.is_done() {
             return Ok(false);
         }
         seen.recovered = self.report_recovered(reading) > 0;
-        if is_first && !reading.is_bad && self.scan.unproven.borrow_mut().remove(&block) {
+        if is_first && !is_bad && self.scan.unproven.borrow_mut().remove(&block) {
             self.tally.borrow_mut().healed += 1;
             seen.healed += 1;
             let cause = "a rewritten block was read by a pass";
