@@ -1,6 +1,5 @@
 //! `top` on a terminal of its own.
 
-use std::cell::Cell;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -23,7 +22,13 @@ struct Terminal {
     /// Keeps the terminal when `top` has ended.
     screen: OwnedFd,
     before: Termios,
-    drawn: Arc<Mutex<Vec<u8>>>,
+    seen: Arc<Mutex<Seen>>,
+}
+
+/// What a person sees, and the bytes that made it. A picture comes in pieces: what it shows is to be awaited.
+struct Seen {
+    screen: vt100::Parser,
+    bytes: Vec<u8>,
 }
 
 impl Terminal {
@@ -47,34 +52,46 @@ impl Terminal {
             .stderr(end())
             .spawn()
             .unwrap();
-        let drawn = Arc::new(Mutex::new(Vec::new()));
-        let (mut reader, all) = (File::from(keys.try_clone().unwrap()), drawn.clone());
+        let empty = vt100::Parser::new(rows.try_into().unwrap(), columns.try_into().unwrap(), 0);
+        let seen = Arc::new(Mutex::new(Seen { screen: empty, bytes: Vec::new() }));
+        let (mut reader, all) = (File::from(keys.try_clone().unwrap()), seen.clone());
         std::thread::spawn(move || {
             let mut bytes = [0; 4096];
             // It fails when the last one has closed the terminal.
             while let Ok(count @ 1..) = reader.read(&mut bytes) {
-                all.lock().unwrap().extend_from_slice(&bytes[..count]);
+                let mut seen = all.lock().unwrap();
+                seen.screen.process(&bytes[..count]);
+                seen.bytes.extend_from_slice(&bytes[..count]);
             }
         });
-        Terminal { child, keys: keys.into(), screen, before, drawn }
+        Terminal { child, keys: keys.into(), screen, before, seen }
     }
 
-    fn drawn(&self) -> String {
-        String::from_utf8_lossy(&self.drawn.lock().unwrap()).into_owned()
+    fn look<T>(&self, at: impl FnOnce(&vt100::Screen) -> T) -> T {
+        at(self.seen.lock().unwrap().screen.screen())
     }
 
-    /// What was drawn since the last time is forgotten; then what `act` leads to is awaited.
-    fn after(&mut self, act: impl FnOnce(&mut Terminal), what: &str) {
-        self.drawn.lock().unwrap().clear();
-        act(self);
-        eventually(what, || self.drawn().contains(what));
+    fn shows(&self, what: &str) -> bool {
+        self.look(|screen| screen.contents().contains(what))
+    }
+
+    fn eventually_shows(&self, all: &[&str]) {
+        for what in all {
+            eventually(what, || self.shows(what));
+        }
     }
 
     fn press(&mut self, keys: &str) {
         self.keys.write_all(keys.as_bytes()).unwrap();
     }
 
+    /// All that was drawn before is gone: what is seen then is a picture of the new size.
     fn resize(&self, columns: u16, rows: u16) {
+        {
+            let mut seen = self.seen.lock().unwrap();
+            seen.screen.screen_mut().set_size(rows.try_into().unwrap(), columns.try_into().unwrap());
+            seen.screen.process(b"\x1b[2J");
+        }
         tcsetwinsize(&self.screen, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
     }
 
@@ -84,14 +101,8 @@ impl Terminal {
         let after = tcgetattr(&self.screen).unwrap();
         assert_eq!(after.local_modes, self.before.local_modes);
         assert_eq!(after.input_modes, self.before.input_modes);
-        eventually("it left the other screen", || {
-            let drawn = self.drawn();
-            drawn.rfind("\x1b[?1049l") > drawn.rfind("\x1b[?1049h")
-        });
-        eventually("the cursor is shown again", || {
-            let drawn = self.drawn();
-            drawn.rfind("\x1b[?25h") >= drawn.rfind("\x1b[?25l")
-        });
+        eventually("it left the other screen", || !self.look(vt100::Screen::alternate_screen));
+        eventually("the cursor is shown again", || !self.look(vt100::Screen::hide_cursor));
         status
     }
 }
@@ -109,25 +120,24 @@ fn top_follows_the_volume_and_leaves_the_terminal_as_it_was() {
     let server = volume.serve(&[]);
     work(&server);
     let mut top = Terminal::start(&server.ctl, 80, 24);
-    eventually("it draws", || top.drawn().contains("SURFACE") && top.drawn().contains("1 of 64 remapped"));
-    assert!(top.drawn().contains("disk.img") && top.drawn().contains("guest-error"), "{}", top.drawn());
-    top.after(|top| top.press("?"), "Ctrl-C");
-    top.after(|top| top.press("?p"), "PAUSED");
-    top.after(|top| top.resize(40, 10), "SCANNER");
-    top.after(|top| top.resize(120, 40), "IOPS OVER TIME");
+    top.eventually_shows(&["disk.img", "1 of 64 remapped", "SURFACE", "guest-error"]);
+    assert!(!top.shows("Ctrl-C"));
+    top.press("?");
+    top.eventually_shows(&["Ctrl-C"]);
+    assert!(!top.shows("PAUSED"));
+    top.press("?p");
+    top.eventually_shows(&["PAUSED"]);
+    eventually("the help goes", || !top.shows("Ctrl-C"));
+    top.resize(40, 10);
+    top.eventually_shows(&["SCANNER"]);
+    top.resize(120, 40);
+    top.eventually_shows(&["IOPS OVER TIME"]);
     top.press("p");
     server.stop();
-    eventually("it says that the server is gone", || top.drawn().contains("NO ANSWER"));
+    top.eventually_shows(&["NO ANSWER"]);
     let again = volume.serve(&[]);
-    let width = Cell::new(80);
-    eventually("the server is found again", || {
-        // Another size gets a picture that is drawn anew.
-        width.set(width.get() ^ 1);
-        top.drawn.lock().unwrap().clear();
-        top.resize(width.get(), 24);
-        eventually("it draws", || top.drawn().contains("newest first"));
-        !top.drawn().contains("NO ANSWER")
-    });
+    eventually("the server is found again", || !top.shows("NO ANSWER"));
+    top.eventually_shows(&["newest first"]);
     top.press("q");
     assert_eq!(top.ended().code(), Some(0));
     drop(again);
@@ -139,12 +149,12 @@ fn top_gives_the_terminal_back_also_when_it_is_told_to_end() {
     let server = volume.serve(&[]);
     for signal in [Signal::TERM, Signal::HUP, Signal::INT] {
         let top = Terminal::start(&server.ctl, 80, 24);
-        eventually("it draws", || top.drawn().contains("newest first"));
+        top.eventually_shows(&["newest first"]);
         kill_process(Pid::from_child(&top.child), signal).unwrap();
         assert_eq!(top.ended().code(), Some(0), "{signal:?}");
     }
     let mut top = Terminal::start(&server.ctl, 80, 24);
-    eventually("it draws", || top.drawn().contains("newest first"));
+    top.eventually_shows(&["newest first"]);
     top.press("\x03");
     assert_eq!(top.ended().code(), Some(0));
 }
@@ -162,6 +172,6 @@ fn top_without_a_terminal_or_a_server_says_so_in_one_line() {
     server.stop();
     let mut top = Terminal::start(&ctl, 80, 24);
     assert_eq!(top.child.wait().unwrap().code(), Some(1));
-    eventually("it says why", || top.drawn().contains("no control socket there"));
-    assert!(!top.drawn().contains('\x1b'), "{}", top.drawn());
+    top.eventually_shows(&["no control socket there"]);
+    assert!(!top.seen.lock().unwrap().bytes.contains(&b'\x1b'), "it drew before it asked");
 }
