@@ -26,7 +26,7 @@ impl<T: 'static> Script<T> {
         let executor = Executor::default();
         let io = Rc::new(Io::new(executor.spawner()));
         let outcome: Outcome<T> = Rc::default();
-        let (task, result) = (script(io.clone()), outcome.clone());
+        let (task, result) = (Box::pin(script(io.clone())), outcome.clone());
         executor.spawner().spawn(async move {
             let done = task.await;
             *result.borrow_mut() = Some(done);

@@ -254,10 +254,9 @@ impl Disk {
             self.hard.extend(hard.into_iter().map(|sector| (sector, self.step)));
             return Err(errno);
         }
-        let (mut memory, mut bytes) = (Memory::of(op), [0; SECTOR]);
+        let mut memory = Memory::of(op);
         for content in &self.current[first..last] {
-            self.store.copy(*content, &mut bytes);
-            memory.copy(&mut bytes, false);
+            memory.write(|bytes| self.store.copy(*content, bytes));
         }
         memory.end();
         Ok(())
@@ -388,12 +387,8 @@ impl Disk {
         if !matches!(op.kind, OpKind::Write) {
             return vec![0; len / SECTOR];
         }
-        let (mut memory, mut bytes) = (Memory::of(op), [0; SECTOR]);
-        let mut next = || {
-            memory.copy(&mut bytes, true);
-            self.store.keep(&bytes)
-        };
-        let contents = (0..len / SECTOR).map(|_| next()).collect();
+        let mut memory = Memory::of(op);
+        let contents = (0..len / SECTOR).map(|_| memory.read(|bytes| self.store.keep(bytes))).collect();
         memory.end();
         contents
     }

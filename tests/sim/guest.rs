@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU8;
+use std::sync::atomic::AtomicU64;
 
 use vhost_remap::device::buffer::Iovecs;
 
@@ -14,13 +14,8 @@ pub(crate) const SECTOR: usize = 512;
 pub(crate) type Value = u32;
 
 /// The word that a sector consists of after write number `value`.
-fn word(sector: u64, value: Value) -> u64 {
+pub(crate) fn word(sector: u64, value: Value) -> u64 {
     if value == 0 { 0 } else { sector << 32 | u64::from(value) }
-}
-
-/// Fill `bytes` with what `sector` holds after write number `value`.
-pub(crate) fn fill(bytes: &mut [u8], sector: u64, value: Value) {
-    fill_with(bytes, word(sector, value));
 }
 
 /// Fill `bytes` with one word again and again.
@@ -48,11 +43,11 @@ pub(crate) fn value_of(sector: u64, bytes: &[u8]) -> Result<Value, String> {
 
 thread_local! {
     /// Memory of requests that have ended.
-    static POOL: RefCell<Vec<Vec<AtomicU8>>> = const { RefCell::new(Vec::new()) };
+    static POOL: RefCell<Vec<Vec<AtomicU64>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Memory of a request, which goes back to the pool with it.
-struct Pooled(Vec<AtomicU8>);
+struct Pooled(Vec<AtomicU64>);
 
 impl Drop for Pooled {
     fn drop(&mut self) {
@@ -61,11 +56,15 @@ impl Drop for Pooled {
     }
 }
 
-/// Guest memory of `len` bytes in one to four pieces. Nobody has cleared it.
-pub(crate) fn memory(len: usize, rng: &mut Rng) -> Iovecs {
+/// Guest memory in one to four pieces: sector by sector, the word that each is full of.
+pub(crate) fn memory(sectors: impl ExactSizeIterator<Item = u64>, rng: &mut Rng) -> Iovecs {
+    let len = sectors.len() * SECTOR;
     let mut bytes = POOL.with(|pool| pool.borrow_mut().pop()).unwrap_or_default();
-    if bytes.len() < len {
-        bytes.resize_with(len, || AtomicU8::new(0xa5));
+    if bytes.len() < len / 8 {
+        bytes.resize_with(len / 8, AtomicU64::default);
+    }
+    for (sector, word) in bytes.chunks_exact_mut(SECTOR / 8).zip(sectors) {
+        sector.iter_mut().for_each(|place| *place.get_mut() = word.to_le());
     }
     let bytes = Arc::new(Pooled(bytes));
     let mut list = Iovecs::new();
@@ -80,9 +79,10 @@ pub(crate) fn memory(len: usize, rng: &mut Rng) -> Iovecs {
     list
 }
 
-fn push(list: &mut Iovecs, bytes: &[AtomicU8], from: usize, to: usize) {
-    let ptr = bytes[from..to].as_ptr().cast::<u8>().cast_mut();
-    // SAFETY: the caller hands the vector to the list as its owner; it is made of atomics, so that no
-    // reference to it claims that its bytes do not change.
+fn push(list: &mut Iovecs, bytes: &[AtomicU64], from: usize, to: usize) {
+    assert!(from <= to && to <= size_of_val(bytes));
+    let ptr = bytes.as_ptr().cast::<u8>().cast_mut().wrapping_add(from);
+    // SAFETY: so many bytes are there, and the caller hands the vector to the list as its owner; it is made of atomics,
+    // so that no reference to it claims that its bytes do not change.
     unsafe { list.push(ptr, to - from) };
 }

@@ -158,21 +158,21 @@ impl Model {
     /// A write (zeroing, discard) of `value` is submitted.
     pub(crate) fn begin(&mut self, sectors: impl Iterator<Item = u64>, value: Value) -> Tick {
         let start = self.tick();
-        for sector in sectors {
+        sectors.for_each(|sector| {
             let state = self.state(sector);
             state.flying.push(Element { value, start, end: Tick::MAX, ok: false });
             state.changed = start;
-        }
+        });
         start
     }
 
     /// It has ended: for good with `ok`; otherwise each sector is old or new.
     pub(crate) fn end(&mut self, sectors: impl Iterator<Item = u64>, start: Tick, ok: bool) {
         let end = self.tick();
-        for sector in sectors {
+        sectors.for_each(|sector| {
             let place = self.place_or_new(sector);
             let state = &mut self.states[place];
-            let Some(at) = state.flying.iter().position(|element| element.start == start) else { continue };
+            let Some(at) = state.flying.iter().position(|element| element.start == start) else { return };
             let element = Element { end, ok, ..state.flying.remove(at) };
             state.changed = end;
             state.settling = false;
@@ -190,7 +190,7 @@ impl Model {
             if state.durable.len() == 2 {
                 self.unflushed.push(place);
             }
-        }
+        });
     }
 
     /// A read submitted at `start` brought `bytes` of a sector.
@@ -246,11 +246,11 @@ impl Model {
 
     /// No read is under way: what was replaced does not matter any more.
     pub(crate) fn quiet(&mut self, sectors: impl Iterator<Item = u64>) {
-        for sector in sectors {
+        sectors.for_each(|sector| {
             if let Some(place) = self.place(sector) {
                 self.states[place].replaced.clear();
             }
-        }
+        });
     }
 
     /// A failed flush was cleared; it concerned these sectors, or all.
@@ -330,11 +330,11 @@ fn pin(state: &mut SectorState, submitted: Tick) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::fill;
+    use crate::guest::{fill_with, word};
 
     fn content(value: Value) -> [u8; SECTOR] {
         let mut bytes = [0; SECTOR];
-        fill(&mut bytes, 0, value);
+        fill_with(&mut bytes, word(0, value));
         bytes
     }
 

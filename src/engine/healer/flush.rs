@@ -227,7 +227,8 @@ impl Core {
             turn.release();
             return Ok(());
         };
-        Err(self.flush_failed(device, errno).await)
+        // Rare and large: a flush that succeeds does not carry it around.
+        Err(Box::pin(self.flush_failed(device, errno)).await)
     }
 
     /// Write to the spare that comes back, and flush it, for the sake of its metadata: it is not in use yet, and what

@@ -2,8 +2,9 @@
 
 use vhost_remap::device::Op;
 
-/// An operation's memory from some byte on: the only place that follows its pointers. What goes through it is copied
-/// sector by sector, for which the processor's nearest cache has room.
+use crate::guest::SECTOR;
+
+/// An operation's memory from some byte on: the only place that follows its pointers.
 pub(super) struct Memory<'a> {
     op: &'a Op,
     pieces: &'a [libc::iovec],
@@ -18,8 +19,49 @@ impl Memory<'_> {
         Memory { op, pieces: unsafe { op.data.iovecs() }, done: 0 }
     }
 
+    /// The next sector of it, if that lies in one piece. Nobody else may use it meanwhile.
+    fn sector(&mut self) -> Option<*mut [u8; SECTOR]> {
+        let piece = self.pieces.first().filter(|piece| piece.iov_len - self.done >= SECTOR)?;
+        let sector = piece.iov_base.cast::<u8>().wrapping_add(self.done).cast();
+        self.done += SECTOR;
+        self.leave_piece(piece.iov_len);
+        Some(sector)
+    }
+
+    /// What the next sector of it holds.
+    pub(super) fn read<T>(&mut self, look: impl FnOnce(&[u8; SECTOR]) -> T) -> T {
+        match self.sector() {
+            // SAFETY: as in `of`; a simulation is one thread, which does not write to it before `look` is back.
+            Some(sector) => look(unsafe { &*sector }),
+            None => {
+                let mut bytes = [0; SECTOR];
+                self.copy(&mut bytes, true);
+                look(&bytes)
+            }
+        }
+    }
+
+    /// Change the next sector of it.
+    pub(super) fn write(&mut self, put: impl FnOnce(&mut [u8; SECTOR])) {
+        match self.sector() {
+            // SAFETY: as in `read`.
+            Some(sector) => put(unsafe { &mut *sector }),
+            None => {
+                let mut bytes = [0; SECTOR];
+                put(&mut bytes);
+                self.copy(&mut bytes, false);
+            }
+        }
+    }
+
+    fn leave_piece(&mut self, len: usize) {
+        if self.done == len {
+            (self.pieces, self.done) = (&self.pieces[1..], 0);
+        }
+    }
+
     /// Copy between the next of it and `bytes`.
-    pub(super) fn copy(&mut self, mut bytes: &mut [u8], from_memory: bool) {
+    fn copy(&mut self, mut bytes: &mut [u8], from_memory: bool) {
         while !bytes.is_empty() {
             let piece =
                 self.pieces.first().unwrap_or_else(|| panic!("an operation has too little data: {:?}", self.op));
@@ -35,9 +77,7 @@ impl Memory<'_> {
                 }
             }
             self.done += part.len();
-            if self.done == piece.iov_len {
-                (self.pieces, self.done) = (&self.pieces[1..], 0);
-            }
+            self.leave_piece(piece.iov_len);
             bytes = rest;
         }
     }

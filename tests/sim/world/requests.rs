@@ -52,12 +52,9 @@ impl World {
     }
 
     fn a_read(&mut self, range: SectorRange) -> (RequestOp, &'static str, Vec<SectorRange>, Tick) {
-        let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
         // What an earlier request left there may look just like what this one is to bring.
-        static DIRT: [u8; 4 * SECTOR] = [0xa5; 4 * SECTOR];
-        for at in (0..data.len()).step_by(DIRT.len()) {
-            data.copy_from(at, &DIRT[..DIRT.len().min(data.len() - at)]);
-        }
+        let dirt = (0..sectors_of(range)).map(|_| 0xa5a5_a5a5_a5a5_a5a5);
+        let data = guest::memory(dirt, &mut self.rng);
         self.reads_under_way += 1;
         (RequestOp::Read { range, data }, "read", vec![range], self.model.tick())
     }
@@ -65,12 +62,8 @@ impl World {
     fn a_write(&mut self, range: SectorRange) -> (RequestOp, &'static str, Vec<SectorRange>, Tick) {
         let value = self.next_value;
         self.next_value += 1;
-        let data = guest::memory(usize::try_from(range.bytes()).expect("small"), &mut self.rng);
-        let mut bytes = [0; SECTOR];
-        for (sector, at) in sectors(&[range]).zip((0..data.len()).step_by(SECTOR)) {
-            guest::fill(&mut bytes, sector, value);
-            data.copy_from(at, &bytes);
-        }
+        let words = (0..sectors_of(range)).map(|at| guest::word(range.start.0 + u64::from(at), value));
+        let data = guest::memory(words, &mut self.rng);
         let start = self.model.begin(sectors(&[range]), value);
         (RequestOp::Write { range, data }, "write", vec![range], start)
     }
@@ -242,4 +235,8 @@ impl World {
             waiting > 0
         });
     }
+}
+
+fn sectors_of(range: SectorRange) -> u32 {
+    u32::try_from(range.count).expect("small")
 }
