@@ -134,10 +134,8 @@ impl Page {
         f.u32(8, number);
         f.u64(16, self.sequence);
         f.bytes(24, &seat.bytes());
-        // Most are free as a rule, and zeros.
-        let used = self.entries.iter().enumerate().filter(|(_, entry)| **entry != Entry::FREE);
-        for (i, entry) in used {
-            f.u64(HEADER + 8 * i, entry.encode());
+        for (raw, entry) in page[HEADER..].chunks_exact_mut(8).zip(&self.entries) {
+            raw.copy_from_slice(&entry.encode().to_le_bytes());
         }
         let crc = page_crc(&page, 12);
         FieldsMut(&mut page).u32(12, crc);

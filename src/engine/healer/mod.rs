@@ -52,7 +52,7 @@ use failure::Failure;
 pub use failure::FailureClass;
 pub use flush::PoisonReport;
 use ladder::Budget;
-pub use operator::{HealerStatus, Order, OrderId, Reply};
+pub use operator::{HealerStatus, Order, OrderId, Reply, Work};
 pub use resize::NotResized;
 
 /// Repairs under way at a time, at most. Others wait in order; each holds at most [`CHUNK_SECTORS`] of
@@ -383,6 +383,11 @@ impl Healer {
     /// Whether nothing is under way or waiting but timers.
     pub fn is_idle(&self) -> bool {
         self.core.running.get() == 0 && self.core.waiting.borrow().is_empty() && self.core.io.in_flight() == 0
+    }
+
+    /// What it is busy with.
+    pub fn work(&self) -> Work {
+        self.core.present_work()
     }
 
     /// Device operations submitted and not completed: none of them may be abandoned.

@@ -62,6 +62,19 @@ pub enum Order {
     Seal(CloseStamp),
 }
 
+/// What the healer is busy with: a part of its status that costs little.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    /// Repairs under way and waiting.
+    pub repairs: usize,
+    /// Requests held.
+    pub held: usize,
+    /// Blocks in doubt.
+    pub in_doubt: u64,
+    /// Slots that can be given out.
+    pub free: usize,
+}
+
 /// What `status` wants to know of the healer.
 #[derive(Clone, Debug)]
 pub struct HealerStatus {
@@ -192,15 +205,24 @@ impl Core {
         self.replies.borrow_mut().push((id, reply));
     }
 
+    pub(super) fn present_work(&self) -> Work {
+        Work {
+            repairs: self.running.get() + self.waiting.borrow().len(),
+            held: self.held.borrow().len(),
+            in_doubt: self.map.borrow().iter_from(Block(0)).map(|(_, state)| u64::from(state.in_doubt)).sum(),
+            free: self.table.borrow().available(),
+        }
+    }
+
     fn status(&self) -> HealerStatus {
+        let Work { repairs, held, in_doubt, free } = self.present_work();
         let table = self.table.borrow();
         let map = self.map.borrow();
-        let (mut remapped, mut lost_sectors, mut in_doubt) = (0, 0, 0);
+        let (mut remapped, mut lost_sectors) = (0, 0);
         for (_, state) in map.iter_from(Block(0)) {
             // Not the table's live entries: a block that moves has two for a while.
             remapped += usize::from(state.slot.is_some());
             lost_sectors += u64::from(state.lost.count_ones());
-            in_doubt += u64::from(state.in_doubt);
         }
         let places = self.live_places();
         HealerStatus {
@@ -223,13 +245,13 @@ impl Core {
             guest_errors: self.guest_errors.borrow().clone(),
             remapped,
             live: table.live(),
-            free: table.available(),
+            free,
             retired: table.retired(),
             pending: self.pending.borrow().len(),
             lost_sectors,
             in_doubt,
-            repairs: self.running.get() + self.waiting.borrow().len(),
-            held: self.held.borrow().len(),
+            repairs,
+            held,
             fences: self.fences.standing(),
             failed_writes_in_a_row: self.failed_writes_in_a_row(),
             scan: self.scan_status(),

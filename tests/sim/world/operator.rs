@@ -1,7 +1,7 @@
 //! The operator, and what status says: orders, their replies, and what must be true of them.
 
 use vhost_remap::device::{DeviceIndex, Op, OpKind};
-use vhost_remap::engine::healer::{HealerStatus, Order, OrderId, Reply};
+use vhost_remap::engine::healer::{HealerStatus, Order, OrderId, Reply, Work};
 use vhost_remap::engine::view::PrimaryState;
 use vhost_remap::units::Sector;
 
@@ -91,12 +91,13 @@ impl World {
     }
 
     /// What the volume is busy with.
-    fn states(&mut self) -> Vec<State> {
+    fn states(&self) -> Vec<State> {
         let Some(engine) = &self.engine else { return vec![State::Script(self.script)] };
         let mode = engine.healer.view().mode;
         let flights = || self.flights.iter().filter(|flight| flight.owner == Owner::Healer);
         let ordered = |wanted: fn(&Ordered) -> bool| self.orders.values().any(wanted);
-        let mut states = [
+        let Work { repairs, held, in_doubt, free } = engine.healer.work();
+        let states = [
             (State::Committing, flights().any(|flight| self.is_metadata_write(&flight.op))),
             (State::Flushing, flights().any(|flight| flight.op.kind == OpKind::Flush)),
             (State::Moving, ordered(|order| matches!(order, Ordered::Move | Ordered::Resize(..)))),
@@ -105,15 +106,11 @@ impl World {
             (State::Poisoned, mode.poisoned),
             (State::SpareDown, !mode.spare_up),
             (State::PrimaryDown, mode.primary != PrimaryState::Up),
-        ]
-        .to_vec();
-        let status = self.status();
-        states.extend([
-            (State::Repairing, status.repairs > 0),
-            (State::Holding, status.held > 0),
-            (State::InDoubt, status.in_doubt > 0),
-            (State::SpareFull, status.free == 0),
-        ]);
+            (State::Repairing, repairs > 0),
+            (State::Holding, held > 0),
+            (State::InDoubt, in_doubt > 0),
+            (State::SpareFull, free == 0),
+        ];
         let held: Vec<State> = states.into_iter().filter(|(_, held)| *held).map(|(state, _)| state).collect();
         if held.is_empty() { vec![State::Idle] } else { held }
     }
