@@ -55,7 +55,8 @@ impl Spawner {
 /// Runs tasks until all of them wait.
 #[derive(Default)]
 pub(super) struct Executor {
-    tasks: Vec<Option<(Task, Waker)>>,
+    /// By number: the task, and a waker of whoever has that number.
+    tasks: Vec<(Option<Task>, Waker)>,
     free: Vec<usize>,
     ready: Arc<Ready>,
     spawner: Spawner,
@@ -78,9 +79,9 @@ impl Executor {
             self.admit();
             let Some(index) = self.ready.pop() else { return };
             // A waker may outlive its task; its number may then belong to another, which is merely polled.
-            let Some((task, waker)) = self.tasks[index].as_mut() else { continue };
+            let (Some(task), waker) = &mut self.tasks[index] else { continue };
             if task.as_mut().poll(&mut Context::from_waker(waker)).is_ready() {
-                self.tasks[index] = None;
+                self.tasks[index].0 = None;
                 self.free.push(index);
             }
         }
@@ -90,11 +91,11 @@ impl Executor {
         loop {
             let Some(task) = self.spawner.0.borrow_mut().pop_front() else { return };
             let index = self.free.pop().unwrap_or(self.tasks.len());
-            let waker = Waker::from(Arc::new(TaskWaker { task: index, ready: self.ready.clone() }));
             if index == self.tasks.len() {
-                self.tasks.push(None);
+                let waker = TaskWaker { task: index, ready: self.ready.clone() };
+                self.tasks.push((None, Waker::from(Arc::new(waker))));
             }
-            self.tasks[index] = Some((task, waker));
+            self.tasks[index].0 = Some(task);
             self.ready.push(index);
         }
     }

@@ -173,7 +173,7 @@ impl Model {
             let place = self.place_or_new(sector);
             let state = &mut self.states[place];
             let Some(at) = state.flying.iter().position(|element| element.start == start) else { return };
-            let element = Element { end, ok, ..state.flying.remove(at) };
+            let element = Element { end, ok, ..state.flying.swap_remove(at) };
             state.changed = end;
             state.settling = false;
             if ok {
