@@ -21,7 +21,7 @@ use vhost_remap::device::{Errno, Op, OpKind};
 use crate::config::Fault;
 use crate::guest::SECTOR;
 use crate::rng::Rng;
-use memory::Memory;
+pub(crate) use memory::Memory;
 use store::{Cache, Content, Store};
 pub(crate) use torn::tables;
 use trouble::strike;

@@ -1,12 +1,15 @@
-//! The memory of an operation.
+//! The memory of operations and requests.
+
+use std::fmt::Debug;
 
 use vhost_remap::device::Op;
+use vhost_remap::device::buffer::Iovecs;
 
 use crate::guest::SECTOR;
 
-/// An operation's memory from some byte on: the only place that follows its pointers.
-pub(super) struct Memory<'a> {
-    op: &'a Op,
+/// The memory of an operation or of a request from some byte on: the only place that follows pointers.
+pub(crate) struct Memory<'a> {
+    whose: &'a dyn Debug,
     pieces: &'a [libc::iovec],
     /// Bytes of the first of them that are behind us.
     done: usize,
@@ -16,7 +19,12 @@ impl Memory<'_> {
     pub(super) fn of(op: &Op) -> Memory<'_> {
         // SAFETY: the world performs an operation only between its submission and its completion, while
         // whoever submitted it keeps list and memory alive and unmoved (the contract of `Device::submit`).
-        Memory { op, pieces: unsafe { op.data.iovecs() }, done: 0 }
+        Memory { whose: op, pieces: unsafe { op.data.iovecs() }, done: 0 }
+    }
+
+    pub(crate) fn of_request(data: &Iovecs) -> Memory<'_> {
+        // SAFETY: the list is borrowed for as long, and owns the memory.
+        Memory { whose: data, pieces: unsafe { data.as_io().iovecs() }, done: 0 }
     }
 
     /// The next sector of it, if that lies in one piece. Nobody else may use it meanwhile.
@@ -29,7 +37,7 @@ impl Memory<'_> {
     }
 
     /// What the next sector of it holds.
-    pub(super) fn read<T>(&mut self, look: impl FnOnce(&[u8; SECTOR]) -> T) -> T {
+    pub(crate) fn read<T>(&mut self, look: impl FnOnce(&[u8; SECTOR]) -> T) -> T {
         match self.sector() {
             // SAFETY: as in `of`; a simulation is one thread, which does not write to it before `look` is back.
             Some(sector) => look(unsafe { &*sector }),
@@ -63,8 +71,7 @@ impl Memory<'_> {
     /// Copy between the next of it and `bytes`.
     fn copy(&mut self, mut bytes: &mut [u8], from_memory: bool) {
         while !bytes.is_empty() {
-            let piece =
-                self.pieces.first().unwrap_or_else(|| panic!("an operation has too little data: {:?}", self.op));
+            let piece = self.pieces.first().unwrap_or_else(|| panic!("there is too little data: {:?}", self.whose));
             let (part, rest) = bytes.split_at_mut(bytes.len().min(piece.iov_len - self.done));
             let memory = piece.iov_base.cast::<u8>().wrapping_add(self.done);
             // SAFETY: as above; so many bytes are left of the piece, and `part` is a local slice that cannot overlap
@@ -83,7 +90,7 @@ impl Memory<'_> {
     }
 
     /// All of it was copied.
-    pub(super) fn end(&self) {
-        assert!(self.pieces.is_empty(), "an operation has too much data: {:?}", self.op);
+    pub(crate) fn end(&self) {
+        assert!(self.pieces.is_empty(), "there is too much data: {:?}", self.whose);
     }
 }

@@ -6,7 +6,8 @@ use vhost_remap::units::SectorRange;
 
 use super::{Asked, QUEUES, Stopping, World, sectors, trace};
 use crate::config::Fault;
-use crate::guest::{self, SECTOR};
+use crate::disk::Memory;
+use crate::guest;
 use crate::model::Tick;
 use crate::script::Ask;
 
@@ -138,17 +139,13 @@ impl World {
 
     /// What a read brought is what the model admits.
     fn check_read(&mut self, asked: &Asked, data: &Iovecs) {
-        let mut bytes = [0; 8 * SECTOR];
-        for at in (0..data.len()).step_by(bytes.len()) {
-            let part = &mut bytes[..(data.len() - at).min(8 * SECTOR)];
-            data.copy_to(at, part);
-            let first = asked.ranges[0].start.0 + (at / SECTOR) as u64;
-            for (sector, bytes) in (first..).zip(part.chunks_exact(SECTOR)) {
-                if let Err(lie) = self.model.read(sector, asked.start, bytes) {
-                    assert!(!self.believe, "R1: {lie}");
-                }
+        let mut memory = Memory::of_request(data);
+        for sector in sectors(&asked.ranges) {
+            if let Err(lie) = memory.read(|bytes| self.model.read(sector, asked.start, bytes)) {
+                assert!(!self.believe, "R1: {lie}");
             }
         }
+        memory.end();
     }
 
     /// An error needs a reason that lies between the request's submission and its answer.
