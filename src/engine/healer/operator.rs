@@ -69,8 +69,8 @@ pub struct Work {
     pub repairs: usize,
     /// Requests held.
     pub held: usize,
-    /// Blocks in doubt.
-    pub in_doubt: u64,
+    /// Whether the commit of any block is in doubt.
+    pub is_in_doubt: bool,
     /// Slots that can be given out.
     pub free: usize,
 }
@@ -205,24 +205,28 @@ impl Core {
         self.replies.borrow_mut().push((id, reply));
     }
 
+    fn repairs(&self) -> usize {
+        self.running.get() + self.waiting.borrow().len()
+    }
+
     pub(super) fn present_work(&self) -> Work {
         Work {
-            repairs: self.running.get() + self.waiting.borrow().len(),
+            repairs: self.repairs(),
             held: self.held.borrow().len(),
-            in_doubt: self.map.borrow().iter_from(Block(0)).map(|(_, state)| u64::from(state.in_doubt)).sum(),
+            is_in_doubt: self.map.borrow().iter_from(Block(0)).any(|(_, state)| state.in_doubt),
             free: self.table.borrow().available(),
         }
     }
 
     fn status(&self) -> HealerStatus {
-        let Work { repairs, held, in_doubt, free } = self.present_work();
         let table = self.table.borrow();
         let map = self.map.borrow();
-        let (mut remapped, mut lost_sectors) = (0, 0);
+        let (mut remapped, mut lost_sectors, mut in_doubt) = (0, 0, 0);
         for (_, state) in map.iter_from(Block(0)) {
             // Not the table's live entries: a block that moves has two for a while.
             remapped += usize::from(state.slot.is_some());
             lost_sectors += u64::from(state.lost.count_ones());
+            in_doubt += u64::from(state.in_doubt);
         }
         let places = self.live_places();
         HealerStatus {
@@ -245,13 +249,13 @@ impl Core {
             guest_errors: self.guest_errors.borrow().clone(),
             remapped,
             live: table.live(),
-            free,
+            free: table.available(),
             retired: table.retired(),
             pending: self.pending.borrow().len(),
             lost_sectors,
             in_doubt,
-            repairs,
-            held,
+            repairs: self.repairs(),
+            held: self.held.borrow().len(),
             fences: self.fences.standing(),
             failed_writes_in_a_row: self.failed_writes_in_a_row(),
             scan: self.scan_status(),

@@ -96,7 +96,7 @@ impl World {
         let mode = engine.healer.view().mode;
         let flights = || self.flights.iter().filter(|flight| flight.owner == Owner::Healer);
         let ordered = |wanted: fn(&Ordered) -> bool| self.orders.values().any(wanted);
-        let Work { repairs, held, in_doubt, free } = engine.healer.work();
+        let Work { repairs, held, is_in_doubt, free } = engine.healer.work();
         let states = [
             (State::Committing, flights().any(|flight| self.is_metadata_write(&flight.op))),
             (State::Flushing, flights().any(|flight| flight.op.kind == OpKind::Flush)),
@@ -108,7 +108,7 @@ impl World {
             (State::PrimaryDown, mode.primary != PrimaryState::Up),
             (State::Repairing, repairs > 0),
             (State::Holding, held > 0),
-            (State::InDoubt, in_doubt > 0),
+            (State::InDoubt, is_in_doubt),
             (State::SpareFull, free == 0),
         ];
         let held: Vec<State> = states.into_iter().filter(|(_, held)| *held).map(|(state, _)| state).collect();
