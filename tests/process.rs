@@ -104,6 +104,8 @@ mod spare;
 mod stats;
 #[path = "process/storm.rs"]
 mod storm;
+#[path = "process/terminal.rs"]
+mod terminal;
 #[path = "process/top.rs"]
 mod top;
 #[path = "process/traces.rs"]

@@ -31,14 +31,31 @@ pub(crate) fn http_address(server: &Server) -> String {
     found.unwrap_or_else(|| panic!("{log}")).to_owned()
 }
 
-const ORDERS: [(&str, &str); 11] = [
+/// All that is only read.
+const REPORTS: [&str; 11] = [
+    "/v1/ping",
+    "/v1/status",
+    "/v1/stats",
+    "/v1/list",
+    "/v1/events",
+    "/v1/faults",
+    "/v1/health",
+    "/v1/surface",
+    "/metrics",
+    "/metrics/dm-remap",
+    "/proc",
+];
+const ORDERS: [(&str, &str); 14] = [
     ("POST", "/v1/clear"),
     ("POST", "/v1/save"),
     ("POST", "/v1/remap"),
     ("POST", "/v1/release"),
     ("POST", "/v1/resize"),
     ("POST", "/v1/scan/start"),
+    ("POST", "/v1/scan/pause"),
+    ("POST", "/v1/scan/resume"),
     ("POST", "/v1/scan/cancel"),
+    ("POST", "/v1/clear-stats"),
     ("POST", "/v1/log-level"),
     ("POST", "/v1/faults"),
     ("DELETE", "/v1/faults"),
@@ -154,7 +171,7 @@ fn the_port_takes_only_reads_and_only_under_its_own_names() {
     let server = volume.serve(&["--http-listen", "127.0.0.1:0"]);
     let address = http_address(&server);
     assert!(address.starts_with("127.0.0.1:"), "{address}");
-    for target in ["/v1/ping", "/v1/status", "/v1/stats", "/v1/list", "/v1/events", "/metrics", "/proc"] {
+    for target in REPORTS {
         let (status, answer) = http(&address, "GET", target, &address);
         assert_eq!(status, 200, "{target}: {answer}");
         assert!(!answer.to_lowercase().contains("access-control"), "{answer}");
@@ -200,7 +217,7 @@ fn members_of_the_control_group_read_and_give_no_orders() {
     }
     let volume = Volume::create(32, 64);
     let server = volume.serve(&["--control-group", &GROUP.to_string()]);
-    for target in ["/v1/status", "/v1/stats", "/v1/list", "/v1/events", "/v1/ping", "/metrics"] {
+    for target in REPORTS {
         let (status, answer) = ask_as(NOBODY, GROUP, &server, "GET", target).unwrap();
         assert_eq!(status, 200, "{target}: {answer}");
     }
@@ -298,6 +315,17 @@ fn log_lines_are_json_objects_where_that_is_wanted() {
     assert!(lines.iter().any(|line| line["message"] == "a front-end connected"), "{lines:?}");
 }
 
+#[test]
+fn a_log_line_of_an_event_names_volume_device_sector_cause_and_action() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    work(&server);
+    server.await_event("remapped");
+    let cause_and_action = "the block failed again: moved to slot 0";
+    let end = format!(" WARN  {}: remapped: primary sector 1000+8: {cause_and_action}", volume.primary.display());
+    eventually("the event is logged", || server.log_text().lines().any(|line| line.ends_with(&end)));
+}
+
 /// The hook runs for what it was asked for, and goes on over its own failures and a restart of the server.
 #[test]
 fn a_hook_runs_for_each_wanted_event_also_after_a_restart() {
@@ -308,7 +336,7 @@ fn a_hook_runs_for_each_wanted_event_also_after_a_restart() {
     let errors = fs::File::create(volume.dir.path().join("errors")).unwrap();
     server.order(&["remap", "4000"]);
     let mut follower = Command::new(env!("CARGO_BIN_EXE_vhost-remap"))
-        .args(["events", "--follow", "--on", "remapped,lost", "--exec", &hook, "--control-path"])
+        .args(["events", "--follow", "--on", "remapped,health", "--exec", &hook, "--control-path"])
         .arg(&ctl)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -323,6 +351,8 @@ fn a_hook_runs_for_each_wanted_event_also_after_a_restart() {
     });
     work(&server);
     eventually("the hook ran", || ran("remapped 1000"));
+    let hooked_text = || fs::read_to_string(&hooked).unwrap();
+    eventually("it ran for health", || hooked_text().lines().any(|line| line.starts_with("health")));
     assert!(!ran("guest-error 2003") && !ran("remapped 4000"), "neither for others nor for what was before");
     server.stop();
     let server = volume.serve(&[]);

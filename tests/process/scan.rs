@@ -1,6 +1,7 @@
 //! The scanner: what it finds of what was hidden, how it is told what to do, and that it begins nothing anew.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +14,7 @@ use crate::guest::{Failed, Guest, Io};
 use crate::model::{Model, Random, pattern};
 use crate::server::{Server, Volume, done, eventually, refusal};
 use crate::stats::stats;
+use crate::terminal::Terminal;
 
 /// No pass of these tests takes longer, on a busy machine.
 const PASS_LIMIT: Duration = Duration::from_secs(600);
@@ -270,6 +272,18 @@ fn a_block_rewritten_in_place_is_healed_once_a_pass_has_read_it() {
     server.order(&["scan", "start", "--wait"]);
     let status = server.status();
     assert_eq!((status.counters.healed, status.scan.found.healed, status.scan.found.bad), (1, 1, 0));
+}
+
+#[test]
+fn who_waits_for_a_pass_on_a_terminal_sees_how_far_it_is() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&SLOWLY);
+    let words = ["scan", "start", "--wait", "--control-path"].map(OsStr::new);
+    let terminal = Terminal::start(&[&words[..], &[server.ctl.as_os_str()]].concat(), 120, 24);
+    terminal.eventually_shows(&["pass 1 [=", " %, ", "/s on average"]);
+    server.order(&["scan", "cancel"]);
+    terminal.eventually_shows(&["pass 1 was cancelled"]);
+    assert_eq!(terminal.ended().code(), Some(1));
 }
 
 /// Slow enough to be met on its way.
