@@ -47,6 +47,8 @@ pub(crate) const HIT: &str = "16,384 remaps, each request hits one";
 pub(crate) const NOT_REMAPPED: &str = "the same data not remapped";
 pub(crate) const NO_PASS: &str = "no pass under way";
 pub(crate) const PASS: &str = "a pass under way";
+pub(crate) const UNDISTURBED: &str = "undisturbed";
+pub(crate) const STATUS_ASKED: &str = "status asked 10 times a second";
 const QSD_THREADS: &str = "qemu-storage-daemon threads";
 
 const fn contender(name: &'static str, peer: Peer) -> Contender {
@@ -148,8 +150,8 @@ fn engine() -> Vec<Case> {
         (
             "beside",
             vec![
-                contender("undisturbed", Peer::Empty),
-                beside("status asked 10 times a second", Beside::Status),
+                contender(UNDISTURBED, Peer::Empty),
+                beside(STATUS_ASKED, Beside::Status),
                 beside("healer at work", Beside::Healer),
             ],
         ),

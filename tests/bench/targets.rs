@@ -2,7 +2,10 @@
 
 use serde::Serialize;
 
-use crate::cases::{BETWEEN, EMPTY, FIO, HIT, NO_PASS, NONE_HIT, NOT_REMAPPED, OURS, PASS, PASSTHROUGH, POLLING, QSD};
+use crate::cases::{
+    BETWEEN, EMPTY, FIO, HIT, NO_PASS, NONE_HIT, NOT_REMAPPED, OURS, PASS, PASSTHROUGH, POLLING, QSD, STATUS_ASKED,
+    UNDISTURBED,
+};
 use crate::load::Figures;
 use crate::rounds::CaseResult;
 use crate::scan::IDLE_PASS;
@@ -33,7 +36,7 @@ type Target = (&'static str, Quantity, &'static str, &'static str, Bound);
 use Bound::{AtLeast, AtMost, Overlap};
 use Quantity::{Cpu, Iops, P50, P99};
 
-const TARGETS: [Target; 29] = [
+const TARGETS: [Target; 30] = [
     ("page-cached 4 KiB random read, QD 128", Iops, OURS, QSD, AtLeast(2.2)),
     ("page-cached 4 KiB random read, QD 128", Cpu, OURS, QSD, AtMost(0.4)),
     ("page-cached 4 KiB random read, QD 32", Iops, OURS, QSD, AtLeast(1.5)),
@@ -61,6 +64,7 @@ const TARGETS: [Target; 29] = [
     ("remaps between: page-cached 4 KiB random write, QD 128", Cpu, BETWEEN, EMPTY, AtMost(1.01)),
     ("remaps hit: O_DIRECT 4 KiB random read, QD 128", Iops, HIT, NOT_REMAPPED, AtLeast(0.95)),
     ("remaps hit: O_DIRECT 4 KiB random write, QD 128", Iops, HIT, NOT_REMAPPED, AtLeast(0.95)),
+    ("beside: page-cached 4 KiB random read, QD 32", Iops, STATUS_ASKED, UNDISTURBED, Overlap),
     ("scan: O_DIRECT 4 KiB random read, QD 1", P99, PASS, NO_PASS, AtMost(1.1)),
     ("scan: O_DIRECT 4 KiB random read, QD 32", P99, PASS, NO_PASS, AtMost(1.1)),
 ];
