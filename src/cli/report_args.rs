@@ -87,7 +87,7 @@ pub struct StatsArgs {
 vhost-remap health --control-path /run/vm1.sock.ctl --smart\n\n\
 The score is 100 less points for each of these, and at most 94 for WATCH, 79 for AT_RISK and 39 for REPLACE:\n  \
 requests in 10,000 that met an error of a device: 5 from 2 on, 20 from 11 on, 50 from 101 on\n  \
-requests that met an error of a device within 600 s: 15 from 6 on, 30 from 10 on\n  \
+requests that met an error of a device, and blocks that a pass found bad, within 600 s: 15 from 6 on, 30 from 10 on\n  \
 pending blocks: 5 from 1 on, 10 from 11 on, 25 from 21 on\n  \
 percent of the slots used: half of them\n  \
 lost sectors: 20 from 1 on")]

@@ -167,7 +167,7 @@ mod tests {
     fn a_cell_is_scanned_when_all_of_it_was_and_slow_blocks_are_put_where_they_lie() {
         // 300 units of 1 MiB, of which a pass has read the first of each region, and unit 1.
         let extent = SectorRange { start: Sector(0), count: 300 * 2048 };
-        let scanned = Scanned { extent, position: 4 };
+        let scanned = Scanned { extent, position: 4, skipped: Vec::new() };
         let mut surface = empty(extent.count, 300);
         surface.add(&entry(3 * 2048 + 64, &["pending"], &[]));
         surface.add_scan(&BTreeSet::from([Block(3 * 256), Block(7 * 256 + 1)]), &scanned);
@@ -178,7 +178,8 @@ mod tests {
         coarse.add_scan(&BTreeSet::new(), &scanned);
         assert_eq!(coarse.not_scanned, [(1, 149)], "a cell of which a half was read is not done");
         let mut all = empty(extent.count + 2048, 301);
-        all.add_scan(&BTreeSet::new(), &Scanned { extent, position: u64::MAX });
-        assert_eq!(all.not_scanned, [(300, 1)], "by so much the disk has grown since");
+        let skipped = vec![SectorRange { start: Sector(5 * 2048 + 8), count: 8 }];
+        all.add_scan(&BTreeSet::new(), &Scanned { extent, position: u64::MAX, skipped });
+        assert_eq!(all.not_scanned, [(5, 1), (300, 1)], "what was skipped, and by what the disk has grown since");
     }
 }

@@ -10,6 +10,7 @@ use vhost_remap::volume::superblock::Seat as PageSeat;
 use crate::commits::{BLOCK_A, BLOCK_B, SMALL, begun, new};
 use crate::engine::Engine;
 use crate::rig::{BLOCK, Bad, EPOCH, PRIMARY, Reads, Rig};
+use crate::scan::{made, unreadable};
 use crate::seat::{Kind, Seat, seats};
 
 const DAY: u64 = 86_400;
@@ -63,6 +64,19 @@ fn what_failed_on_a_day_is_remembered_over_restarts_and_forgotten_after_70_days(
     engine.pass(&mut rig, DAY).unwrap();
     assert_eq!(judged(&mut engine, &mut rig), (HealthState::Ok, vec![]));
     assert_eq!(engine.causes("health"), ["no rule holds any more"]);
+}
+
+/// What is known to be bad is no news to a later pass.
+#[test]
+fn ten_blocks_that_a_pass_finds_bad_are_a_burst_once() {
+    let mut rig = made(SMALL);
+    rig.bad = (0..10).map(|n| unreadable(PRIMARY, n * 5 * 4096, 512, Reads::Never)).collect();
+    let mut engine = rig.open().unwrap();
+    assert!(engine.scan(&mut rig).complete);
+    assert_eq!(judged(&mut engine, &mut rig), (HealthState::AtRisk, vec![("error-burst", 10), ("pending", 10)]));
+    engine.pass(&mut rig, 700).unwrap();
+    assert!(engine.scan(&mut rig).complete);
+    assert_eq!(judged(&mut engine, &mut rig), (HealthState::Watch, vec![("pending", 10)]));
 }
 
 #[test]

@@ -117,6 +117,8 @@ pub(crate) struct Rig {
     pub(crate) fails: Option<(u64, u64)>,
     /// Seconds that a read takes to fail.
     pub(crate) failing_seconds: u64,
+    /// What operations fail with on `bad`.
+    pub(crate) bad_errno: Errno,
     /// Operations that may still be performed before the power goes.
     pub(crate) left: Option<u64>,
     /// What the next opening's scanner does by itself.
@@ -149,6 +151,7 @@ impl Rig {
             held_flush: None,
             fails: None,
             failing_seconds: 0,
+            bad_errno: Errno(libc::EIO),
             left: None,
             scan: ScanParams::default(),
             performed: Vec::new(),
@@ -239,7 +242,7 @@ impl Rig {
         {
             *times -= 1;
         }
-        Some(Errno(libc::EIO))
+        Some(self.bad_errno)
     }
 
     /// Whether it is a write of that page of the table.

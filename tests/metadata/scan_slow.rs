@@ -1,13 +1,13 @@
 //! What a pass does with disks that take their time to fail.
 
-use vhost_remap::device::OpKind;
+use vhost_remap::device::{Errno, OpKind};
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::request::Status;
 use vhost_remap::engine::scan::{Found, ScanOrder, ScanParams, ScanScope, ScanState};
 
 use crate::commits::{BLOCK_A, SMALL, begun, new};
 use crate::engine::Engine;
-use crate::rig::{BLOCK, PRIMARY, Reads, Rig, range_of};
+use crate::rig::{BLOCK, PRIMARY, Reads, Rig, Shape, range_of};
 use crate::scan::{made, unreadable};
 
 /// Seven of them are more than a request of the guest may take (R2).
@@ -122,6 +122,70 @@ fn what_fails_has_a_day_of_a_pass_at_most() {
     // Of the first block something is proven, and the rest of it and all others are left out.
     assert_eq!((given_up.count(), last.found), (9, Found { bad: 1, ..Found::default() }), "{scan:?}");
     assert!(last.ended - last.started < 3 * 86_400, "{last:?}");
+    let is_scanned = |block: u64| scan.scanned.has(range_of(block * BLOCK, BLOCK as usize * 512));
+    assert!(!is_scanned(30) && is_scanned(32), "{:?}", scan.scanned);
+}
+
+/// A disk that is dead in large parts takes a pass so long at most, however many pieces fail.
+#[test]
+fn a_pass_ends_when_it_has_given_two_days_to_what_fails() {
+    let mut rig = made(Shape { capacity: 64 * 2048, max_remaps: 16, labelled: true });
+    rig.bad = vec![unreadable(PRIMARY, 0, 64 << 20, Reads::Never)];
+    rig.failing_seconds = 20_000;
+    let mut engine = rig.open().unwrap();
+    let last = engine.scan(&mut rig);
+    let scan = engine.status(&mut rig).scan;
+    assert!(!last.complete && last.ended - last.started < 4 * 86_400, "{last:?}");
+    let rest = scan.skipped.last().unwrap();
+    assert!(rest.why.contains("two days") && scan.covered + rest.len == scan.total, "{scan:?}");
+    assert!(!scan.scanned.has(range_of(0, BLOCK as usize * 512)), "{:?}", scan.scanned);
+}
+
+/// As when a disk resets itself for a sector.
+#[test]
+fn a_block_that_takes_the_device_away_is_left_alone_after_some_times() {
+    let mut rig = made(SMALL);
+    rig.bad = vec![unreadable(PRIMARY, BLOCK_A * 4096, 4096, Reads::Never)];
+    rig.bad_errno = Errno(libc::ENXIO);
+    let mut engine = rig.open().unwrap();
+    engine.begin_scan(&mut rig, ScanScope::default());
+    let last = (0..300).find_map(|_| {
+        engine.pass(&mut rig, 1).unwrap();
+        engine.status(&mut rig).scan.last
+    });
+    let scan = engine.status(&mut rig).scan;
+    assert_eq!(engine.causes("device-gone").len(), 3);
+    assert!(last.is_some_and(|last| !last.complete) && scan.covered == scan.total, "{scan:?}");
+    let [left_out] = &scan.skipped[..] else { panic!("{scan:?}") };
+    assert_eq!((left_out.offset, left_out.len), (BLOCK_A * 4096, 4096));
+    assert!(left_out.why.contains("whenever"), "{left_out:?}");
+}
+
+#[test]
+fn a_rewrite_of_another_block_does_not_begin_a_block_anew() {
+    let others: Vec<u64> = (0..4).map(|n| 64 + n * 8).collect();
+    let mut rig = made(SMALL);
+    let bad = |block: u64| unreadable(PRIMARY, block * 4096, 4096, Reads::UntilWritten);
+    rig.bad = others.iter().copied().chain([BLOCK_A]).map(bad).collect();
+    let mut engine = rig.open().unwrap();
+    for block in others.iter().copied().chain([BLOCK_A]) {
+        assert_eq!(engine.read(&mut rig, block * BLOCK, BLOCK), None);
+    }
+    assert_eq!(engine.write(&mut rig, BLOCK_A * BLOCK, &new(BLOCK_A)), Ok(Status::Ok));
+    rig.bad.push(unreadable(PRIMARY, BLOCK_A * 4096, 4096, Reads::Never));
+    rig.failing_seconds = SECONDS;
+    rig.performed.clear();
+    engine.begin_scan(&mut rig, ScanScope::default());
+    for (n, block) in (1..).zip(others) {
+        while reads_of_block(&rig) < 6 * n {
+            engine.pass(&mut rig, 1).unwrap();
+        }
+        assert_eq!(engine.write(&mut rig, block * BLOCK, &new(block)), Ok(Status::Ok));
+    }
+    let last = engine.end_scan(&mut rig);
+    assert_eq!((last.found.bad, last.complete), (1, true), "{last:?}");
+    let reads = reads_of_block(&rig);
+    assert!((LADDER..=LADDER + 1).contains(&reads), "{reads}");
 }
 
 /// Between the rounds anybody may move it.

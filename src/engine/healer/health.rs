@@ -59,8 +59,13 @@ impl Health {
 
     /// A request met an error of a device. What the ladders try again after that is the same trouble.
     pub(super) fn met_error(&self, device: DeviceIndex, now: Time) {
-        self.bursts.borrow_mut()[usize::from(device.0)].note(now);
+        self.found_error(device, now);
         self.requests_in_error.set(self.requests_in_error.get() + 1);
+    }
+
+    /// A pass found a block that does not read, and was not pending before.
+    pub(super) fn found_error(&self, device: DeviceIndex, now: Time) {
+        self.bursts.borrow_mut()[usize::from(device.0)].note(now);
     }
 
     /// A block was moved by an operator's order, which says nothing of its device.

@@ -14,7 +14,7 @@ mod saved;
 mod status;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -54,7 +54,7 @@ struct Stopped;
 enum Step {
     /// All of it was read, or listed as skipped.
     Done,
-    /// A device went: to be taken again.
+    /// A device went, or the pass is at its end: to be taken again, if at all.
     Again,
 }
 
@@ -69,9 +69,9 @@ pub(super) struct Scanner {
     pace: RefCell<Option<Pace>>,
     /// Usual times of reads of a device, of pieces as they are read beside an idle guest and beside a busy one.
     usual_ns: [[Cell<u64>; 2]; 2],
-    /// Blocks rewritten in place that no pass has read since.
-    unproven: RefCell<BTreeSet<Block>>,
-    /// Times that a block was rewritten in place.
+    /// Blocks rewritten in place that no pass has read since, with the number of the last rewrite of each.
+    unproven: RefCell<BTreeMap<Block, u64>>,
+    /// Times that any block was rewritten in place.
     rewritten: Cell<u64>,
     /// How the pass stood that ended last.
     over: RefCell<ScanStatus>,
@@ -122,8 +122,10 @@ impl Scanner {
     pub(super) fn was_rewritten(&self, block: Block) {
         self.rewritten.set(self.rewritten.get() + 1);
         let mut unproven = self.unproven.borrow_mut();
-        if unproven.len() < UNPROVEN_MAX
-            && unproven.insert(block)
+        if let Some(last) = unproven.get_mut(&block) {
+            *last = self.rewritten.get();
+        } else if unproven.len() < UNPROVEN_MAX
+            && unproven.insert(block, self.rewritten.get()).is_none()
             && let Some(pass) = self.pass.borrow_mut().as_mut()
         {
             pass.found.rewritten += 1;
@@ -331,7 +333,10 @@ impl Core {
     async fn work(self: &Rc<Self>, turn: Turn) -> Result<(), Stopped> {
         loop {
             self.may_go_on(turn).await?;
-            let cursor = self.of_pass(turn, |pass| pass.cursor)?;
+            let (cursor, is_at_its_end) = self.of_pass(turn, |pass| (pass.cursor, pass.is_at_its_end()))?;
+            if is_at_its_end {
+                return self.leave_out_the_rest(turn, cursor);
+            }
             let (step, next) = match cursor.stage {
                 Stage::Primary => self.read_units(turn).await?,
                 Stage::Slots => {
@@ -345,6 +350,7 @@ impl Core {
                 }
             };
             if step == Step::Again {
+                self.of_pass(turn, Pass::has_to_go_back)?;
                 continue;
             }
             let over = match cursor.stage {

@@ -11,7 +11,7 @@
 //! | `spare-filling` | WATCH | 80 % of the slots used |
 //! | `remapped-recently` | AT_RISK | 1 block moved in 70 days because something failed |
 //! | `lost-recently` | AT_RISK | 1 sector lost in 70 days |
-//! | `error-burst` | AT_RISK | 10 requests that met an error of a device within 600 s |
+//! | `error-burst` | AT_RISK | 10 requests that met an error of a device, or blocks that a pass found bad, within 600 s |
 //! | `slots-retired` | AT_RISK | 1 slot that failed a write |
 //! | `not-answering` | AT_RISK | a device that is gone or down |
 //! | `spare-used` | REPLACE | 90 % of the slots used |
@@ -100,7 +100,8 @@ impl Part {
 /// What is known of one device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceInputs {
-    /// Requests that met an error of it within the last 600 s; more than 10 are not told apart.
+    /// Requests that met an error of it, and blocks that a pass found bad, within the last 600 s; more than 10 are not
+    /// told apart.
     pub burst: u64,
     /// It is gone, or down.
     pub gone: bool,
@@ -240,7 +241,7 @@ static RULES: [Rule; 14] = [
         parts: &Part::ALL,
         value: |inputs, part| inputs.device(part).burst,
         limit: BURST_ERRORS as u64,
-        what: "requests that met an error of the device within 600 s",
+        what: "requests that met an error of the device, and blocks that a pass found bad, within 600 s",
         advice: "look at the device and its cable; see `events`",
     },
     Rule {
@@ -408,7 +409,11 @@ fn deductions(inputs: &Inputs<'_>) -> Vec<Deduction> {
     let used = inputs.used_percent();
     let all = [
         ("requests in 10,000 that met an error of a device", rate, points(rate, &[(101, 50), (11, 20), (2, 5)])),
-        ("requests that met an error of a device within 600 s", burst, points(burst, &[(10, 30), (6, 15)])),
+        (
+            "requests that met an error of a device, and blocks that a pass found bad, within 600 s",
+            burst,
+            points(burst, &[(10, 30), (6, 15)]),
+        ),
         ("pending blocks", inputs.pending, points(inputs.pending, &[(21, 25), (11, 10), (1, 5)])),
         ("percent of the slots used", used, used / 2),
         ("lost sectors", inputs.lost_sectors, points(inputs.lost_sectors, &[(1, 20)])),
@@ -433,7 +438,7 @@ pub fn score_word(score: u64) -> &'static str {
 pub struct Burst(VecDeque<Time>);
 
 impl Burst {
-    /// A request met an error.
+    /// A request met an error, or a pass found a bad block.
     pub fn note(&mut self, now: Time) {
         if self.0.len() == BURST_ERRORS {
             self.0.pop_front();

@@ -221,19 +221,23 @@ pub struct ScanStatus {
     pub scanned: Scanned,
 }
 
-/// What was read of the primary: the first so many units of a pass, in its order.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What was read of the primary: the first so many units of a pass, in its order, but for what it skipped.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scanned {
     /// The sectors that the pass goes over.
     pub extent: SectorRange,
     /// How far it came; see [`plan::Order`].
     pub position: u64,
+    /// What it skipped.
+    pub skipped: Vec<SectorRange>,
 }
 
 impl Scanned {
     /// Whether all of these sectors were.
     pub fn has(&self, range: SectorRange) -> bool {
-        if range.start < self.extent.start || range.end() > self.extent.end() {
+        let is_skipped = |skipped: &SectorRange| skipped.start < range.end() && range.start < skipped.end();
+        let is_outside = range.start < self.extent.start || range.end() > self.extent.end();
+        if is_outside || self.skipped.iter().any(is_skipped) {
             return false;
         }
         let order = plan::Order::new(self.extent);

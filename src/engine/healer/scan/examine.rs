@@ -4,7 +4,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::pass::PATIENCE_LOST;
+use super::pass::{PATIENCE_LOST, TAKES_DEVICE_AWAY};
 use super::read::Piece;
 use super::{REMEMBERED_MAX, Step, Stopped, Turn};
 use crate::device::{DeviceIndex, Errno};
@@ -76,8 +76,8 @@ impl From<Failure> for Cut {
 struct Seen {
     /// How far reading it has come, where it lived when it was read last.
     reading: Option<Reading>,
-    /// Blocks that were rewritten in place until then.
-    rewritten: u64,
+    /// Which rewrite of it in place was the last one then; see [`super::Scanner`].
+    rewritten: Option<u64>,
     /// Some of it was proven bad, also if it has moved or was rewritten since.
     bad: bool,
     recovered: bool,
@@ -101,21 +101,28 @@ impl Core {
         block: Block,
         trouble: Trouble<'_>,
     ) -> Result<Step, Stopped> {
-        let failure = match self.look_into(turn, block, trouble).await {
-            Ok(()) => return Ok(Step::Done),
-            Err(Cut::Stopped) => return Err(Stopped),
-            Err(Cut::Failed(failure)) => failure,
+        let looked = match self.of_pass(turn, |pass| pass.takes_device_away(block))? {
+            true => Err(Failure::new(None, TAKES_DEVICE_AWAY).into()),
+            false => self.look_into(turn, block, trouble).await,
         };
-        let run = self.run_of(block);
-        let step = self.skip(turn, run.device, run.offset, run.range.bytes(), failure.cause)?;
-        if step == Step::Done {
-            self.of_pass(turn, |pass| pass.meets(block))?;
-        }
+        let step = match looked {
+            Ok(()) => Step::Done,
+            Err(Cut::Stopped) => return Err(Stopped),
+            Err(Cut::Failed(failure)) => {
+                let run = self.run_of(block);
+                self.skip(turn, run.device, run.offset, run.range.bytes(), failure.cause)?
+            }
+        };
+        self.of_pass(turn, |pass| match step {
+            Step::Done => pass.sees_to(block),
+            Step::Again => pass.went_at(block),
+        })?;
         Ok(step)
     }
 
     async fn look_into(self: &Rc<Self>, turn: Turn, block: Block, trouble: Trouble<'_>) -> Result<(), Cut> {
-        let mut seen = Seen::default();
+        let (mut seen, device) = (Seen::default(), self.run_of(block).device);
+        let is_known = self.pending.borrow().mask(block) != 0;
         let looked = self.look(turn, block, trouble, &mut seen).await;
         // What was proven bad is so, whatever came later.
         if !seen.bad && looked.is_err() {
@@ -129,6 +136,9 @@ impl Core {
             found.lost += seen.lost;
         });
         if seen.bad {
+            if !is_known {
+                self.health.found_error(device, self.io.now());
+            }
             self.hit(turn, block);
             return looked;
         }
@@ -191,8 +201,8 @@ impl Core {
         let run = self.run_of(block);
         self.refuse_gone(run.device)?;
         // It may have moved since the last one, or been rewritten in place: what failed before says nothing then.
-        let rewritten = self.scan.rewritten.get();
-        let anew = rewritten != seen.rewritten && self.scan.unproven.borrow().contains(&block);
+        let rewritten = self.scan.unproven.borrow().get(&block).copied();
+        let anew = rewritten.is_some() && rewritten != seen.rewritten;
         seen.rewritten = rewritten;
         let failed = match seen.reading.take_if(|reading| reading.run != run || anew) {
             Some(_) => None,
@@ -207,7 +217,7 @@ impl Core {
             return Ok(false);
         }
         seen.recovered = self.report_recovered(reading) > 0;
-        if is_first && !is_bad && self.scan.unproven.borrow_mut().remove(&block) {
+        if is_first && !is_bad && self.scan.unproven.borrow_mut().remove(&block).is_some() {
             self.tally.borrow_mut().healed += 1;
             seen.healed += 1;
             let cause = "a rewritten block was read by a pass";

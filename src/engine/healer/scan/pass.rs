@@ -18,8 +18,19 @@ const NS: u64 = 1_000_000_000;
 /// Time that a pass gives in all to reads that fail and to blocks in trouble, in nanoseconds (1 day): where a large
 /// part of a disk is dead it comes to an end all the same.
 const PATIENCE_NS: u64 = 86_400 * NS;
+/// What it gives at most before it ends, whatever is left: after the first day one read of each piece still tells
+/// whether it fails.
+const PATIENCE_IN_ALL_NS: u64 = 2 * PATIENCE_NS;
+/// What it counts for when a device went during a step and came back, in nanoseconds (10 minutes).
+const WENT_NS: u64 = 600 * NS;
+/// A block is not read again once a device has gone so many times while it was looked at.
+const WENT_MAX: u32 = 3;
 /// Why it leaves out what fails then.
 pub(super) const PATIENCE_LOST: &str = "this pass has given a day to what fails, and leaves out the rest of it";
+/// Why it leaves out everything then.
+pub(super) const PATIENCE_AT_AN_END: &str = "this pass has given two days to what fails, and ends here";
+/// Why it leaves out a block.
+pub(super) const TAKES_DEVICE_AWAY: &str = "the device goes whenever the block is read";
 
 /// What a pass goes over, in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -118,6 +129,10 @@ pub(super) struct Pass {
     pub(super) pages: usize,
     /// Blocks in trouble, found already in this stage.
     met: BTreeSet<Block>,
+    /// Blocks looked at in this step.
+    seen_to: BTreeSet<Block>,
+    /// Blocks of this step during whose look a device went, and how many times.
+    went: BTreeMap<Block, u32>,
     /// What was covered, at times of the last seconds and when it began or went on.
     covered_at: VecDeque<(Time, u64)>,
     began: Option<(Time, u64)>,
@@ -149,6 +164,8 @@ impl Pass {
             step_end: 0,
             pages: 0,
             met: BTreeSet::new(),
+            seen_to: BTreeSet::new(),
+            went: BTreeMap::new(),
             covered_at: VecDeque::new(),
             began: None,
         }
@@ -170,9 +187,29 @@ impl Pass {
         self.met.len() >= MET_MAX || self.met.insert(block)
     }
 
-    /// Whether a block was seen to in this stage.
-    pub(super) fn has_met(&self, block: Block) -> bool {
-        self.met.contains(&block)
+    /// A block was looked at, or is listed as skipped.
+    pub(super) fn sees_to(&mut self, block: Block) {
+        self.seen_to.insert(block);
+    }
+
+    /// Whether a block was seen to in this step.
+    pub(super) fn has_seen_to(&self, block: Block) -> bool {
+        self.seen_to.contains(&block)
+    }
+
+    /// A device went while a block was looked at.
+    pub(super) fn went_at(&mut self, block: Block) {
+        *self.went.entry(block).or_default() += 1;
+    }
+
+    /// Whether a device goes whenever the block is looked at.
+    pub(super) fn takes_device_away(&self, block: Block) -> bool {
+        self.went.get(&block).is_some_and(|times| *times >= WENT_MAX)
+    }
+
+    /// A step is to be taken again.
+    pub(super) fn has_to_go_back(&mut self) {
+        self.has_trouble_for(WENT_NS);
     }
 
     /// Trouble took so long.
@@ -183,6 +220,11 @@ impl Pass {
     /// What fails is not looked at any more.
     pub(super) fn has_lost_patience(&self) -> bool {
         self.trouble_ns >= PATIENCE_NS
+    }
+
+    /// Nothing is looked at any more.
+    pub(super) fn is_at_its_end(&self) -> bool {
+        self.trouble_ns >= PATIENCE_IN_ALL_NS
     }
 
     /// Trouble in a unit: read those around it next which were not read yet.
@@ -225,6 +267,7 @@ impl Pass {
     pub(super) fn begin_step(&mut self, end: u64) {
         (self.covered, self.skipped_bytes) = (self.mark.covered, self.mark.skipped_bytes);
         self.skipped.truncate(self.mark_skipped);
+        self.seen_to.clear();
         self.step_end = end;
     }
 
@@ -251,6 +294,7 @@ impl Pass {
         let so_far = self.so_far();
         let before = std::mem::replace(&mut self.mark, so_far);
         self.mark_skipped = self.skipped.len();
+        self.went.clear();
         self.mark.since(&before)
     }
 
@@ -293,6 +337,7 @@ impl Pass {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::DeviceIndex;
     use crate::units::Sector;
 
     #[test]
@@ -335,6 +380,21 @@ mod tests {
         again.restore(all);
         again.begin_step(8);
         assert_eq!((again.so_far(), again.kept()), (all, all));
+    }
+
+    #[test]
+    fn a_step_that_is_taken_again_sees_to_what_it_had_skipped() {
+        let mut pass = Pass::new(1, ScanScope::default(), true, 0);
+        let skipped = Skipped { device: DeviceIndex::PRIMARY, offset: 0, len: 4096, why: String::new() };
+        for _ in 0..2 {
+            pass.begin_step(1);
+            assert!(!pass.has_seen_to(Block(0)));
+            pass.skip(skipped.clone());
+            pass.sees_to(Block(0));
+            assert!(pass.has_seen_to(Block(0)));
+        }
+        pass.end_step(1, 0..1);
+        assert_eq!((pass.skipped.len(), pass.skipped_bytes), (1, 4096));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use super::examine::Trouble;
-use super::pass::PATIENCE_LOST;
+use super::pass::{Cursor, PATIENCE_AT_AN_END, PATIENCE_LOST, Stage};
 use super::{REMEMBERED_MAX, Step, Stopped, Turn, bytes_of};
 use crate::device::buffer::AlignedBuf;
 use crate::device::{DeviceIndex, Errno};
@@ -21,6 +21,8 @@ const BLOCK_LEN: usize = BLOCK_SIZE as usize;
 const PART_BLOCKS: usize = 16;
 /// A read that takes less is never slow, in nanoseconds (30 ms): a disk may have to turn and seek.
 const SLOW_NS: u64 = 30_000_000;
+/// After a read that takes longer the disk rests also if it succeeds, in nanoseconds (1 s): the guest waited for it.
+const LONG_NS: u64 = 1_000_000_000;
 /// A piece is looked at more closely if it takes so many times as long as usual.
 const SLOW_PIECE: u64 = 3;
 /// A block is slow if it takes so many times as long as its neighbours (the lower quartile of its part).
@@ -127,8 +129,11 @@ impl Core {
     /// does; if it reads, the operator may have the block back there.
     async fn read_dead(self: &Rc<Self>, turn: Turn, block: Block) -> Result<Step, Stopped> {
         let sectors = self.geometry().sectors_of(block);
-        let (result, took) =
-            self.paced_read(turn, DeviceIndex::PRIMARY, sectors.start.bytes(), sectors.bytes()).await?;
+        let (offset, len) = (sectors.start.bytes(), sectors.bytes());
+        if self.of_pass(turn, |pass| pass.has_lost_patience())? {
+            return self.skip(turn, DeviceIndex::PRIMARY, offset, len, PATIENCE_LOST.to_owned());
+        }
+        let (result, took) = self.paced_read(turn, DeviceIndex::PRIMARY, offset, len).await?;
         if result.is_err() && self.refuse_gone(DeviceIndex::PRIMARY).is_err() {
             return Ok(Step::Again);
         }
@@ -143,7 +148,7 @@ impl Core {
     fn to_be_seen_to(&self, range: SectorRange) -> BTreeSet<Block> {
         let blocks = range.blocks();
         let mut found: BTreeSet<Block> = self.pending.borrow().in_range(blocks).collect();
-        found.extend(self.scan.unproven.borrow().range(blocks.start..blocks.end));
+        found.extend(self.scan.unproven.borrow().range(blocks.start..blocks.end).map(|(block, _)| *block));
         found.retain(|block| self.map.borrow().get(*block).slot.is_none());
         found
     }
@@ -193,7 +198,7 @@ impl Core {
 
     /// Examine a block, unless it failed just now and has been.
     async fn see_to(self: &Rc<Self>, turn: Turn, block: Block) -> Result<Step, Stopped> {
-        if self.of_pass(turn, |pass| pass.has_met(block))? {
+        if self.of_pass(turn, |pass| pass.has_seen_to(block))? {
             return Ok(Step::Done);
         }
         self.examine(turn, block, Trouble::Known).await
@@ -217,6 +222,10 @@ impl Core {
         let (blocks, parallel) = self.reads_now();
         let pieces: Vec<Piece> = pieces.iter().flat_map(|piece| piece.parts(blocks)).collect();
         for some in pieces.chunks(parallel) {
+            if self.of_pass(turn, |pass| pass.is_at_its_end())? {
+                // All of this step is left out.
+                return Ok(Step::Again);
+            }
             let reads = join_all(some.iter().map(|piece| self.read_piece(turn, piece))).await;
             for (piece, read) in some.iter().zip(reads) {
                 let read = read?;
@@ -263,10 +272,10 @@ impl Core {
 
     /// Find the blocks that make a piece fail, or slow.
     async fn narrow(self: &Rc<Self>, turn: Turn, piece: &Piece) -> Result<Step, Stopped> {
-        if self.of_pass(turn, |pass| pass.has_lost_patience())? {
-            return self.skip(turn, piece.device, piece.offset, piece.len, PATIENCE_LOST.to_owned());
-        }
-        for part in piece.parts(PART_BLOCKS) {
+        for (at, part) in (0..).step_by(PART_BLOCKS).zip(piece.parts(PART_BLOCKS)) {
+            if self.of_pass(turn, |pass| pass.has_lost_patience())? {
+                return self.leave_out(turn, &piece.part(at, piece.blocks.len()));
+            }
             // A piece as small as that has just been read.
             if piece.blocks.len() > PART_BLOCKS && matches!(self.read_piece(turn, &part).await?, Read::Well) {
                 continue;
@@ -278,10 +287,21 @@ impl Core {
         Ok(Step::Done)
     }
 
+    /// A piece, or what is left of it, fails, and is not looked at any more.
+    fn leave_out(&self, turn: Turn, piece: &Piece) -> Result<Step, Stopped> {
+        self.skip(turn, piece.device, piece.offset, piece.len, PATIENCE_LOST.to_owned())
+    }
+
     async fn narrow_part(self: &Rc<Self>, turn: Turn, part: &Piece) -> Result<Step, Stopped> {
         let mut failing = Vec::new();
         let mut times = Vec::new();
-        for single in part.parts(1) {
+        for (at, single) in part.parts(1).into_iter().enumerate() {
+            if self.of_pass(turn, |pass| pass.has_lost_patience())? {
+                if self.leave_out(turn, &part.part(at, part.blocks.len()))? == Step::Again {
+                    return Ok(Step::Again);
+                }
+                break;
+            }
             let (result, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
             match result {
                 Ok(()) => times.push((single, took)),
@@ -299,7 +319,10 @@ impl Core {
         let usual = sorted.get(sorted.len() / 4).copied().unwrap_or(0);
         let slow_ns = SLOW_NS.max(usual * SLOW_BLOCK);
         for (single, took) in times {
-            if took < slow_ns || !self.stays_slow(turn, &single, slow_ns).await? {
+            if took < slow_ns || self.of_pass(turn, |pass| pass.has_lost_patience())? {
+                continue;
+            }
+            if !self.stays_slow(turn, &single, slow_ns).await? {
                 continue;
             }
             let cause = format!("{} ms, and again, where {} ms are usual", took / 1_000_000, usual / 1_000_000);
@@ -315,7 +338,11 @@ impl Core {
         let mut confirmed = 0;
         for _ in 0..CONFIRMATIONS + CALM_TRIES {
             let (_, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
-            if took < slow_ns {
+            let is_over = self.of_pass(turn, |pass| {
+                pass.has_trouble_for(took);
+                pass.has_lost_patience()
+            })?;
+            if took < slow_ns || is_over {
                 return Ok(false);
             }
             if self.is_calm() {
@@ -347,17 +374,24 @@ impl Core {
         if len > PART_BLOCKS * BLOCK_LEN {
             self.scan.buffers.borrow_mut().push(buffer);
         }
-        if result.is_err() {
-            self.has_failed_for(turn, took.0);
+        match result {
+            Err(_) => self.has_failed_for(turn, took.0),
+            Ok(()) if took.0 >= LONG_NS => self.rest_for(took.0),
+            Ok(()) => {}
         }
         Ok((result, took.0))
     }
 
-    /// Trouble took so long: the disk rests for as long, or as a pass rests at most.
-    pub(super) fn has_failed_for(&self, turn: Turn, ns: u64) {
+    /// The disk rests for as long as that, or as a pass rests at most.
+    fn rest_for(&self, ns: u64) {
         if let Some(pace) = self.scan.pace.borrow_mut().as_mut() {
             pace.pause(self.io.now(), ns);
         }
+    }
+
+    /// Trouble took so long.
+    pub(super) fn has_failed_for(&self, turn: Turn, ns: u64) {
+        self.rest_for(ns);
         _ = self.of_pass(turn, |pass| pass.has_trouble_for(ns));
     }
 
@@ -388,5 +422,22 @@ impl Core {
         }
         self.of_pass(turn, |pass| pass.skip(Skipped { device, offset, len, why }))?;
         Ok(Step::Done)
+    }
+
+    /// All that the pass has not come to, from its place on in its order, is skipped.
+    pub(super) fn leave_out_the_rest(&self, turn: Turn, cursor: Cursor) -> Result<(), Stopped> {
+        let (total, order) = (self.scan_total(), self.scan_order_of(turn)?);
+        let (device, offset) = match cursor.stage {
+            Stage::Primary => {
+                let unit = order.unit_at(cursor.position).unwrap_or_default();
+                (DeviceIndex::PRIMARY, order.sectors_of(unit).start.bytes())
+            }
+            Stage::Slots | Stage::Metadata => (DeviceIndex::SPARE, 0),
+        };
+        self.of_pass(turn, |pass| {
+            pass.begin_step(cursor.position);
+            let len = total.saturating_sub(pass.covered).max(1);
+            pass.skip(Skipped { device, offset, len, why: PATIENCE_AT_AN_END.to_owned() });
+        })
     }
 }

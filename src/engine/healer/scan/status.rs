@@ -2,9 +2,10 @@
 
 use super::bytes_of;
 use super::pass::{Pass, Stage};
+use crate::device::DeviceIndex;
 use crate::engine::healer::Core;
-use crate::engine::scan::{ScanState, ScanStatus, Scanned};
-use crate::units::SectorRange;
+use crate::engine::scan::{ScanState, ScanStatus, Scanned, Skipped};
+use crate::units::{SECTOR_SIZE, Sector, SectorRange};
 
 impl Core {
     /// Bytes that the pass is to go over: each block where it lives, and all pages of metadata.
@@ -76,19 +77,31 @@ impl Core {
     fn scanned(&self, pass: Option<&Pass>) -> Scanned {
         let record = self.scan.record.borrow();
         let (whole, complete) = (self.whole(), record.complete_capacity.min(self.geometry().capacity));
-        let of_complete = Scanned { extent: SectorRange { count: complete, ..whole }, position: u64::MAX };
+        let extent = SectorRange { count: complete, ..whole };
+        let of_complete = Scanned { extent, position: u64::MAX, skipped: Vec::new() };
         if complete == whole.count {
             return of_complete;
         }
         let of_pass = |pass: &Pass| {
-            let position = if pass.cursor.stage == Stage::Primary { pass.cursor.position } else { u64::MAX };
-            Scanned { extent: pass.extent, position }
+            let listed: u64 = pass.skipped.iter().map(|part| part.len).sum();
+            let position = match pass.cursor.stage {
+                // The list has no room for more, or is of before a restart: it might be anywhere.
+                _ if listed < pass.skipped_bytes => 0,
+                Stage::Primary => pass.cursor.position,
+                _ => u64::MAX,
+            };
+            let of_primary = pass.skipped.iter().filter(|part| part.device == DeviceIndex::PRIMARY);
+            let sectors = |part: &Skipped| SectorRange {
+                start: Sector(part.offset / SECTOR_SIZE),
+                count: part.len.div_ceil(SECTOR_SIZE),
+            };
+            Scanned { extent: pass.extent, position, skipped: of_primary.map(sectors).collect() }
         };
         match pass {
             Some(pass) => of_pass(pass),
             // It has grown since.
             None if complete > 0 => of_complete,
-            None => self.scan.over.borrow().scanned,
+            None => self.scan.over.borrow().scanned.clone(),
         }
     }
 }
