@@ -232,3 +232,26 @@ fn a_label_that_moves_is_not_called_damaged() {
     assert!(engine.scan(&mut rig).complete);
     assert!(engine.status(&mut rig).scan.scanned.has(range_of(SMALL.capacity, 4096)));
 }
+
+/// A disk may take half a minute to read a page, and longer to fail.
+#[test]
+fn a_look_at_a_page_keeps_nobody_from_writing_it() {
+    let mut rig = begun(SMALL);
+    let mut engine = quiet(&mut rig);
+    let seat = seats(&SMALL).into_iter().find(|seat| seat.kind == Kind::Counters).unwrap();
+    rig.held_read = Some((SPARE, seat.offset));
+    engine.begin_scan(&mut rig, ScanScope::default());
+    for _ in 0..600 {
+        if rig.disks.pending_len() > 0 {
+            break;
+        }
+        engine.tick(&mut rig, 1);
+        engine.settle_but_for_held(&mut rig).unwrap();
+    }
+    assert_eq!(rig.disks.pending_len(), 1);
+    let save = engine.begin_order(&mut rig, Order::Save);
+    engine.settle_but_for_held(&mut rig).unwrap();
+    assert!(engine.is_answered(save), "it waits for the look");
+    rig.held_read = None;
+    assert!(engine.end_scan(&mut rig).complete);
+}

@@ -149,12 +149,15 @@ impl Core {
         Ok(Step::Done)
     }
 
-    /// Look at a copy when nobody writes it.
+    /// Look at a copy: once as it is, as no request of the guest should wait for a disk that takes long to fail; and
+    /// again when nobody writes it, if that was no whole page. No request waits for the label.
     async fn look_at(self: &Rc<Self>, copy: Copy) -> Look {
         let mut tries = 0;
+        let mut is_alone = matches!(copy, Copy::Table(..) | Copy::LabelSuperblock(..) | Copy::LabelTable(..));
         loop {
             // All but pages of the table are written by one at a time; those are whole between commits.
             let permits = match copy {
+                _ if !is_alone => None,
                 Copy::Superblock(..) => Some(&self.places.turn),
                 Copy::Poison(_) | Copy::LabelPoison(_) => Some(&self.flushes.note),
                 Copy::Counters(_) => Some(&self.places.saving),
@@ -172,6 +175,10 @@ impl Core {
             }
             let trouble = match read.map(|page| self.check(copy, &page)) {
                 Ok(Ok(())) => return Look::Well,
+                Ok(Err(_)) if !is_alone => {
+                    is_alone = true;
+                    continue;
+                }
                 Ok(Err(trouble)) => trouble.to_owned(),
                 Err(errno) => {
                     // Whether it is the device, which is then waited for.
