@@ -72,7 +72,7 @@ impl Engine {
             self.shard.message(self.now, message, &mut fast);
         } else if rig.disks.pending_len() > 0 {
             let (queue, completion) = rig.perform()?;
-            if completion.result.is_err() {
+            if completion.result.is_err() || rig.was_slow() {
                 self.now = self.now.plus_secs(rig.failing_seconds);
             }
             match queue {

@@ -115,8 +115,9 @@ pub(crate) struct Rig {
     pub(crate) held_flush: Option<DeviceIndex>,
     /// Operations of the spare that fail, counted from 0: the first of them, and how many.
     pub(crate) fails: Option<(u64, u64)>,
-    /// Seconds that a read takes to fail.
+    /// Seconds that a read takes to fail, or to succeed in `slow`.
     pub(crate) failing_seconds: u64,
+    pub(crate) slow: Option<(DeviceIndex, std::ops::Range<u64>)>,
     /// What operations fail with on `bad`.
     pub(crate) bad_errno: Errno,
     /// Operations that may still be performed before the power goes.
@@ -151,6 +152,7 @@ impl Rig {
             held_flush: None,
             fails: None,
             failing_seconds: 0,
+            slow: None,
             bad_errno: Errno(libc::EIO),
             left: None,
             scan: ScanParams::default(),
@@ -212,6 +214,12 @@ impl Rig {
             // a `Cut`, since which nothing is performed any more; the crash that follows forgets the reads.
             unsafe { self.queues[queue].submit(op) };
         }
+    }
+
+    /// Whether what was performed last is a read in `slow`.
+    pub(crate) fn was_slow(&self) -> bool {
+        let Some(((device, bytes), op)) = self.slow.as_ref().zip(self.performed.last()) else { return false };
+        op.kind == OpKind::Read && op.device == *device && op.offset < bytes.end && bytes.start < op.offset + op.len
     }
 
     fn errno(&mut self, op: &Pending) -> Option<Errno> {

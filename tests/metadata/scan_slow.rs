@@ -126,6 +126,19 @@ fn what_fails_has_a_day_of_a_pass_at_most() {
     assert!(!is_scanned(30) && is_scanned(32), "{:?}", scan.scanned);
 }
 
+/// The guest waits for such a disk as for one that fails.
+#[test]
+fn after_a_read_that_took_long_the_disk_rests_also_if_it_succeeded() {
+    let mut rig = made(SMALL);
+    (rig.slow, rig.failing_seconds) = (Some((PRIMARY, BLOCK_A * 4096..(BLOCK_A + 1) * 4096)), 5);
+    let mut engine = rig.open().unwrap();
+    rig.performed.clear();
+    let last = engine.scan(&mut rig);
+    assert_eq!((last.found, last.complete), (Found { slow: 1, ..Found::default() }, true));
+    let reads = reads_of_block(&rig);
+    assert!(reads > 2 && last.ended - last.started > reads * 5 * 3 / 2, "{reads} reads: {last:?}");
+}
+
 /// A disk that is dead in large parts takes a pass so long at most, however many pieces fail.
 #[test]
 fn a_pass_ends_when_it_has_given_two_days_to_what_fails() {
