@@ -245,6 +245,7 @@ fn serve_takes_what_the_scanner_is_told() {
     assert_eq!(serve_options_of("x serve --primary p --fd 3").scan.interval, every(14 * 24));
     assert_eq!(of("--scan-interval off").scan.interval, ScanInterval::Off);
     assert_eq!(of("--scan-interval-hours 168").scan.interval, every(168));
+    assert_eq!(of("--scan_interval_hours 24").scan.interval, every(24));
     let told = of("--scan-interval 36h --scan-rate 50M --scan-window 22:00-06:00 --move-weak on");
     let scan = ScanOptions {
         interval: every(36),

@@ -196,6 +196,26 @@ fn a_watched_status_goes_on_until_its_server_ends() {
     assert_eq!(never.status.code(), Some(1), "{never:?}");
 }
 
+#[test]
+fn stats_and_health_are_watched_too() {
+    let volume = Volume::create(32, 64);
+    let server = volume.serve(&[]);
+    for verb in ["stats", "health"] {
+        let mut watching = Command::new(env!("CARGO_BIN_EXE_vhost-remap"))
+            .args([verb, "-w", "1", "--control-path"])
+            .arg(&server.ctl)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(watching.stdout.take().unwrap()).lines().map(Result::unwrap);
+        let mut heads = lines.filter(|line| line.starts_with("Volume "));
+        assert!(heads.next().is_some() && heads.next().is_some(), "{verb}");
+        watching.kill().unwrap();
+        watching.wait().unwrap();
+    }
+}
+
 /// `health` with a stand-in for smartctl on the PATH that prints this, or none.
 fn with_smartctl(volume: &Volume, server: &Server, answer: Option<(&str, u8)>, words: &[&str]) -> String {
     let dir = tempfile::tempdir_in(volume.dir.path()).unwrap();
