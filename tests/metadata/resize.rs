@@ -338,3 +338,25 @@ fn a_volume_grows_into_room_that_it_has() {
     }
     check_new_sectors(&mut engine, &mut rig, &[SMALL, GROWN], Progress::default());
 }
+
+/// What its last session wrote to the label may not be durable, and an opening does not flush the primary. The healer
+/// stamps the label then, in both cases.
+#[test]
+fn an_opening_after_a_kill_leaves_the_label_of_a_primary_that_has_grown_as_it_is() {
+    for (grows, expected) in [(false, 2), (true, 1)] {
+        let mut rig = base(SMALL);
+        drop(rig.open().unwrap());
+        rig.kill();
+        if grows {
+            extend(&mut rig, GROWN);
+        }
+        rig.performed.clear();
+        drop(rig.open().unwrap());
+        let label = SMALL.label().unwrap();
+        let copies = [0, 1].map(|copy| label.superblock(copy));
+        let of_primary = rig.performed.iter().filter(|op| op.device == PRIMARY);
+        let not_flushed = of_primary.take_while(|op| op.kind != OpKind::Flush);
+        let stamps = not_flushed.filter(|op| op.kind == OpKind::Write && copies.contains(&op.offset));
+        assert_eq!(stamps.count(), expected, "grows {grows}");
+    }
+}

@@ -289,9 +289,17 @@ impl<'a> TakeOver<'a> {
         let Some(label) = self.newest.label else { return };
         let copy = Superblock::copy_for(self.next.generation);
         let bytes = self.next.encode(Seat::Label, copy);
-        let written = self.io.write(DeviceIndex::PRIMARY, label.superblock(copy), &bytes).await;
+        // The primary is not flushed here. What a killed process wrote to the other copy may not be durable, and a
+        // power cut then leaves none, without which a primary that has grown is not known again. The healer stamps
+        // it later.
+        let keeps = self.newest.is_grown && !self.newest.superblock.clean;
+        let written = match keeps {
+            true => Ok(()),
+            false => self.io.write(DeviceIndex::PRIMARY, label.superblock(copy), &bytes).await,
+        };
         for repair in self.repairs.iter().filter(|repair| repair.what.device() == DeviceIndex::PRIMARY) {
             let done = match repair.what {
+                What::Superblock(..) if keeps => continue,
                 What::Superblock(_, of) if of == copy => written,
                 what => self.newest.write(self.io, what).await,
             };
