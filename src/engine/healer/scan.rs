@@ -122,12 +122,12 @@ impl Scanner {
     pub(super) fn was_rewritten(&self, block: Block) {
         self.rewritten.set(self.rewritten.get() + 1);
         let mut unproven = self.unproven.borrow_mut();
-        if let Some(last) = unproven.get_mut(&block) {
-            *last = self.rewritten.get();
-        } else if unproven.len() < UNPROVEN_MAX
-            && unproven.insert(block, self.rewritten.get()).is_none()
-            && let Some(pass) = self.pass.borrow_mut().as_mut()
-        {
+        let is_new = !unproven.contains_key(&block);
+        if is_new && unproven.len() >= UNPROVEN_MAX {
+            return;
+        }
+        unproven.insert(block, self.rewritten.get());
+        if is_new && let Some(pass) = self.pass.borrow_mut().as_mut() {
             pass.found.rewritten += 1;
         }
     }
