@@ -429,7 +429,6 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         let newest = Newest {
             layout: &layout,
             label: label_layout,
-            is_grown: params.primary.size > superblock.primary_size,
             superblock: &superblock,
             stamped,
             table: &table,

@@ -140,10 +140,6 @@ pub(crate) fn expect(copies: &[Copy<'_>], pages: u32) -> Result<Opens, Refusal> 
             copy.whole.is_none_or(|page| Some(age(Kind::Poison, page)) != newest)
         }),
     );
-    lacking.extend(
-        copies.iter().filter(|copy| copy.seat.at == At::Label && is_superblock(copy.seat.kind) && copy.whole.is_none()),
-    );
-
     opens.retired = counted.iter().copied().filter(|at| !willing(copies, *at)).collect();
     opens.restored = At::PLACES.into_iter().filter(|at| !counted.contains(at) && willing(copies, *at)).collect();
     opens.live = counted.into_iter().filter(|at| !opens.retired.contains(at)).chain(opens.restored.clone()).collect();
@@ -161,6 +157,17 @@ pub(crate) fn expect(copies: &[Copy<'_>], pages: u32) -> Result<Opens, Refusal> 
             (false, _) => _ = opens.repaired.insert(name, 1..=1),
         }
     }
+    // The label's are written anew with its list, which is not done while no flush is possible.
+    let of_label = copies.iter().filter(|copy| copy.seat.at == At::Label && is_superblock(copy.seat.kind));
+    let mut left: Vec<String> = Vec::new();
+    for copy in of_label.filter(|copy| copy.whole.is_none()) {
+        opens.damaged.push(copy.seat.name());
+        if copy.dead || opens.poisoned {
+            left.push(copy.seat.name());
+        } else {
+            opens.repaired.insert(copy.seat.name(), 1..=1);
+        }
+    }
     let restored = |copy: &&Copy<'_>| copy.seat.kind == Kind::Counters && opens.restored.contains(&copy.seat.at);
     opens.damaged.extend(copies.iter().filter(restored).filter(|copy| copy.dead).map(|copy| copy.seat.name()));
     opens.damaged.sort();
@@ -170,6 +177,7 @@ pub(crate) fn expect(copies: &[Copy<'_>], pages: u32) -> Result<Opens, Refusal> 
             |at: &At| !opens.live.contains(at) && **name == Seat { at: *at, kind: Kind::Counters, offset: 0 }.name();
         !At::PLACES.iter().any(gone)
     };
-    opens.damaged_still = opens.damaged.iter().filter(looked_at).cloned().collect();
+    let is_left = |name: &&String| left.contains(name) || !opens.repaired.contains_key(*name);
+    opens.damaged_still = opens.damaged.iter().filter(looked_at).filter(is_left).cloned().collect();
     Ok(opens)
 }

@@ -107,10 +107,15 @@ impl Base {
             if *dead || (seat.at != At::Label && seat.kind != Kind::Poison && !opens.live.contains(&seat.at)) {
                 continue;
             }
-            // Its list is written only between two superblocks that say so, and not while no flush is possible.
-            let stampable =
-                !opens.poisoned && !copies.iter().any(|copy| copy.dead && is_current_label(copy.seat, opens));
-            if seat.at == At::Label && matches!(seat.kind, Kind::Table(..)) && !stampable {
+            // Nothing but notes while no flush is possible, and the list only between two superblocks that say so.
+            let stampable = !copies.iter().any(|copy| copy.dead && is_current_label(copy.seat, opens));
+            if seat.at == At::Label
+                && match seat.kind {
+                    Kind::Table(..) => opens.poisoned || !stampable,
+                    Kind::Superblock(_) => opens.poisoned,
+                    Kind::Poison | Kind::Counters => false,
+                }
+            {
                 continue;
             }
             let bytes = seat.read(rig);

@@ -11,9 +11,9 @@ use crate::resize::{GROWN, extend};
 use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig, SPARE, Shape, range_of};
 use crate::seat::{At, Kind, Seat, is_whole, seats};
 
-/// Whether a pass writes it anew; superblocks and notes of a failed flush are left to the next opening.
+/// Whether a pass writes it anew; the spare's superblocks and notes of a failed flush are left to the next opening.
 fn is_repaired(seat: &Seat) -> bool {
-    matches!((seat.kind, seat.at), (Kind::Table(..) | Kind::Counters, _))
+    matches!((seat.kind, seat.at), (Kind::Table(..) | Kind::Counters, _) | (Kind::Superblock(_), At::Label))
 }
 
 fn damage(rig: &Rig, seat: &Seat) {
@@ -32,7 +32,7 @@ fn quiet(rig: &mut Rig) -> crate::engine::Engine {
 }
 
 #[test]
-fn each_damaged_copy_is_found_and_all_but_superblocks_and_notes_are_written_anew() {
+fn each_damaged_copy_is_found_and_all_but_the_spares_superblocks_and_notes_are_written_anew() {
     for seat in seats(&SMALL) {
         let mut rig = begun(SMALL);
         let mut engine = quiet(&mut rig);

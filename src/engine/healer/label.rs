@@ -2,10 +2,12 @@
 
 use std::rc::Rc;
 
-use super::Core;
 use super::failure::Failure;
+use super::{Core, Severity};
+use crate::device::buffer::AlignedBuf;
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::task::join_all;
+use crate::units::SectorRange;
 use crate::volume::layout::LabelLayout;
 use crate::volume::superblock::{Seat, Superblock};
 use crate::volume::table::PageSeat;
@@ -33,11 +35,43 @@ impl Core {
         if impossible || self.places.stamped_commits.get() == Some(commits) {
             return;
         }
-        let superblocks = self.label_superblocks(label).await;
-        match self.write_label(label, superblocks).await {
+        match self.stamp(label).await {
             Ok(()) => self.places.stamped_commits.set(Some(commits)),
             Err(_) => self.places.label_failures.set(self.places.label_failures.get() + 1),
         }
+    }
+
+    /// Of the two superblocks the one that is written last is what a power cut leaves. It is written again first,
+    /// byte for byte: a killed process may have left it in the device's cache, and had a flush failed since, the
+    /// next one would succeed without it.
+    async fn stamp(self: &Rc<Self>, label: LabelLayout) -> Result<(), Failure> {
+        let primary = DeviceIndex::PRIMARY;
+        let current = self.superblock.borrow().clone();
+        let copy = Superblock::copy_for(current.generation);
+        let found = [self.label_superblock(label, 0).await, self.label_superblock(label, 1).await];
+        // The other copy keeps what it has. Where that cannot be read it gets this generation's too, and first, as
+        // the last one must be whole until then.
+        let superblocks = match &found[usize::from(1 - copy)] {
+            Ok((other, _)) => [(copy, current), (1 - copy, other.clone())],
+            Err(_) => [(1 - copy, current.clone()), (copy, current)],
+        };
+        let last = superblocks[1].0;
+        if let Ok((_, page)) = &found[usize::from(last)] {
+            let written = self.io.write(primary, label.superblock(last), page).await;
+            written.map_err(|errno| Failure::errno(primary, errno))?;
+        }
+        let stamped = self.write_label(label, superblocks).await;
+        for (copy, found) in (0..).zip(found) {
+            if let Err(trouble) = found
+                && self.label_superblock(label, copy).await.is_ok()
+            {
+                self.tally.borrow_mut().metadata_repairs += 1;
+                let cause = format!("superblock {copy} of the label: {trouble}");
+                let action = "rewritten from the newest copy";
+                self.event(Severity::Warn, "metadata-repaired", Some(primary), SectorRange::default(), cause, action);
+            }
+        }
+        stamped
     }
 
     /// Write the label's copy of the table. While that is half done, which a power cut could leave so, both
@@ -62,24 +96,23 @@ impl Core {
         let writes = pages.iter().map(|(offset, bytes)| self.io.write(primary, *offset, bytes));
         let written: Result<(), Errno> = join_all(writes).await.into_iter().collect();
         written.map_err(|errno| Failure::errno(primary, errno))?;
-        self.flush(primary).await?;
         self.date_label(label, &superblocks, stamp).await
     }
 
-    /// What belongs into the two superblocks of the label: this generation's, and in the other copy what it has,
-    /// or this generation's too where it cannot be read.
-    async fn label_superblocks(&self, label: LabelLayout) -> [(u8, Superblock); 2] {
-        let current = self.superblock.borrow().clone();
-        let copy = Superblock::copy_for(current.generation);
-        let other = self.io.read_page(DeviceIndex::PRIMARY, label.superblock(1 - copy)).await.ok();
-        let other = other.and_then(|page| Superblock::decode(&page, Seat::Label, 1 - copy).ok());
-        let other = other.filter(|other| other.set == self.set).unwrap_or_else(|| current.clone());
-        [(copy, current), (1 - copy, other)]
+    /// A superblock of the label and its bytes, or what is wrong with it.
+    async fn label_superblock(&self, label: LabelLayout, copy: u8) -> Result<(Superblock, AlignedBuf), String> {
+        let page = self.io.read_page(DeviceIndex::PRIMARY, label.superblock(copy)).await;
+        let page = page.map_err(|errno| errno.to_string())?;
+        let superblock = Superblock::decode(&page, Seat::Label, copy).map_err(|error| error.to_string())?;
+        match superblock.set == self.set {
+            true => Ok((superblock, page)),
+            false => Err(format!("it belongs to the volume {}", superblock.set)),
+        }
     }
 
-    /// Write both superblocks of the label with the time at which its table was true, one after the other: a
-    /// power cut tears one of them at most. One that fails is done without, as long as it does not read as one
-    /// that gives the list a date which it has no more.
+    /// Write both superblocks of the label with the time at which its table was true, each when all that was written
+    /// before is durable: a power cut tears one of them at most. One that fails is done without, as long as it does
+    /// not read as one that gives the list a date which it has no more.
     async fn date_label(
         self: &Rc<Self>,
         label: LabelLayout,
@@ -89,15 +122,13 @@ impl Core {
         let primary = DeviceIndex::PRIMARY;
         let mut dated = Err(Errno(libc::EIO));
         for (copy, superblock) in superblocks {
-            if dated.is_ok() {
-                self.flush(primary).await?;
-            }
+            self.flush(primary).await?;
             let superblock = Superblock { stamped, ..superblock.clone() };
             let written = self.io.write(primary, label.superblock(*copy), &superblock.encode(Seat::Label, *copy)).await;
             if let Err(errno) = written
                 && stamped == 0
-                && let Ok(page) = self.io.read_page(primary, label.superblock(*copy)).await
-                && Superblock::decode(&page, Seat::Label, *copy).is_ok_and(|old| old.stamped != 0)
+                && let Ok((old, _)) = self.label_superblock(label, *copy).await
+                && old.stamped != 0
             {
                 return Err(Failure::errno(primary, errno));
             }

@@ -100,8 +100,6 @@ impl Repair {
 pub(super) struct Newest<'a> {
     pub(super) layout: &'a Layout,
     pub(super) label: Option<LabelLayout>,
-    /// The primary is larger than it was: only the label tells that it is the right one.
-    pub(super) is_grown: bool,
     pub(super) superblock: &'a Superblock,
     /// Of the label's table, as [`Superblock::stamped`].
     pub(super) stamped: u64,

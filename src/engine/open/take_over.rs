@@ -70,7 +70,7 @@ impl<'a> TakeOver<'a> {
         let renewed = self.repair_spare().await?;
         self.begin().await?;
         self.flush().await?;
-        self.renew_label().await;
+        self.repair_label().await?;
         Ok(TakenOver { superblock: self.next, repaired: self.repaired, renewed })
     }
 
@@ -144,7 +144,7 @@ impl<'a> TakeOver<'a> {
             for repair in repairs {
                 let goes_first = match repair.what {
                     What::Page(_, home, number) => home == self.anchor(number),
-                    // Written in the end, or with the new generation.
+                    // Written in the end, or later, or with the new generation.
                     What::Superblock(Seat::Label, _) | What::Poison(Seat::Label) => continue,
                     What::Superblock(_, copy) if copy == new_copy => continue,
                     What::Superblock(..) | What::Poison(_) | What::Counters(_) => true,
@@ -283,31 +283,22 @@ impl<'a> TakeOver<'a> {
         Ok(())
     }
 
-    /// Write the new generation to the label, and whatever else of it is damaged. Not a place: what cannot
-    /// be written costs only the degraded mode.
-    async fn renew_label(&mut self) {
-        let Some(label) = self.newest.label else { return };
-        let copy = Superblock::copy_for(self.next.generation);
-        let bytes = self.next.encode(Seat::Label, copy);
-        // The primary is not flushed here. What a killed process wrote to the other copy may not be durable, and a
-        // power cut then leaves none, without which a primary that has grown is not known again. The healer stamps
-        // it later.
-        let keeps = self.newest.is_grown && !self.newest.superblock.clean;
-        let written = match keeps {
-            true => Ok(()),
-            false => self.io.write(DeviceIndex::PRIMARY, label.superblock(copy), &bytes).await,
-        };
-        for repair in self.repairs.iter().filter(|repair| repair.what.device() == DeviceIndex::PRIMARY) {
-            let done = match repair.what {
-                What::Superblock(..) if keeps => continue,
-                What::Superblock(_, of) if of == copy => written,
-                what => self.newest.write(self.io, what).await,
-            };
-            match done {
-                Ok(()) => self.repaired(repair),
-                Err(errno) => self.not_repaired(repair, errno),
+    /// Write the note of the label anew where it needs that. Its superblocks are the healer's: a power cut must not
+    /// find both on their way, and what the last session wrote to one may not be durable.
+    async fn repair_label(&mut self) -> Result<(), OpenError> {
+        let repairs = self.repairs;
+        for repair in repairs {
+            match repair.what {
+                What::Poison(Seat::Label) => self.repair(repair).await?,
+                What::Superblock(Seat::Label, _) => {
+                    let (cause, device) = (repair.cause.clone(), DeviceIndex::PRIMARY);
+                    let action = "another copy is used; it is written anew with the label's list of remapped blocks";
+                    event(self.events, Severity::Warn, "metadata-damaged", device, cause, action);
+                }
+                _ => {}
             }
         }
+        Ok(())
     }
 
     /// Flush the spare. A failure is noted wherever that is possible: who opens next must not take the

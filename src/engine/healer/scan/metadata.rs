@@ -233,11 +233,11 @@ impl Core {
                     return "it could not be written anew";
                 }
             }
-            Copy::LabelTable(..) => {
+            Copy::LabelSuperblock(..) | Copy::LabelTable(..) => {
                 self.label_is_old();
                 self.stamp_label().await;
             }
-            Copy::Superblock(..) | Copy::Poison(_) | Copy::LabelSuperblock(..) | Copy::LabelPoison(_) => {
+            Copy::Superblock(..) | Copy::Poison(_) | Copy::LabelPoison(_) => {
                 return "the other copies count; it is written anew when the volume is opened next";
             }
         }
@@ -245,7 +245,9 @@ impl Core {
             Look::Damaged(_) => "written anew, and damaged still",
             Look::Busy(_) => "written anew, and may be being written again",
             Look::Well => {
-                self.tally.borrow_mut().metadata_repairs += 1;
+                // Who stamps the label has counted its superblocks.
+                let is_counted = matches!(copy, Copy::LabelSuperblock(..));
+                self.tally.borrow_mut().metadata_repairs += u64::from(!is_counted);
                 "written anew"
             }
         }
