@@ -29,6 +29,7 @@ mod resize_fails;
 mod returns;
 mod rig;
 mod scan;
+mod scan_gone;
 mod scan_metadata;
 mod scan_slow;
 mod seat;

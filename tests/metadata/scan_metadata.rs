@@ -36,6 +36,8 @@ fn each_damaged_copy_is_found_and_all_but_the_spares_superblocks_and_notes_are_w
     for seat in seats(&SMALL) {
         let mut rig = begun(SMALL);
         let mut engine = quiet(&mut rig);
+        // Which saves the counters.
+        engine.begin_scan(&mut rig, ScanScope::default());
         if seat.kind == Kind::Poison {
             // Nothing has been noted: there is nothing to be damaged but zeros.
             let mut bytes = seat.read(&rig);
@@ -45,7 +47,7 @@ fn each_damaged_copy_is_found_and_all_but_the_spares_superblocks_and_notes_are_w
             damage(&rig, &seat);
         }
         let map = engine.map();
-        let last = engine.scan(&mut rig);
+        let last = engine.end_scan(&mut rig);
         assert!(last.complete && last.found == Found { metadata: 1, ..Found::default() }, "{seat:?}: {last:?}");
         assert_eq!(engine.causes("metadata-damaged").len(), 1, "{seat:?}");
         let bytes = seat.read(&rig);

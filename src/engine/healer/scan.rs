@@ -8,6 +8,7 @@
 mod due;
 mod examine;
 mod metadata;
+mod narrow;
 mod pass;
 mod read;
 mod saved;
@@ -211,14 +212,14 @@ impl Core {
             return Err("the spare is not there: serve the volume with it first".into());
         }
         match order {
-            ScanOrder::Start(scope) => self.start_scan(scope),
+            ScanOrder::Start(scope) => self.start_scan(scope).await,
             ScanOrder::Pause => self.pause_scan().await,
             ScanOrder::Resume => self.resume_scan().await,
             ScanOrder::Cancel => self.cancel_scan().await,
         }
     }
 
-    fn start_scan(self: &Rc<Self>, scope: ScanScope) -> Result<String, String> {
+    async fn start_scan(self: &Rc<Self>, scope: ScanScope) -> Result<String, String> {
         if let Some(pass) = self.scan.pass.borrow().as_ref() {
             let how = if pass.paused { "paused: `scan resume` or `scan cancel` it" } else { "under way" };
             return Err(format!("pass {} is {how}", pass.number));
@@ -232,7 +233,8 @@ impl Core {
         // What serves a volume that it must not write looks only.
         scope.check_only |= self.mode.get().read_only;
         let number = self.begin_pass(scope, true);
-        Ok(format!("pass {number} has begun; see `scan wait` or `status`"))
+        let unsaved = self.keep_place().await;
+        Ok(format!("pass {number} has begun; see `scan wait` or `status`{unsaved}"))
     }
 
     fn begin_pass(self: &Rc<Self>, scope: ScanScope, ordered: bool) -> u64 {

@@ -8,6 +8,7 @@ use super::pass::{PATIENCE_LOST, TAKES_DEVICE_AWAY};
 use super::read::Piece;
 use super::{REMEMBERED_MAX, Step, Stopped, Turn};
 use crate::device::{DeviceIndex, Errno};
+use crate::engine::errors::{Class, class_of};
 use crate::engine::healer::failure::{Failure, FailureClass};
 use crate::engine::healer::ladder::Budget;
 use crate::engine::healer::read::{Reading, sectors_of_mask};
@@ -20,7 +21,7 @@ use crate::units::{Block, BlockRange};
 
 /// Weak blocks moved on one day, and blocks moved out of failing slots in one pass, at most.
 const WEAK_A_DAY: u32 = 64;
-/// The most of all slots that weak blocks may take, and the fewest that must be free where slots fail: one in so many.
+/// The most of all slots that weak blocks may take, and the fewest that must be free for that: one in so many.
 const WEAK_SHARE: u64 = 4;
 const SECONDS_A_DAY: u64 = 86_400;
 
@@ -35,11 +36,16 @@ pub(super) enum Trouble<'a> {
     Slow(&'a Piece, &'a str),
 }
 
+/// Whether an error of a device that is there may be the medium's.
+fn is_of_medium(errno: Errno) -> bool {
+    matches!(class_of(errno), Class::Medium | Class::Ambiguous | Class::Target)
+}
+
 impl<'a> Trouble<'a> {
     /// How it failed, unless it has moved since.
     fn failed(self, run: Run) -> Option<Errno> {
         match self {
-            Trouble::Failed(piece, errno) if piece.is_at(run) => Some(errno),
+            Trouble::Failed(piece, errno) if piece.is_at(run) => Some(errno).filter(|errno| is_of_medium(*errno)),
             _ => None,
         }
     }
@@ -101,7 +107,8 @@ impl Core {
         block: Block,
         trouble: Trouble<'_>,
     ) -> Result<Step, Stopped> {
-        let looked = match self.of_pass(turn, |pass| pass.takes_device_away(block))? {
+        let leaves_alone = self.of_pass(turn, |pass| pass.takes_device_away(&[block]))?;
+        let looked = match leaves_alone {
             true => Err(Failure::new(None, TAKES_DEVICE_AWAY).into()),
             false => self.look_into(turn, block, trouble).await,
         };
@@ -115,7 +122,8 @@ impl Core {
         };
         self.of_pass(turn, |pass| match step {
             Step::Done => pass.sees_to(block),
-            Step::Again => pass.went_at(block),
+            Step::Again if leaves_alone => {}
+            Step::Again => pass.went_at(&[block]),
         })?;
         Ok(step)
     }
@@ -217,7 +225,7 @@ impl Core {
             return Ok(false);
         }
         seen.recovered = self.report_recovered(reading) > 0;
-        if is_first && !is_bad && self.scan.unproven.borrow_mut().remove(&block).is_some() {
+        if is_first && !is_bad && !seen.recovered && self.scan.unproven.borrow_mut().remove(&block).is_some() {
             self.tally.borrow_mut().healed += 1;
             seen.healed += 1;
             let cause = "a rewritten block was read by a pass";
@@ -318,14 +326,19 @@ impl Core {
         self.scan.params.move_weak
             && of_day < WEAK_A_DAY
             && record.weak_slots < u64::from(self.geometry().slots) / WEAK_SHARE
-            && self.table.borrow().available() > 0
+            && self.keeps_slots_free()
     }
 
     /// Whether a block may leave a slot that fails now and then, and that is retired with it.
     fn may_leave_slot(&self, turn: Turn) -> bool {
         let moved = self.of_pass(turn, |pass| pass.left_slots).unwrap_or(u64::MAX);
+        moved < u64::from(WEAK_A_DAY) && self.keeps_slots_free()
+    }
+
+    /// Whether one more may be taken for what can still be read: blocks that cannot must find a slot.
+    fn keeps_slots_free(&self) -> bool {
         let (free, slots) = (self.table.borrow().available() as u64, u64::from(self.geometry().slots));
-        moved < u64::from(WEAK_A_DAY) && free > slots / WEAK_SHARE
+        free > slots / WEAK_SHARE
     }
 
     /// Move a block that was read to a slot, or to another one.

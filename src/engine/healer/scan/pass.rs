@@ -23,7 +23,7 @@ const PATIENCE_NS: u64 = 86_400 * NS;
 const PATIENCE_IN_ALL_NS: u64 = 2 * PATIENCE_NS;
 /// What it counts for when a device went during a step and came back, in nanoseconds (10 minutes).
 const WENT_NS: u64 = 600 * NS;
-/// A block is not read again once a device has gone so many times while it was looked at.
+/// A block is not read again once a device has gone so many times while it alone was looked at.
 const WENT_MAX: u32 = 3;
 /// Why it leaves out what fails then.
 pub(super) const PATIENCE_LOST: &str = "this pass has given a day to what fails, and leaves out the rest of it";
@@ -108,7 +108,7 @@ pub(super) struct Pass {
     pub(super) covered: u64,
     pub(super) read: u64,
     pub(super) found: Found,
-    /// What reads that failed and blocks in trouble took, since the volume was opened, in nanoseconds.
+    /// What reads that failed and blocks in trouble took, in nanoseconds.
     trouble_ns: u64,
     /// Blocks moved out of slots, since the volume was opened.
     pub(super) left_slots: u64,
@@ -131,8 +131,10 @@ pub(super) struct Pass {
     met: BTreeSet<Block>,
     /// Blocks looked at in this step.
     seen_to: BTreeSet<Block>,
-    /// Blocks of this step during whose look a device went, and how many times.
+    /// Blocks of this step during whose look a device went, and how many times; and the fewest blocks read at a time
+    /// of which it is one when a device went.
     went: BTreeMap<Block, u32>,
+    went_with: BTreeMap<Block, usize>,
     /// What was covered, at times of the last seconds and when it began or went on.
     covered_at: VecDeque<(Time, u64)>,
     began: Option<(Time, u64)>,
@@ -166,6 +168,7 @@ impl Pass {
             met: BTreeSet::new(),
             seen_to: BTreeSet::new(),
             went: BTreeMap::new(),
+            went_with: BTreeMap::new(),
             covered_at: VecDeque::new(),
             began: None,
         }
@@ -197,14 +200,21 @@ impl Pass {
         self.seen_to.contains(&block)
     }
 
-    /// A device went while a block was looked at.
-    pub(super) fn went_at(&mut self, block: Block) {
-        *self.went.entry(block).or_default() += 1;
+    /// A device went while blocks were read at a time.
+    pub(super) fn went_at(&mut self, blocks: &[Block]) {
+        match blocks {
+            [block] => *self.went.entry(*block).or_default() += 1,
+            _ => self.went_with.extend(blocks.iter().map(|block| (*block, blocks.len()))),
+        }
     }
 
-    /// Whether a device goes whenever the block is looked at.
-    pub(super) fn takes_device_away(&self, block: Block) -> bool {
-        self.went.get(&block).is_some_and(|times| *times >= WENT_MAX)
+    /// Whether blocks are not to be read at a time, as a device goes whenever one of them is: of several, which are
+    /// then read fewer at a time, one time is enough.
+    pub(super) fn takes_device_away(&self, blocks: &[Block]) -> bool {
+        match blocks {
+            [block] => self.went.get(block).is_some_and(|times| *times >= WENT_MAX),
+            _ => blocks.iter().any(|block| self.went_with.get(block).is_some_and(|with| *with <= blocks.len())),
+        }
     }
 
     /// A step is to be taken again.
@@ -215,6 +225,16 @@ impl Pass {
     /// Trouble took so long.
     pub(super) fn has_trouble_for(&mut self, ns: u64) {
         self.trouble_ns = self.trouble_ns.saturating_add(ns);
+    }
+
+    /// The same in seconds, which are kept over a restart.
+    pub(super) fn trouble_seconds(&self) -> u64 {
+        self.trouble_ns / NS
+    }
+
+    /// What it took before a restart, in seconds.
+    pub(super) fn had_trouble_for(&mut self, seconds: u64) {
+        self.trouble_ns = seconds.saturating_mul(NS);
     }
 
     /// What fails is not looked at any more.
@@ -295,6 +315,7 @@ impl Pass {
         let before = std::mem::replace(&mut self.mark, so_far);
         self.mark_skipped = self.skipped.len();
         self.went.clear();
+        self.went_with.clear();
         self.mark.since(&before)
     }
 

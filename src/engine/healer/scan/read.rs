@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use super::examine::Trouble;
-use super::pass::{Cursor, PATIENCE_AT_AN_END, PATIENCE_LOST, Stage};
+use super::pass::{Cursor, PATIENCE_AT_AN_END, PATIENCE_LOST, Stage, TAKES_DEVICE_AWAY};
 use super::{REMEMBERED_MAX, Step, Stopped, Turn, bytes_of};
 use crate::device::buffer::AlignedBuf;
 use crate::device::{DeviceIndex, Errno};
@@ -13,33 +13,24 @@ use crate::engine::scan::Skipped;
 use crate::engine::scan::plan::UNIT_SLOTS;
 use crate::engine::task::join_all;
 use crate::engine::view::{Run, runs};
-use crate::units::{BLOCK_SIZE, Block, SectorRange, Slot, Time};
+use crate::units::{BLOCK_SIZE, Block, SectorRange, Slot};
 use crate::volume::table::SlotState;
 
 const BLOCK_LEN: usize = BLOCK_SIZE as usize;
 /// Blocks of a piece that is looked at block by block once it failed or was slow (64 KiB).
-const PART_BLOCKS: usize = 16;
+pub(super) const PART_BLOCKS: usize = 16;
 /// A read that takes less is never slow, in nanoseconds (30 ms): a disk may have to turn and seek.
-const SLOW_NS: u64 = 30_000_000;
+pub(super) const SLOW_NS: u64 = 30_000_000;
 /// After a read that takes longer the disk rests also if it succeeds, in nanoseconds (1 s): the guest waited for it.
 const LONG_NS: u64 = 1_000_000_000;
 /// A piece is looked at more closely if it takes so many times as long as usual.
 const SLOW_PIECE: u64 = 3;
-/// A block is slow if it takes so many times as long as its neighbours (the lower quartile of its part).
-const SLOW_BLOCK: u64 = 5;
-/// Times a slow block is read again, and slow each time, before it is called so.
-const CONFIRMATIONS: usize = 2;
-/// Times it is read while the guest's own requests take longer than usual, which says nothing of the block; and how
-/// long that is waited for, in nanoseconds (100 ms).
-const CALM_TRIES: usize = 20;
-const CALM_NS: u64 = 100_000_000;
-
 /// Blocks that lie behind each other on a device.
 pub(super) struct Piece {
-    device: DeviceIndex,
-    offset: u64,
-    len: u64,
-    blocks: Vec<Block>,
+    pub(super) device: DeviceIndex,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) blocks: Vec<Block>,
 }
 
 impl Piece {
@@ -49,23 +40,25 @@ impl Piece {
     }
 
     /// A part of it: so many blocks from one of them on.
-    fn part(&self, from: usize, blocks: usize) -> Piece {
+    pub(super) fn part(&self, from: usize, blocks: usize) -> Piece {
         let blocks = self.blocks[from..(from + blocks).min(self.blocks.len())].to_vec();
         let start = from as u64 * BLOCK_SIZE;
         let len = (blocks.len() as u64 * BLOCK_SIZE).min(self.len - start);
         Piece { device: self.device, offset: self.offset + start, len, blocks }
     }
 
-    fn parts(&self, blocks: usize) -> Vec<Piece> {
+    pub(super) fn parts(&self, blocks: usize) -> Vec<Piece> {
         (0..self.blocks.len()).step_by(blocks).map(|from| self.part(from, blocks)).collect()
     }
 }
 
 /// How the read of a piece went.
-enum Read {
+pub(super) enum Read {
     Well,
     Slowly,
     Not,
+    /// The device has gone, which says nothing of the piece.
+    Gone,
 }
 
 impl Core {
@@ -133,8 +126,13 @@ impl Core {
         if self.of_pass(turn, |pass| pass.has_lost_patience())? {
             return self.skip(turn, DeviceIndex::PRIMARY, offset, len, PATIENCE_LOST.to_owned());
         }
+        if self.of_pass(turn, |pass| pass.takes_device_away(&[block]))? {
+            return self.skip(turn, DeviceIndex::PRIMARY, offset, len, TAKES_DEVICE_AWAY.to_owned());
+        }
         let (result, took) = self.paced_read(turn, DeviceIndex::PRIMARY, offset, len).await?;
-        if result.is_err() && self.refuse_gone(DeviceIndex::PRIMARY).is_err() {
+        if let Err(errno) = result
+            && self.has_gone(turn, DeviceIndex::PRIMARY, &[block], errno).await?
+        {
             return Ok(Step::Again);
         }
         let mut releasable = self.scan.releasable.borrow_mut();
@@ -228,9 +226,13 @@ impl Core {
             }
             let reads = join_all(some.iter().map(|piece| self.read_piece(turn, piece))).await;
             for (piece, read) in some.iter().zip(reads) {
-                let read = read?;
                 piece.blocks.iter().for_each(|block| self.scan.not_slow(*block));
-                if !matches!(read, Read::Well) && self.narrow(turn, piece).await? == Step::Again {
+                let step = match read? {
+                    Read::Well => Step::Done,
+                    Read::Slowly | Read::Not => self.narrow(turn, piece).await?,
+                    Read::Gone => Step::Again,
+                };
+                if step == Step::Again {
                     return Ok(Step::Again);
                 }
                 let now = self.io.now();
@@ -246,13 +248,38 @@ impl Core {
         piece.blocks.iter().map(|block| bytes_of(self.geometry().sectors_of(*block))).sum()
     }
 
-    async fn read_piece(self: &Rc<Self>, turn: Turn, piece: &Piece) -> Result<Read, Stopped> {
+    pub(super) async fn read_piece(self: &Rc<Self>, turn: Turn, piece: &Piece) -> Result<Read, Stopped> {
+        if self.of_pass(turn, |pass| pass.takes_device_away(&piece.blocks))? {
+            // It is looked at more closely.
+            return Ok(Read::Not);
+        }
         let (result, took) = self.paced_read(turn, piece.device, piece.offset, piece.len).await?;
         Ok(match result {
+            Err(errno) if self.has_gone(turn, piece.device, &piece.blocks, errno).await? => Read::Gone,
             Err(_) => Read::Not,
             Ok(()) if self.took_long(piece, took) => Read::Slowly,
             Ok(()) => Read::Well,
         })
+    }
+
+    /// Whether a failed read of those blocks says that the device has gone, and nothing of what was read.
+    pub(super) async fn has_gone(
+        self: &Rc<Self>,
+        turn: Turn,
+        device: DeviceIndex,
+        blocks: &[Block],
+        errno: Errno,
+    ) -> Result<bool, Stopped> {
+        let asked = self.io.now();
+        // Either opens the breaker if so.
+        let _ = self.diagnose(device, errno, true, SectorRange::default()).await;
+        let _ = self.confirm(device).await;
+        self.has_failed_for(turn, self.io.now().since_ns(asked));
+        let has_gone = self.refuse_gone(device).is_err();
+        if has_gone {
+            self.of_pass(turn, |pass| pass.went_at(blocks))?;
+        }
+        Ok(has_gone)
     }
 
     /// Whether a piece took so long that one of its blocks may be weak. What it took counts towards what is usual, but
@@ -263,98 +290,6 @@ impl Core {
         let slow_ns = SLOW_NS.max(usual.get() * SLOW_PIECE);
         usual.set(if usual.get() == 0 { took.min(SLOW_NS) } else { (usual.get() * 15 + took.min(slow_ns)) / 16 });
         took >= slow_ns
-    }
-
-    fn is_calm(&self) -> bool {
-        let load = self.scan.load.get();
-        self.scan.pace.borrow().as_ref().is_none_or(|pace| pace.is_calm(load))
-    }
-
-    /// Find the blocks that make a piece fail, or slow.
-    async fn narrow(self: &Rc<Self>, turn: Turn, piece: &Piece) -> Result<Step, Stopped> {
-        for (at, part) in (0..).step_by(PART_BLOCKS).zip(piece.parts(PART_BLOCKS)) {
-            if self.of_pass(turn, |pass| pass.has_lost_patience())? {
-                return self.leave_out(turn, &piece.part(at, piece.blocks.len()));
-            }
-            // A piece as small as that has just been read.
-            if piece.blocks.len() > PART_BLOCKS && matches!(self.read_piece(turn, &part).await?, Read::Well) {
-                continue;
-            }
-            if self.narrow_part(turn, &part).await? == Step::Again {
-                return Ok(Step::Again);
-            }
-        }
-        Ok(Step::Done)
-    }
-
-    /// A piece, or what is left of it, fails, and is not looked at any more.
-    fn leave_out(&self, turn: Turn, piece: &Piece) -> Result<Step, Stopped> {
-        self.skip(turn, piece.device, piece.offset, piece.len, PATIENCE_LOST.to_owned())
-    }
-
-    async fn narrow_part(self: &Rc<Self>, turn: Turn, part: &Piece) -> Result<Step, Stopped> {
-        let mut failing = Vec::new();
-        let mut times = Vec::new();
-        for (at, single) in part.parts(1).into_iter().enumerate() {
-            if self.of_pass(turn, |pass| pass.has_lost_patience())? {
-                if self.leave_out(turn, &part.part(at, part.blocks.len()))? == Step::Again {
-                    return Ok(Step::Again);
-                }
-                break;
-            }
-            let (result, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
-            match result {
-                Ok(()) => times.push((single, took)),
-                Err(errno) => failing.push((single, errno)),
-            }
-        }
-        for (single, errno) in failing {
-            if self.examine(turn, single.blocks[0], Trouble::Failed(&single, errno)).await? == Step::Again {
-                return Ok(Step::Again);
-            }
-        }
-        let mut sorted: Vec<u64> = times.iter().map(|(_, took)| *took).collect();
-        sorted.sort_unstable();
-        // Of a busy machine, where half of all reads may wait for something, the faster ones tell what the disk takes.
-        let usual = sorted.get(sorted.len() / 4).copied().unwrap_or(0);
-        let slow_ns = SLOW_NS.max(usual * SLOW_BLOCK);
-        for (single, took) in times {
-            if took < slow_ns || self.of_pass(turn, |pass| pass.has_lost_patience())? {
-                continue;
-            }
-            if !self.stays_slow(turn, &single, slow_ns).await? {
-                continue;
-            }
-            let cause = format!("{} ms, and again, where {} ms are usual", took / 1_000_000, usual / 1_000_000);
-            if self.examine(turn, single.blocks[0], Trouble::Slow(&single, &cause)).await? == Step::Again {
-                return Ok(Step::Again);
-            }
-        }
-        Ok(Step::Done)
-    }
-
-    /// Whether a block is slow again each time, also while the guest is served as usual.
-    async fn stays_slow(self: &Rc<Self>, turn: Turn, single: &Piece, slow_ns: u64) -> Result<bool, Stopped> {
-        let mut confirmed = 0;
-        for _ in 0..CONFIRMATIONS + CALM_TRIES {
-            let (_, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
-            let is_over = self.of_pass(turn, |pass| {
-                pass.has_trouble_for(took);
-                pass.has_lost_patience()
-            })?;
-            if took < slow_ns || is_over {
-                return Ok(false);
-            }
-            if self.is_calm() {
-                confirmed += 1;
-            } else {
-                self.io.sleep_until(Time(self.io.now().0 + CALM_NS)).await;
-            }
-            if confirmed == CONFIRMATIONS {
-                return Ok(true);
-            }
-        }
-        Ok(false)
     }
 
     /// Read when it is this pass's turn to; what is read is not looked at.

@@ -19,6 +19,11 @@ const CAPACITY_SHIFT: u32 = 8;
 /// Bits of a position; above them is the stage.
 const POSITION_BITS: u32 = 56;
 
+/// Bits of the number of weak blocks that moved on a day; above them are the seconds of a pass's trouble, and in the
+/// upper half is the day.
+const OF_DAY_BITS: u32 = 8;
+const TROUBLE_BITS: u32 = 24;
+
 /// No number that is kept is larger.
 const NUMBER_MAX: u64 = 1 << 56;
 
@@ -81,7 +86,9 @@ pub(super) fn encode(record: &Record, pass: Option<&Pass>) -> [u64; WORDS] {
     ]);
     words_of[21..29].copy_from_slice(&words(&last.found));
     words_of[29] = record.complete_ended;
-    words_of[30] = u64::from(record.weak_day) << 32 | u64::from(record.weak_of_day);
+    let of_day = u64::from(record.weak_of_day).min((1 << OF_DAY_BITS) - 1);
+    let trouble = pass.map_or(0, |pass| pass.trouble_seconds()).min((1 << TROUBLE_BITS) - 1);
+    words_of[30] = u64::from(record.weak_day) << 32 | trouble << OF_DAY_BITS | of_day;
     words_of[31] = record.weak_slots;
     words_of
 }
@@ -107,7 +114,7 @@ pub(super) fn decode(saved: &[u64]) -> (Record, Option<Pass>) {
         complete_ended: w[29],
         complete_capacity: w[0] >> CAPACITY_SHIFT,
         weak_day: low(w[30] >> 32),
-        weak_of_day: low(w[30]),
+        weak_of_day: low(w[30]) & ((1 << OF_DAY_BITS) - 1),
         weak_slots: w[31],
     };
     let stage = Stage::of_number(w[2] >> POSITION_BITS).filter(|_| w[0] & UNDER_WAY != 0);
@@ -122,6 +129,7 @@ pub(super) fn decode(saved: &[u64]) -> (Record, Option<Pass>) {
         pass.paused = w[0] & PAUSED != 0;
         pass.cursor = Cursor { stage, position: w[2] & ((1 << POSITION_BITS) - 1) };
         pass.read = w[7];
+        pass.had_trouble_for(u64::from(low(w[30]) >> OF_DAY_BITS));
         pass.restore(Share { covered: w[6], skipped_bytes: w[8], found: found(&w[9..17]) });
         pass
     });
@@ -163,6 +171,7 @@ mod tests {
         pass.cursor = Cursor { stage: Stage::Slots, position: 5 };
         pass.read = 7;
         pass.restore(Share { covered: 6, skipped_bytes: 8, found: some(9) });
+        pass.had_trouble_for(86_399);
         let mut saved = vec![0; SAVED_AT];
         saved.extend(encode(&record, Some(&pass)));
         let (record_again, again) = decode(&saved);
@@ -170,6 +179,7 @@ mod tests {
         assert_eq!(record_again, record);
         assert_eq!(encode(&record_again, Some(&again)), encode(&record, Some(&pass)));
         assert_eq!((again.scope, again.cursor, again.found), (scope, pass.cursor, pass.found));
+        assert_eq!(again.trouble_seconds(), 86_399);
         saved[SAVED_AT..].copy_from_slice(&encode(&record, None));
         assert!(decode(&saved).1.is_none());
     }
