@@ -2,6 +2,7 @@
 //! it belongs to the volume, and a note of poison in it counts.
 
 use uuid::Uuid;
+use vhost_remap::device::OpKind;
 use vhost_remap::device::memory::Keep;
 use vhost_remap::engine::create::{CreateParams, Creation};
 use vhost_remap::engine::healer::Order;
@@ -136,4 +137,67 @@ fn a_note_that_only_the_label_had_is_not_forgotten_with_it() {
 /// A page of the spare that takes no writes.
 fn bad_page(offset: u64) -> Bad {
     Bad { device: SPARE, from: offset, to: offset + 4096, reads: Reads::Good, writes: true }
+}
+
+/// Whose flush would fail, and poison the volume: with that a guest that only had to wait would get errors. The guest
+/// finds out about it before a write of the label ends, which then succeeds, or nobody does.
+#[test]
+fn the_label_of_a_device_that_goes_is_left_alone() {
+    for (is_known, operations) in [false, true].into_iter().flat_map(|known| (0..25).map(move |n| (known, n))) {
+        let mut rig = begun(SMALL);
+        rig.bad.clear();
+        let mut engine = rig.open().unwrap();
+        engine.done(&mut rig, Order::Remap(range_of(0, 4096)));
+        rig.performed.clear();
+        engine.tick(&mut rig, 60);
+        while rig.performed.len() < operations && engine.step(&mut rig).unwrap() {}
+        let Some(next) = rig.next_op().map(|at| rig.disks.pending(at)) else {
+            assert!(operations > 12, "{operations}");
+            continue;
+        };
+        // A flush that is under way then fails as any other does.
+        if next.kind == OpKind::Flush || next.device != PRIMARY || (is_known && next.kind != OpKind::Write) {
+            continue;
+        }
+        rig.bad = vec![Bad { device: PRIMARY, from: 0, to: u64::MAX, reads: Reads::Never, writes: true }];
+        rig.bad_flushes[0] = u32::MAX;
+        if is_known {
+            rig.held = Some((PRIMARY, next.offset));
+            engine.begin_read(&mut rig, 100 * BLOCK, BLOCK);
+            engine.settle_but_for_held(&mut rig).unwrap();
+            assert_eq!(engine.causes("device-gone").len(), 1);
+            (rig.held, rig.bad) = (None, Vec::new());
+        }
+        engine.settle(&mut rig).unwrap();
+        assert!(!engine.is_poisoned(), "known {is_known}, after {operations} operations");
+        (rig.bad_flushes[0], rig.bad) = (0, Vec::new());
+        for _ in 0..3 {
+            engine.pass(&mut rig, 60).unwrap();
+        }
+        assert_eq!((engine.is_poisoned(), engine.causes("label").len()), (false, 0));
+        let map = engine.map();
+        drop(engine);
+        rig.kill();
+        assert_eq!(rig.open_degraded().unwrap().map(), map, "after {operations} operations");
+    }
+}
+
+#[test]
+fn a_label_that_takes_no_writes_is_told_of_once() {
+    let mut rig = begun(SMALL);
+    rig.bad.clear();
+    let label = rig.shape.label().expect("labelled");
+    let mut engine = rig.open().unwrap();
+    rig.bad = vec![Bad { device: PRIMARY, from: label.start, to: label.end(), reads: Reads::Good, writes: true }];
+    for block in 0..3 {
+        engine.done(&mut rig, Order::Remap(range_of(block * BLOCK, 4096)));
+        engine.pass(&mut rig, 60).unwrap();
+    }
+    assert_eq!(engine.causes("label").len(), 1);
+    rig.bad.clear();
+    engine.pass(&mut rig, 60).unwrap();
+    let map = engine.map();
+    drop(engine);
+    rig.kill();
+    assert_eq!(rig.open_degraded().unwrap().map(), map);
 }

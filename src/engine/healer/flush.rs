@@ -404,6 +404,9 @@ impl Core {
         self.flushes.flushed_slot_writes.set(self.progress.slot_writes.load(Ordering::Acquire));
         self.change_mode(|mode| mode.poisoned = false);
         self.retry_orphans();
+        // Nothing was written to it while no flush was possible.
+        let core = self.clone();
+        self.spawn(async move { core.stamp_label().await });
         self.event(
             Severity::Warn,
             "cleared",

@@ -2,19 +2,41 @@
 
 use std::rc::Rc;
 
-use super::failure::Failure;
+use uuid::Uuid;
+
+use super::failure::{Failure, FailureClass};
 use super::{Core, Severity};
 use crate::device::buffer::AlignedBuf;
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::task::join_all;
 use crate::units::SectorRange;
 use crate::volume::layout::LabelLayout;
-use crate::volume::superblock::{Seat, Superblock};
+use crate::volume::superblock::{Seat, Superblock, SuperblockError};
 use crate::volume::table::PageSeat;
+
+/// What is wrong with a superblock of the label.
+#[derive(Debug, thiserror::Error)]
+enum Flaw {
+    #[error("{0}")]
+    Unreadable(Errno),
+    #[error("{0}")]
+    Damaged(SuperblockError),
+    #[error("it belongs to the volume {0}")]
+    Foreign(Uuid),
+}
+
+impl Flaw {
+    fn errno(&self) -> Option<Errno> {
+        match self {
+            Flaw::Unreadable(errno) => Some(*errno),
+            Flaw::Damaged(_) | Flaw::Foreign(_) => None,
+        }
+    }
+}
 
 impl Core {
     /// Refresh the label: its superblock and its copy of the table, where commits came since the last
-    /// time. Off the path; a failure is only counted.
+    /// time. Off the path; a failure is told once, and it is tried again from time to time.
     pub(super) async fn stamp_label(self: &Rc<Self>) {
         self.places.label.acquire().await;
         if let Some(label) = self.label.get() {
@@ -36,8 +58,18 @@ impl Core {
             return;
         }
         match self.stamp(label).await {
-            Ok(()) => self.places.stamped_commits.set(Some(commits)),
-            Err(_) => self.places.label_failures.set(self.places.label_failures.get() + 1),
+            Ok(()) => {
+                self.places.stamped_commits.set(Some(commits));
+                self.places.label_fails.set(false);
+            }
+            Err(failure) => {
+                if !self.places.label_fails.replace(true) && failure.class != FailureClass::Gone {
+                    let cause = format!("writing the label: {}", failure.cause);
+                    let action = "tried again each minute; until then `serve --degraded` would go by an older list";
+                    let none = SectorRange::default();
+                    self.event(Severity::Warn, "label", Some(DeviceIndex::PRIMARY), none, cause, action);
+                }
+            }
         }
     }
 
@@ -49,24 +81,35 @@ impl Core {
         let current = self.superblock.borrow().clone();
         let copy = Superblock::copy_for(current.generation);
         let found = [self.label_superblock(label, 0).await, self.label_superblock(label, 1).await];
+        for errno in found.iter().filter_map(|found| found.as_ref().err()?.errno()) {
+            // A device that is gone has no damaged label, and a flush that fails for it would poison the volume.
+            self.diagnose(primary, errno, true, SectorRange::default()).await?;
+            self.confirm(primary).await?;
+        }
         // The other copy keeps what it has. Where that cannot be read it gets this generation's too, and first, as
         // the last one must be whole until then.
         let superblocks = match &found[usize::from(1 - copy)] {
             Ok((other, _)) => [(copy, current), (1 - copy, other.clone())],
             Err(_) => [(1 - copy, current.clone()), (copy, current)],
         };
-        let last = superblocks[1].0;
+        let [first, last] = superblocks.each_ref().map(|(copy, _)| *copy);
         if let Ok((_, page)) = &found[usize::from(last)] {
             let written = self.io.write(primary, label.superblock(last), page).await;
-            written.map_err(|errno| Failure::errno(primary, errno))?;
+            if let Err(errno) = written {
+                self.diagnose(primary, errno, false, SectorRange::default()).await?;
+                // A damaged one may be written all the same.
+                if found[usize::from(first)].is_ok() {
+                    return Err(Failure::errno(primary, errno));
+                }
+            }
         }
         let stamped = self.write_label(label, superblocks).await;
         for (copy, found) in (0..).zip(found) {
-            if let Err(trouble) = found
+            if let Err(flaw) = found
                 && self.label_superblock(label, copy).await.is_ok()
             {
                 self.tally.borrow_mut().metadata_repairs += 1;
-                let cause = format!("superblock {copy} of the label: {trouble}");
+                let cause = format!("superblock {copy} of the label: {flaw}");
                 let action = "rewritten from the newest copy";
                 self.event(Severity::Warn, "metadata-repaired", Some(primary), SectorRange::default(), cause, action);
             }
@@ -92,21 +135,29 @@ impl Core {
             })
             .collect();
         self.date_label(label, &superblocks, 0).await?;
-        self.flush(primary).await?;
+        self.flush_label().await?;
         let writes = pages.iter().map(|(offset, bytes)| self.io.write(primary, *offset, bytes));
         let written: Result<(), Errno> = join_all(writes).await.into_iter().collect();
-        written.map_err(|errno| Failure::errno(primary, errno))?;
+        if let Err(errno) = written {
+            self.diagnose(primary, errno, false, SectorRange::default()).await?;
+            return Err(Failure::errno(primary, errno));
+        }
         self.date_label(label, &superblocks, stamp).await
     }
 
+    /// A flush that fails poisons the volume, and one of a device that is gone does.
+    async fn flush_label(self: &Rc<Self>) -> Result<(), Failure> {
+        self.refuse_gone(DeviceIndex::PRIMARY)?;
+        self.flush(DeviceIndex::PRIMARY).await
+    }
+
     /// A superblock of the label and its bytes, or what is wrong with it.
-    async fn label_superblock(&self, label: LabelLayout, copy: u8) -> Result<(Superblock, AlignedBuf), String> {
-        let page = self.io.read_page(DeviceIndex::PRIMARY, label.superblock(copy)).await;
-        let page = page.map_err(|errno| errno.to_string())?;
-        let superblock = Superblock::decode(&page, Seat::Label, copy).map_err(|error| error.to_string())?;
+    async fn label_superblock(&self, label: LabelLayout, copy: u8) -> Result<(Superblock, AlignedBuf), Flaw> {
+        let page = self.io.read_page(DeviceIndex::PRIMARY, label.superblock(copy)).await.map_err(Flaw::Unreadable)?;
+        let superblock = Superblock::decode(&page, Seat::Label, copy).map_err(Flaw::Damaged)?;
         match superblock.set == self.set {
             true => Ok((superblock, page)),
-            false => Err(format!("it belongs to the volume {}", superblock.set)),
+            false => Err(Flaw::Foreign(superblock.set)),
         }
     }
 
@@ -122,15 +173,15 @@ impl Core {
         let primary = DeviceIndex::PRIMARY;
         let mut dated = Err(Errno(libc::EIO));
         for (copy, superblock) in superblocks {
-            self.flush(primary).await?;
+            self.flush_label().await?;
             let superblock = Superblock { stamped, ..superblock.clone() };
             let written = self.io.write(primary, label.superblock(*copy), &superblock.encode(Seat::Label, *copy)).await;
-            if let Err(errno) = written
-                && stamped == 0
-                && let Ok((old, _)) = self.label_superblock(label, *copy).await
-                && old.stamped != 0
-            {
-                return Err(Failure::errno(primary, errno));
+            if let Err(errno) = written {
+                self.diagnose(primary, errno, false, SectorRange::default()).await?;
+                let read = self.label_superblock(label, *copy).await;
+                if stamped == 0 && read.is_ok_and(|(old, _)| old.stamped != 0) {
+                    return Err(Failure::errno(primary, errno));
+                }
             }
             dated = dated.or(written);
         }

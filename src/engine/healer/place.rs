@@ -36,8 +36,8 @@ pub(super) struct Places {
     pub(super) saving: Permits,
     /// A resize is under way.
     pub(super) resizing: Cell<bool>,
-    /// Refreshes of the label that failed.
-    pub(super) label_failures: Cell<u64>,
+    /// The last refresh of the label failed.
+    pub(super) label_fails: Cell<bool>,
     returning: Cell<bool>,
     /// Why the spare is down.
     down_cause: RefCell<String>,
@@ -59,7 +59,7 @@ impl Places {
             next_label: Cell::new(None),
             saving: Permits::new(1),
             resizing: Cell::new(false),
-            label_failures: Cell::new(0),
+            label_fails: Cell::new(false),
             returning: Cell::new(false),
             down_cause: RefCell::default(),
             turn: Permits::new(1),

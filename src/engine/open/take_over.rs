@@ -57,8 +57,8 @@ impl<'a> TakeOver<'a> {
         TakeOver { io, newest, repairs, next, events, repaired: 0 }
     }
 
-    /// Bring every live place to the newest state, flush, and only then begin a new generation, the spare
-    /// first. A place that does not take a write is retired while there is another; one that was retired is
+    /// Bring every live place to the newest state, flush, and only then begin a new generation on the
+    /// spare. A place that does not take a write is retired while there is another; one that was retired is
     /// written in full and counts again if it takes that.
     pub(super) async fn run(mut self) -> Result<TakenOver, OpenError> {
         // What a killed process left in the device's cache may be the newest there is: before anything is
