@@ -201,3 +201,29 @@ fn a_label_that_takes_no_writes_is_told_of_once() {
     rig.kill();
     assert_eq!(rig.open_degraded().unwrap().map(), map);
 }
+
+/// As when a disk resets itself for a sector of it.
+#[test]
+fn a_label_that_takes_its_device_away_is_left_alone_after_some_times() {
+    let mut rig = begun(SMALL);
+    rig.bad.clear();
+    let label = rig.shape.label().expect("labelled");
+    let mut engine = rig.open().unwrap();
+    engine.done(&mut rig, Order::Remap(range_of(0, 4096)));
+    for _ in 0..8 {
+        engine.tick(&mut rig, 60);
+        rig.performed.clear();
+        let touches =
+            |rig: &Rig| rig.performed.last().is_some_and(|op| op.device == PRIMARY && op.offset == label.superblock(0));
+        while !touches(&rig) && engine.step(&mut rig).unwrap() {}
+        if touches(&rig) {
+            rig.bad = vec![Bad { device: PRIMARY, from: 0, to: u64::MAX, reads: Reads::Never, writes: true }];
+            engine.settle(&mut rig).unwrap();
+            rig.bad.clear();
+        }
+        engine.settle(&mut rig).unwrap();
+    }
+    assert_eq!(engine.causes("device-gone").len(), 3);
+    assert_eq!(engine.causes("label").len(), 1, "{:?}", engine.events);
+    assert!(!engine.is_poisoned());
+}

@@ -94,6 +94,8 @@ pub(super) struct Breaker {
     /// Tripped by a storm: only `clear` closes it.
     tripped: Cell<bool>,
     returning: Cell<bool>,
+    /// Times each device has gone.
+    departures: [Cell<u64>; 2],
 }
 
 impl Breaker {
@@ -103,6 +105,16 @@ impl Breaker {
 }
 
 impl Core {
+    /// Times a device has gone: what was under way when it did says nothing, also once it is back.
+    pub(super) fn departures(&self, device: DeviceIndex) -> u64 {
+        self.breaker.departures[usize::from(device.0)].get()
+    }
+
+    pub(super) fn note_departure(&self, device: DeviceIndex) {
+        let departures = &self.breaker.departures[usize::from(device.0)];
+        departures.set(departures.get() + 1);
+    }
+
     /// Decide what a failed operation means: `Ok` for a bad medium or a passing trouble, which the ladders
     /// deal with; otherwise the failure to answer with. A gone device has opened the breaker by then.
     pub(super) async fn diagnose(
@@ -265,6 +277,7 @@ impl Core {
             return Failure::spare_down();
         }
         if self.mode.get().primary == PrimaryState::Up {
+            self.note_departure(device);
             let policy = if self.holds_for_primary() { "requests are held" } else { "requests fail" };
             let action = match self.breaker.tripped.get() {
                 true => format!("{STORM_WRITES} writes failed far apart without one success: {policy} until `clear`"),

@@ -14,6 +14,9 @@ use crate::volume::layout::LabelLayout;
 use crate::volume::superblock::{Seat, Superblock, SuperblockError};
 use crate::volume::table::PageSeat;
 
+/// The label is left alone once the primary has gone so many times in a row while it was written.
+const GOES_MAX: u32 = 3;
+
 /// What is wrong with a superblock of the label.
 #[derive(Debug, thiserror::Error)]
 enum Flaw {
@@ -23,15 +26,6 @@ enum Flaw {
     Damaged(SuperblockError),
     #[error("it belongs to the volume {0}")]
     Foreign(Uuid),
-}
-
-impl Flaw {
-    fn errno(&self) -> Option<Errno> {
-        match self {
-            Flaw::Unreadable(errno) => Some(*errno),
-            Flaw::Damaged(_) | Flaw::Foreign(_) => None,
-        }
-    }
 }
 
 impl Core {
@@ -53,7 +47,9 @@ impl Core {
     async fn stamp_in_turn(self: &Rc<Self>, label: LabelLayout) {
         let commits = self.tally.borrow().commits;
         // While the volume is poisoned nothing is flushed, and nothing moves either.
-        let impossible = self.refuse_gone(DeviceIndex::PRIMARY).is_err() || self.mode.get().poisoned;
+        let impossible = self.refuse_gone(DeviceIndex::PRIMARY).is_err()
+            || self.mode.get().poisoned
+            || self.places.label_goes.get() >= GOES_MAX;
         if impossible || self.places.stamped_commits.get() == Some(commits) {
             return;
         }
@@ -61,16 +57,28 @@ impl Core {
             Ok(()) => {
                 self.places.stamped_commits.set(Some(commits));
                 self.places.label_fails.set(false);
+                self.places.label_goes.set(0);
             }
-            Err(failure) => {
-                if !self.places.label_fails.replace(true) && failure.class != FailureClass::Gone {
-                    let cause = format!("writing the label: {}", failure.cause);
-                    let action = "tried again each minute; until then `serve --degraded` would go by an older list";
-                    let none = SectorRange::default();
-                    self.event(Severity::Warn, "label", Some(DeviceIndex::PRIMARY), none, cause, action);
+            Err(failure) if failure.class == FailureClass::Gone => {
+                self.places.label_goes.set(self.places.label_goes.get() + 1);
+                if self.places.label_goes.get() == GOES_MAX {
+                    self.label_fails(
+                        "the device goes whenever that is done",
+                        "left alone until the volume is opened again",
+                    );
                 }
             }
+            Err(failure) if !self.places.label_fails.replace(true) => {
+                self.label_fails(&failure.cause, "tried again each minute");
+            }
+            Err(_) => {}
         }
+    }
+
+    fn label_fails(&self, why: &str, what: &str) {
+        let cause = format!("writing the label: {why}");
+        let action = format!("{what}; until then `serve --degraded` would go by an older list");
+        self.event(Severity::Warn, "label", Some(DeviceIndex::PRIMARY), SectorRange::default(), cause, action);
     }
 
     /// Of the two superblocks the one that is written last is what a power cut leaves. It is written again first,
@@ -81,9 +89,8 @@ impl Core {
         let current = self.superblock.borrow().clone();
         let copy = Superblock::copy_for(current.generation);
         let found = [self.label_superblock(label, 0).await, self.label_superblock(label, 1).await];
-        for errno in found.iter().filter_map(|found| found.as_ref().err()?.errno()) {
+        if found.iter().any(|found| matches!(found, Err(Flaw::Unreadable(_)))) {
             // A device that is gone has no damaged label, and a flush that fails for it would poison the volume.
-            self.diagnose(primary, errno, true, SectorRange::default()).await?;
             self.confirm(primary).await?;
         }
         // The other copy keeps what it has. Where that cannot be read it gets this generation's too, and first, as
@@ -96,7 +103,7 @@ impl Core {
         if let Ok((_, page)) = &found[usize::from(last)] {
             let written = self.io.write(primary, label.superblock(last), page).await;
             if let Err(errno) = written {
-                self.diagnose(primary, errno, false, SectorRange::default()).await?;
+                self.confirm(primary).await?;
                 // A damaged one may be written all the same.
                 if found[usize::from(first)].is_ok() {
                     return Err(Failure::errno(primary, errno));
@@ -139,14 +146,14 @@ impl Core {
         let writes = pages.iter().map(|(offset, bytes)| self.io.write(primary, *offset, bytes));
         let written: Result<(), Errno> = join_all(writes).await.into_iter().collect();
         if let Err(errno) = written {
-            self.diagnose(primary, errno, false, SectorRange::default()).await?;
+            self.confirm(primary).await?;
             return Err(Failure::errno(primary, errno));
         }
         self.date_label(label, &superblocks, stamp).await
     }
 
     /// A flush that fails poisons the volume, and one of a device that is gone does.
-    async fn flush_label(self: &Rc<Self>) -> Result<(), Failure> {
+    pub(super) async fn flush_label(self: &Rc<Self>) -> Result<(), Failure> {
         self.refuse_gone(DeviceIndex::PRIMARY)?;
         self.flush(DeviceIndex::PRIMARY).await
     }
@@ -177,7 +184,7 @@ impl Core {
             let superblock = Superblock { stamped, ..superblock.clone() };
             let written = self.io.write(primary, label.superblock(*copy), &superblock.encode(Seat::Label, *copy)).await;
             if let Err(errno) = written {
-                self.diagnose(primary, errno, false, SectorRange::default()).await?;
+                self.confirm(primary).await?;
                 let read = self.label_superblock(label, *copy).await;
                 if stamped == 0 && read.is_ok_and(|(old, _)| old.stamped != 0) {
                     return Err(Failure::errno(primary, errno));

@@ -412,7 +412,11 @@ impl Core {
         self.may_write()?;
         self.save_counters().await.map_err(|failure| format!("spare: {}", failure.cause))?;
         self.stamp_label().await;
-        let flushes = join_all([DeviceIndex::PRIMARY, DeviceIndex::SPARE].map(|device| self.flush(device))).await;
+        let devices = [DeviceIndex::PRIMARY, DeviceIndex::SPARE];
+        for device in devices {
+            self.refuse_gone(device).map_err(|failure| failure.cause)?;
+        }
+        let flushes = join_all(devices.map(|device| self.flush(device))).await;
         flushes.into_iter().collect::<Result<(), _>>().map_err(|failure| failure.cause)?;
         Ok(format!(
             "counters saved; the map is always saved ({BLOCK_SIZE}-byte blocks, {} live)",

@@ -36,8 +36,9 @@ pub(super) struct Places {
     pub(super) saving: Permits,
     /// A resize is under way.
     pub(super) resizing: Cell<bool>,
-    /// The last refresh of the label failed.
+    /// The last refresh of the label failed; and how many times in a row the primary went during one.
     pub(super) label_fails: Cell<bool>,
+    pub(super) label_goes: Cell<u32>,
     returning: Cell<bool>,
     /// Why the spare is down.
     down_cause: RefCell<String>,
@@ -60,6 +61,7 @@ impl Places {
             saving: Permits::new(1),
             resizing: Cell::new(false),
             label_fails: Cell::new(false),
+            label_goes: Cell::new(0),
             returning: Cell::new(false),
             down_cause: RefCell::default(),
             turn: Permits::new(1),
@@ -143,6 +145,7 @@ impl Core {
         if !self.mode.get().spare_up {
             return;
         }
+        self.note_departure(DeviceIndex::SPARE);
         *self.places.down_cause.borrow_mut() = cause.to_owned();
         let none = SectorRange::default();
         let action = format!("remapped blocks fail until it is back; asking every {RETRY_SECONDS} s");
@@ -384,7 +387,7 @@ impl Core {
         self.label_is_old();
         self.stamp_label().await;
         if self.label.get().is_some() {
-            self.flush(DeviceIndex::PRIMARY).await?;
+            self.flush_label().await?;
         }
         Ok(self.sample_primary().await)
     }

@@ -78,10 +78,11 @@ impl Core {
                 }
                 continue;
             }
+            let before = self.departures(single.device);
             let (result, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
             match result {
                 Ok(()) => times.push((single, took)),
-                Err(errno) if self.has_gone(turn, single.device, &single.blocks, errno).await? => {
+                Err(_) if self.has_gone(turn, single.device, &single.blocks, before).await? => {
                     return Ok(Step::Again);
                 }
                 Err(errno) => failing.push((single, errno)),
@@ -101,10 +102,11 @@ impl Core {
             if took < slow_ns || self.of_pass(turn, |pass| pass.has_lost_patience())? {
                 continue;
             }
+            let before = self.departures(single.device);
             match self.read_again(turn, &single, slow_ns).await? {
                 Again::Fast => continue,
                 Again::Slow => {}
-                Again::Failed(errno) if self.has_gone(turn, single.device, &single.blocks, errno).await? => {
+                Again::Failed(_) if self.has_gone(turn, single.device, &single.blocks, before).await? => {
                     return Ok(Step::Again);
                 }
                 Again::Failed(errno) => {

@@ -307,6 +307,8 @@ impl Pass {
         let more = self.end_of_step();
         self.behind.add(&more);
         self.cursor.position = position;
+        self.went.clear();
+        self.went_with.clear();
     }
 
     /// What came since the last one.
@@ -314,8 +316,6 @@ impl Pass {
         let so_far = self.so_far();
         let before = std::mem::replace(&mut self.mark, so_far);
         self.mark_skipped = self.skipped.len();
-        self.went.clear();
-        self.went_with.clear();
         self.mark.since(&before)
     }
 

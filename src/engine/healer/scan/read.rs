@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use super::examine::Trouble;
-use super::pass::{Cursor, PATIENCE_AT_AN_END, PATIENCE_LOST, Stage, TAKES_DEVICE_AWAY};
+use super::pass::{Cursor, PATIENCE_AT_AN_END, PATIENCE_LOST, Stage};
 use super::{REMEMBERED_MAX, Step, Stopped, Turn, bytes_of};
 use crate::device::buffer::AlignedBuf;
 use crate::device::{DeviceIndex, Errno};
@@ -127,12 +127,11 @@ impl Core {
             return self.skip(turn, DeviceIndex::PRIMARY, offset, len, PATIENCE_LOST.to_owned());
         }
         if self.of_pass(turn, |pass| pass.takes_device_away(&[block]))? {
-            return self.skip(turn, DeviceIndex::PRIMARY, offset, len, TAKES_DEVICE_AWAY.to_owned());
+            return Ok(Step::Done);
         }
+        let before = self.departures(DeviceIndex::PRIMARY);
         let (result, took) = self.paced_read(turn, DeviceIndex::PRIMARY, offset, len).await?;
-        if let Err(errno) = result
-            && self.has_gone(turn, DeviceIndex::PRIMARY, &[block], errno).await?
-        {
+        if result.is_err() && self.has_gone(turn, DeviceIndex::PRIMARY, &[block], before).await? {
             return Ok(Step::Again);
         }
         let mut releasable = self.scan.releasable.borrow_mut();
@@ -253,29 +252,30 @@ impl Core {
             // It is looked at more closely.
             return Ok(Read::Not);
         }
+        let before = self.departures(piece.device);
         let (result, took) = self.paced_read(turn, piece.device, piece.offset, piece.len).await?;
         Ok(match result {
-            Err(errno) if self.has_gone(turn, piece.device, &piece.blocks, errno).await? => Read::Gone,
+            Err(_) if self.has_gone(turn, piece.device, &piece.blocks, before).await? => Read::Gone,
             Err(_) => Read::Not,
             Ok(()) if self.took_long(piece, took) => Read::Slowly,
             Ok(()) => Read::Well,
         })
     }
 
-    /// Whether a failed read of those blocks says that the device has gone, and nothing of what was read.
+    /// Whether a read of those blocks failed because the device went, which says nothing of them. Before the read it
+    /// had gone so many times: it may be back.
     pub(super) async fn has_gone(
         self: &Rc<Self>,
         turn: Turn,
         device: DeviceIndex,
         blocks: &[Block],
-        errno: Errno,
+        before: u64,
     ) -> Result<bool, Stopped> {
         let asked = self.io.now();
-        // Either opens the breaker if so.
-        let _ = self.diagnose(device, errno, true, SectorRange::default()).await;
+        // Opens the breaker if so.
         let _ = self.confirm(device).await;
         self.has_failed_for(turn, self.io.now().since_ns(asked));
-        let has_gone = self.refuse_gone(device).is_err();
+        let has_gone = self.refuse_gone(device).is_err() || self.departures(device) != before;
         if has_gone {
             self.of_pass(turn, |pass| pass.went_at(blocks))?;
         }
