@@ -430,8 +430,29 @@ impl Server {
     }
 }
 
+impl Server {
+    /// What it says of itself, and where its threads are in the kernel: for a test that has failed.
+    fn state_text(&self) -> String {
+        const PATIENCE: Duration = Duration::from_secs(3);
+        let ask = |what| match Client::new(&self.ctl).map(|client| client.get::<serde_json::Value>(what, PATIENCE)) {
+            Ok(Ok(answer)) => format!("{what}: {answer}\n"),
+            Ok(Err(error)) => format!("{what}: {error}\n"),
+            Err(error) => format!("{what}: {error}\n"),
+        };
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
+        let threads = tasks.map(|task| {
+            let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default().trim().to_owned();
+            format!("{} in {}: {}\n", read("comm"), read("wchan"), read("syscall"))
+        });
+        ["/v1/status", "/v1/stats"].map(ask).into_iter().chain(threads).collect()
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
+        if std::thread::panicking() && !self.ended {
+            eprintln!("--- state of the server\n{}---", self.state_text());
+        }
         if !self.ended {
             let _ = self.child.kill();
             let _ = self.child.wait();

@@ -216,6 +216,26 @@ impl Ring {
         session.set_vring_enable(queue, true)
     }
 
+    /// How it stands: for a test that has failed.
+    pub(crate) fn describe(&self) -> String {
+        let slots: Vec<usize> = (0..DEPTH).filter(|slot| self.under_way[*slot].is_some()).collect();
+        match &self.packed {
+            Some(driver) => format!(
+                "packed, slots {slots:?}, offered to {:?}, taken to {:?}, the device has come to {:?}",
+                driver.avail_place(),
+                driver.used_place(),
+                driver.shown_place()
+            ),
+            None => format!(
+                "split, slots {slots:?}, offered to {}, taken to {}, the device has come to {}, and wants to be told of {}",
+                self.avail,
+                self.used,
+                self.used_idx(),
+                self.load(self.base + USED + 4 + 8 * u64::from(SIZE))
+            ),
+        }
+    }
+
     pub(crate) fn free_slot(&self) -> Option<usize> {
         self.under_way.iter().position(Option::is_none)
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::expected::Expected;
 use crate::killer::{Killed, Killer};
 use crate::model::Random;
-use crate::ring::{DATA_MAX, DEPTH, Device, Session, Wire};
+use crate::ring::{DATA_MAX, DEPTH, Device, Ring, Session, Wire};
 use crate::sector::{SECTOR, Stamp};
 
 /// Longest any request takes, retries and moves included.
@@ -175,7 +175,9 @@ impl Workload {
             }
             if last_answer.elapsed() > ANSWER_LIMIT {
                 let stuck: Vec<&Io> = self.all().map(|under_way| &under_way.io).collect();
-                panic!("no answer for {ANSWER_LIMIT:?}, with {} requests under way: {stuck:?}", stuck.len());
+                let rings: Vec<String> = self.device.rings.iter().map(Ring::describe).collect();
+                let count = stuck.len();
+                panic!("no answer for {ANSWER_LIMIT:?}, with {count} requests under way: {stuck:?}; queues: {rings:?}");
             }
             self.device.wait(LOOK);
         }
