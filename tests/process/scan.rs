@@ -149,6 +149,11 @@ impl Places {
         );
         assert!(read >= scan.covered_bytes, "{read} bytes were read: {scan:?}");
         assert_eq!(status.counters.health_scans, 1);
+        let (seconds, guest) = (last.ended - last.started, status.counters.reads + status.counters.writes);
+        println!(
+            "{:?} in {seconds} s: {} bytes covered, {read} read, {guest} requests",
+            last.found, scan.covered_bytes
+        );
     }
 }
 
