@@ -444,7 +444,14 @@ impl Server {
             let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default().trim().to_owned();
             format!("{} in {}: {}\n", read("comm"), read("wchan"), read("syscall"))
         });
-        ["/v1/status", "/v1/stats"].map(ask).into_iter().chain(threads).collect()
+        let fds = fs::read_dir(format!("/proc/{}/fdinfo", self.pid())).into_iter().flatten().flatten();
+        // Eventfds with their counts, rings with their heads, tails and polls.
+        let waited_on = fds.filter_map(|fd| {
+            let text = fs::read_to_string(fd.path()).ok()?;
+            let is_waited_on = text.contains("eventfd-count:") || text.contains("CqTail:");
+            is_waited_on.then(|| format!("descriptor {}:\n{text}", fd.file_name().to_string_lossy()))
+        });
+        ["/v1/status", "/v1/stats"].map(ask).into_iter().chain(threads).chain(waited_on).collect()
     }
 }
 

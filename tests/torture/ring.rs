@@ -89,6 +89,7 @@ pub(crate) struct Ring {
     /// Of the requests under way: bytes of data that the device may write, and the skew.
     under_way: [Option<(usize, usize)>; DEPTH],
     kick: EventFd,
+    kicks: u64,
     call: EventFd,
 }
 
@@ -134,6 +135,7 @@ impl Device {
             event_idx,
             under_way: [None; DEPTH],
             kick: EventFd::new(0).expect("an eventfd"),
+            kicks: 0,
             call: EventFd::new(EFD_NONBLOCK).expect("an eventfd"),
         };
         let rings: Vec<Ring> = (0..queues).map(ring).collect();
@@ -221,13 +223,19 @@ impl Ring {
         let slots: Vec<usize> = (0..DEPTH).filter(|slot| self.under_way[*slot].is_some()).collect();
         match &self.packed {
             Some(driver) => format!(
-                "packed, slots {slots:?}, offered to {:?}, taken to {:?}, the device has come to {:?}",
+                "packed, event index {}, {} kicks, slots {slots:?}, offered to {:#x}, taken to {:#x}, the device has come \
+                 to {:#x}, and wants to be told of (place, flags) {:#x?}",
+                self.event_idx,
+                self.kicks,
                 driver.avail_place(),
                 driver.used_place(),
-                driver.shown_place()
+                driver.shown_place(),
+                driver.device_event()
             ),
             None => format!(
-                "split, slots {slots:?}, offered to {}, taken to {}, the device has come to {}, and wants to be told of {}",
+                "split, event index {}, {} kicks, slots {slots:?}, offered to {}, taken to {}, the device has come to {}, and wants to be told of {}",
+                self.event_idx,
+                self.kicks,
                 self.avail,
                 self.used,
                 self.used_idx(),
@@ -307,6 +315,7 @@ impl Ring {
         assert!(before.is_none(), "slot {slot} is in use");
         if self.offer(head, &chain) {
             self.kick.write(1).expect("an eventfd takes a write");
+            self.kicks += 1;
         }
     }
 

@@ -190,6 +190,35 @@ fn a_kill_at_any_access_to_a_packed_ring_loses_and_repeats_nothing() {
     check_kills(true);
 }
 
+/// A process dies when it has answered several requests of a packed ring and shown none: the next one answers them in
+/// another order, and no driver sees what the first one wrote.
+#[test]
+fn answers_that_a_dead_process_had_not_shown_are_not_seen() {
+    // Also over the end of the ring.
+    for laps in 0..4_u16 {
+        let bench = Bench::new(true);
+        for _ in 0..laps {
+            (0..3).for_each(|number| bench.offer(number));
+            bench.serve_all(&mut bench.start());
+            assert_eq!(bench.take_used(), [0, 1, 2]);
+        }
+        (0..4).for_each(|number| bench.offer(number));
+        let mut queue = bench.start();
+        let heads: Vec<Head> = (0..4).map(|_| queue.take().unwrap().0).collect();
+        heads.into_iter().for_each(|head| queue.give_back(head, 0));
+        drop(queue);
+        assert!(bench.take_used().is_empty(), "nothing was shown");
+        let mut queue = bench.start();
+        let heads: Vec<Head> = std::mem::take(&mut queue.resubmit).into();
+        assert!(heads.iter().all(|head| queue.take_again(*head)));
+        for head in heads.into_iter().rev() {
+            queue.give_back(head, 0);
+            queue.publish();
+            assert_eq!(bench.take_used(), [head.id], "{laps} laps");
+        }
+    }
+}
+
 /// The same with the next process killed, too, while it finds out what there is.
 #[test]
 fn a_kill_during_recovery_loses_and_repeats_nothing() {

@@ -186,9 +186,19 @@ impl PackedRing {
 
     /// Go on where the in-flight region says: with the used descriptor at `used`, and `held` descriptors from there
     /// on taken.
+    ///
+    /// Of a batch that a process had not shown to the driver when it died, all used descriptors but the first have
+    /// their flags. The driver must not take them for used once a first one is shown: what they stand for is under
+    /// way again, and may end in another order.
     pub(crate) fn resume(&mut self, used: Place, held: u16) {
         (self.next_used, self.published) = (used, used);
         self.next_avail = used.plus(held, self.size);
+        for place in (1..held).map(|count| used.plus(count, self.size)) {
+            if self.flags(place.index) & (F_AVAIL | F_USED) == place.used_flags() {
+                let flags = self.parts.descriptors.u16_at(usize::from(place.index) * 16 + FLAGS);
+                flags.store(place.available_flags().to_le(), Ordering::Release);
+            }
+        }
     }
 
     pub(super) fn ahead_of(&self, place: Place) -> u16 {
