@@ -107,6 +107,8 @@ fn cannot_be(fault: Fault, state: State) -> bool {
     match fault {
         // Slots are neither looked at by an opening nor by a close.
         Fault::SlotRead | Fault::SlotWrite => matches!(state, State::Script(_) | State::Closing),
+        // The label is the healer's: an opening writes nothing to the primary but notes of failed flushes.
+        Fault::PrimaryWriteTimes | Fault::PrimaryWriteForEver => state == State::Script(Phase::Opening),
         // An open volume reads metadata only when its spare comes back.
         Fault::MetadataRead => state == State::Idle,
         // Nothing else is done while a volume is being closed.
