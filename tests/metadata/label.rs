@@ -13,6 +13,7 @@ use vhost_remap::volume::layout::Place;
 use crate::commits::{SMALL, begun};
 use crate::crash::at_every_operation;
 use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig, SPARE, Shape, pattern, range_of};
+use crate::scan_gone::gone;
 
 /// Also when the copy of the label's superblock that was written last cannot be read afterwards.
 #[test]
@@ -159,7 +160,7 @@ fn the_label_of_a_device_that_goes_is_left_alone() {
         if next.kind == OpKind::Flush || next.device != PRIMARY || (is_known && next.kind != OpKind::Write) {
             continue;
         }
-        rig.bad = vec![Bad { device: PRIMARY, from: 0, to: u64::MAX, reads: Reads::Never, writes: true }];
+        rig.bad = gone();
         rig.bad_flushes[0] = u32::MAX;
         if is_known {
             rig.held = Some((PRIMARY, next.offset));
@@ -217,7 +218,7 @@ fn a_label_that_takes_its_device_away_is_left_alone_after_some_times() {
             |rig: &Rig| rig.performed.last().is_some_and(|op| op.device == PRIMARY && op.offset == label.superblock(0));
         while !touches(&rig) && engine.step(&mut rig).unwrap() {}
         if touches(&rig) {
-            rig.bad = vec![Bad { device: PRIMARY, from: 0, to: u64::MAX, reads: Reads::Never, writes: true }];
+            rig.bad = gone();
             engine.settle(&mut rig).unwrap();
             rig.bad.clear();
         }

@@ -8,8 +8,8 @@ use crate::engine::Engine;
 use crate::rig::{BLOCK, Bad, PRIMARY, Reads, Rig};
 use crate::scan::{made, unreadable};
 
-/// Nothing of it answers.
-fn gone() -> Vec<Bad> {
+/// Nothing of the primary answers.
+pub(crate) fn gone() -> Vec<Bad> {
     vec![Bad { device: PRIMARY, from: 0, to: u64::MAX, reads: Reads::Never, writes: true }]
 }
 

@@ -233,7 +233,8 @@ impl Ring {
                 driver.device_event()
             ),
             None => format!(
-                "split, event index {}, {} kicks, slots {slots:?}, offered to {}, taken to {}, the device has come to {}, and wants to be told of {}",
+                "split, event index {}, {} kicks, slots {slots:?}, offered to {}, taken to {}, the device has come to {}, \
+                 and wants to be told of {}",
                 self.event_idx,
                 self.kicks,
                 self.avail,

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use super::examine::Trouble;
-use super::pass::{PATIENCE_LOST, TAKES_DEVICE_AWAY};
+use super::pass::PATIENCE_LOST;
 use super::read::{PART_BLOCKS, Piece, Read, SLOW_NS};
 use super::{Step, Stopped, Turn};
 use crate::device::Errno;
@@ -53,15 +53,6 @@ impl Core {
         self.skip(turn, piece.device, piece.offset, piece.len, PATIENCE_LOST.to_owned())
     }
 
-    /// A block is not read, as the device goes whenever it is.
-    fn leave_alone(&self, turn: Turn, single: &Piece) -> Result<Step, Stopped> {
-        let step = self.skip(turn, single.device, single.offset, single.len, TAKES_DEVICE_AWAY.to_owned())?;
-        if step == Step::Done {
-            self.of_pass(turn, |pass| pass.sees_to(single.blocks[0]))?;
-        }
-        Ok(step)
-    }
-
     async fn narrow_part(self: &Rc<Self>, turn: Turn, part: &Piece) -> Result<Step, Stopped> {
         let mut failing = Vec::new();
         let mut times = Vec::new();
@@ -73,7 +64,8 @@ impl Core {
                 break;
             }
             if self.of_pass(turn, |pass| pass.takes_device_away(&single.blocks))? {
-                if self.leave_alone(turn, &single)? == Step::Again {
+                // It is left alone.
+                if self.examine(turn, single.blocks[0], Trouble::Known).await? == Step::Again {
                     return Ok(Step::Again);
                 }
                 continue;
