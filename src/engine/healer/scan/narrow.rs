@@ -24,6 +24,8 @@ enum Again {
     Fast,
     Slow,
     Failed(Errno),
+    /// The device has gone, which says nothing of the block.
+    Gone,
 }
 
 impl Core {
@@ -70,14 +72,10 @@ impl Core {
                 }
                 continue;
             }
-            let before = self.departures(single.device);
-            let (result, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
-            match result {
-                Ok(()) => times.push((single, took)),
-                Err(_) if self.has_gone(turn, single.device, &single.blocks, before).await? => {
-                    return Ok(Step::Again);
-                }
-                Err(errno) => failing.push((single, errno)),
+            match self.read_there(turn, &single).await? {
+                None => return Ok(Step::Again),
+                Some((Ok(()), took)) => times.push((single, took)),
+                Some((Err(errno), _)) => failing.push((single, errno)),
             }
         }
         for (single, errno) in failing {
@@ -94,13 +92,10 @@ impl Core {
             if took < slow_ns || self.of_pass(turn, |pass| pass.has_lost_patience())? {
                 continue;
             }
-            let before = self.departures(single.device);
             match self.read_again(turn, &single, slow_ns).await? {
                 Again::Fast => continue,
                 Again::Slow => {}
-                Again::Failed(_) if self.has_gone(turn, single.device, &single.blocks, before).await? => {
-                    return Ok(Step::Again);
-                }
+                Again::Gone => return Ok(Step::Again),
                 Again::Failed(errno) => {
                     if self.examine(turn, single.blocks[0], Trouble::Failed(&single, errno)).await? == Step::Again {
                         return Ok(Step::Again);
@@ -120,7 +115,7 @@ impl Core {
     async fn read_again(self: &Rc<Self>, turn: Turn, single: &Piece, slow_ns: u64) -> Result<Again, Stopped> {
         let mut confirmed = 0;
         for _ in 0..CONFIRMATIONS + CALM_TRIES {
-            let (result, took) = self.paced_read(turn, single.device, single.offset, single.len).await?;
+            let Some((result, took)) = self.read_there(turn, single).await? else { return Ok(Again::Gone) };
             if let Err(errno) = result {
                 return Ok(Again::Failed(errno));
             }

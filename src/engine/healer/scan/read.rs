@@ -129,11 +129,8 @@ impl Core {
         if self.of_pass(turn, |pass| pass.takes_device_away(&[block]))? {
             return Ok(Step::Done);
         }
-        let before = self.departures(DeviceIndex::PRIMARY);
-        let (result, took) = self.paced_read(turn, DeviceIndex::PRIMARY, offset, len).await?;
-        if result.is_err() && self.has_gone(turn, DeviceIndex::PRIMARY, &[block], before).await? {
-            return Ok(Step::Again);
-        }
+        let piece = Piece { device: DeviceIndex::PRIMARY, offset, len, blocks: vec![block] };
+        let Some((result, took)) = self.read_there(turn, &piece).await? else { return Ok(Step::Again) };
         let mut releasable = self.scan.releasable.borrow_mut();
         if result.is_ok() && took < SLOW_NS && releasable.len() < REMEMBERED_MAX {
             releasable.insert(block);
@@ -252,19 +249,29 @@ impl Core {
             // It is looked at more closely.
             return Ok(Read::Not);
         }
+        Ok(match self.read_there(turn, piece).await? {
+            None => Read::Gone,
+            Some((Err(_), _)) => Read::Not,
+            Some((Ok(()), took)) if self.took_long(piece, took) => Read::Slowly,
+            Some((Ok(()), _)) => Read::Well,
+        })
+    }
+
+    /// Read a piece; how that ended and the nanoseconds it took, unless the device has gone.
+    pub(super) async fn read_there(
+        self: &Rc<Self>,
+        turn: Turn,
+        piece: &Piece,
+    ) -> Result<Option<(Result<(), Errno>, u64)>, Stopped> {
         let before = self.departures(piece.device);
         let (result, took) = self.paced_read(turn, piece.device, piece.offset, piece.len).await?;
-        Ok(match result {
-            Err(_) if self.has_gone(turn, piece.device, &piece.blocks, before).await? => Read::Gone,
-            Err(_) => Read::Not,
-            Ok(()) if self.took_long(piece, took) => Read::Slowly,
-            Ok(()) => Read::Well,
-        })
+        let has_gone = result.is_err() && self.has_gone(turn, piece.device, &piece.blocks, before).await?;
+        Ok((!has_gone).then_some((result, took)))
     }
 
     /// Whether a read of those blocks failed because the device went, which says nothing of them. Before the read it
     /// had gone so many times: it may be back.
-    pub(super) async fn has_gone(
+    async fn has_gone(
         self: &Rc<Self>,
         turn: Turn,
         device: DeviceIndex,
@@ -293,7 +300,7 @@ impl Core {
     }
 
     /// Read when it is this pass's turn to; what is read is not looked at.
-    pub(super) async fn paced_read(
+    async fn paced_read(
         self: &Rc<Self>,
         turn: Turn,
         device: DeviceIndex,
