@@ -17,6 +17,7 @@
 //! use vhost_remap::device::memory::MemoryDisks;
 //! use vhost_remap::device::{Completion, Device, DeviceIndex, Errno, Event, Op, OpKind, Wait};
 //! use vhost_remap::engine::healer::{HealerOut, HealerParams, OnLoss, Policy};
+//! use vhost_remap::engine::event::EventKind;
 //! use vhost_remap::engine::create::{CreateParams, Creation};
 //! use vhost_remap::engine::open::{DeviceFacts, OpenParams, Opening};
 //! use vhost_remap::engine::request::{Request, RequestOp, Status, Token};
@@ -101,7 +102,7 @@
 //!     }
 //! }
 //! assert_eq!(fast.answers[0].status, Status::Ok);
-//! assert!(rare.events.iter().any(|event| event.kind == "remapped"));
+//! assert!(rare.events.iter().any(|event| event.kind == EventKind::Remapped));
 //! assert!(healer.view().map.get(Block(1)).slot.is_some());
 //! # Ok::<(), vhost_remap::engine::open::OpenError>(())
 //! ```

@@ -12,7 +12,7 @@ mod take_over;
 
 use uuid::Uuid;
 
-use super::event::{Event, Severity};
+use super::event::{Event, EventKind, Severity};
 use super::healer::{Healer, HealerParams, Opened, Tally};
 use super::io::Io;
 use super::script::Script;
@@ -338,7 +338,7 @@ pub(super) async fn sample(io: &Io, capacity: u64, logical_block: u32, wanted: u
 fn event(
     events: &mut Vec<Event>,
     severity: Severity,
-    kind: &'static str,
+    kind: EventKind,
     device: DeviceIndex,
     cause: String,
     action: &str,
@@ -372,11 +372,11 @@ fn first_events(unknown: u64, poison_unknown: Option<&'static str>) -> Vec<Event
     let mut events = Vec::new();
     if unknown != 0 {
         let cause = format!("read-only compatible features {unknown:#x} are not known here");
-        event(&mut events, Severity::Warn, "read-only", DeviceIndex::SPARE, cause, "opened read-only");
+        event(&mut events, Severity::Warn, EventKind::ReadOnly, DeviceIndex::SPARE, cause, "opened read-only");
     }
     if let Some(cause) = poison_unknown.map(str::to_owned) {
         let action = "writes and flushes fail until `clear`";
-        event(&mut events, Severity::Error, "poisoned", DeviceIndex::SPARE, cause, action);
+        event(&mut events, Severity::Error, EventKind::Poisoned, DeviceIndex::SPARE, cause, action);
     }
     events
 }
@@ -415,7 +415,14 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
     let mut events = first_events(unknown, sidecars.poison_unknown);
     if params.primary.size > superblock.primary_size {
         let cause = format!("it has {} bytes, and had {}", params.primary.size, superblock.primary_size);
-        event(&mut events, Severity::Info, "primary-grown", DeviceIndex::PRIMARY, cause, "`resize` uses the rest");
+        event(
+            &mut events,
+            Severity::Info,
+            EventKind::PrimaryGrown,
+            DeviceIndex::PRIMARY,
+            cause,
+            "`resize` uses the rest",
+        );
     }
     let mut tally = Tally::default();
     let (poison, saved) = (sidecars.poison, sidecars.counters);
@@ -423,7 +430,7 @@ async fn open(io: &Io, params: &OpenParams) -> Result<Opened, OpenError> {
         superblock.stamped = stamped;
         for Repair { what, cause, .. } in repairs {
             let action = "another copy is used; nothing is written to a read-only volume";
-            event(&mut events, Severity::Warn, "metadata-damaged", what.device(), cause, action);
+            event(&mut events, Severity::Warn, EventKind::MetadataDamaged, what.device(), cause, action);
         }
     } else {
         let newest = Newest {

@@ -8,7 +8,7 @@ use log::kv::Value;
 use uuid::Uuid;
 
 use super::lines::{EVENT_LINES_MAX, LINES_SECONDS, Lines};
-use super::report::{EVENT_KINDS, EventPage, EventRecord};
+use super::report::{EventPage, EventRecord};
 use crate::engine::event::{Event, Severity};
 use crate::sync::{Mutex, MutexGuard};
 
@@ -50,12 +50,11 @@ impl EventLog {
 
     /// Keep an event and log it.
     pub fn push(&self, event: Event) {
-        debug_assert!(EVENT_KINDS.contains(&event.kind), "{} is not among the kinds of events", event.kind);
         let record = EventRecord {
             seq: 0,
             time: self.epoch + (event.time.0 / 1_000_000) as f64 / 1000.0,
             severity: event.severity.name().into(),
-            kind: event.kind.into(),
+            kind: event.kind.name().into(),
             device: event.device.map(|device| device.to_string()).unwrap_or_default(),
             sector: (!event.range.is_empty()).then_some(event.range.start.0),
             sectors: event.range.count,

@@ -13,7 +13,7 @@ use super::report::{BlockReport, Counters, DeviceReport, ListEntry, ListFilter, 
 use super::scan_report::ScanReport;
 use super::volume::{Standing, degraded_list};
 use crate::device::DeviceIndex;
-use crate::engine::event::{Event, Severity};
+use crate::engine::event::{Event, EventKind, Severity};
 use crate::engine::healer::{HealerStatus, Order, PoisonReport, Reply, Tally};
 use crate::engine::scan::{ScanOrder, ScanParams};
 use crate::engine::view::{Geometry, PrimaryState};
@@ -347,7 +347,7 @@ impl VolumeHandle {
         standing.log.push(Event {
             time: standing.clock.now(),
             severity: Severity::Info,
-            kind: "stats-cleared",
+            kind: EventKind::StatsCleared,
             device: None,
             range: SectorRange::default(),
             cause: "the operator's order".into(),

@@ -26,7 +26,7 @@ use super::worker::{Clock, DiskInfo, WorkerPort};
 use crate::device::DeviceIndex;
 use crate::device::fault::FaultTable;
 use crate::device::open::{self, DeviceSet};
-use crate::engine::event::{Event, Severity};
+use crate::engine::event::{Event, EventKind, Severity};
 use crate::engine::open::Look;
 use crate::engine::scan::Scanned;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -211,7 +211,7 @@ impl HeldVolume {
         }
         // It may have grown where it was. A front-end is told to look when its queues are started.
         self.disk.capacity.store(volume.disk().capacity.load(Ordering::SeqCst), Ordering::SeqCst);
-        self.note("taken-over", "the guest is served here", "opened");
+        self.note(EventKind::TakenOver, "the guest is served here", "opened");
         *lock(&self.handle) = Some(volume.handle());
         *place = Some(volume);
         Ok(write_through)
@@ -254,7 +254,7 @@ impl HeldVolume {
     /// As there.
     pub fn hand_over(&self, write_through: bool) -> Result<(), MakeError> {
         self.give(write_through)?;
-        self.note("handed-over", "the guest has stopped to leave", "closed, for another server to open");
+        self.note(EventKind::HandedOver, "the guest has stopped to leave", "closed, for another server to open");
         Ok(())
     }
 
@@ -305,7 +305,7 @@ impl HeldVolume {
         self.options.primary.display().to_string()
     }
 
-    fn note(&self, kind: &'static str, cause: &str, action: &str) {
+    fn note(&self, kind: EventKind, cause: &str, action: &str) {
         self.standing.log.push(Event {
             time: self.standing.clock.now(),
             severity: Severity::Info,

@@ -3,8 +3,10 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use strum::VariantNames;
 
 use super::scan_report::ScanReport;
+use crate::engine::event::EventKind;
 
 /// Version of the JSON documents below; raised when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -226,45 +228,7 @@ pub struct ListEntry {
 }
 
 /// All that [`EventRecord::kind`] can be.
-pub const EVENT_KINDS: &[&str] = &[
-    "cleared",
-    "close",
-    "degraded",
-    "device-back",
-    "device-gone",
-    "fence-given-up",
-    "flush-failed",
-    "guest-error",
-    "handed-over",
-    "healed",
-    "health",
-    "in-doubt",
-    "lost",
-    "malformed",
-    "metadata-damaged",
-    "metadata-repaired",
-    "old-label",
-    "place-restored",
-    "place-retired",
-    "poisoned",
-    "primary-grown",
-    "read-error",
-    "read-only",
-    "recovered-read",
-    "released",
-    "remapped",
-    "resized",
-    "rewritten",
-    "scan",
-    "slot-failed",
-    "slow-block",
-    "spare-back",
-    "spare-down",
-    "spare-filling",
-    "spare-full",
-    "stats-cleared",
-    "taken-over",
-];
+pub const EVENT_KINDS: &[&str] = EventKind::VARIANTS;
 
 /// One thing that happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

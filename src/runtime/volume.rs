@@ -23,7 +23,7 @@ use crate::device::fault::FaultTable;
 use crate::device::open::{self, DeviceSet, OpenDevice, OpenOptions, create_file, same_file};
 use crate::device::{Completion, DeviceIndex, Errno, Op, Reactor};
 use crate::engine::create::{CreateParams, Creation};
-use crate::engine::event::{Event, Severity};
+use crate::engine::event::{Event, EventKind, Severity};
 use crate::engine::healer::{HealerParams, OnLoss, Order, Policy, Reply};
 use crate::engine::open::{DeviceFacts, LabelSearch, OldLabel, OpenError, OpenParams, Opening};
 use crate::engine::scan::ScanParams;
@@ -593,7 +593,7 @@ fn degraded_event(stamped: u64, now: u64) -> Event {
     Event {
         time: Time(0),
         severity: Severity::Error,
-        kind: "degraded",
+        kind: EventKind::Degraded,
         device: Some(DeviceIndex::SPARE),
         range: SectorRange::default(),
         cause: "served without it".into(),

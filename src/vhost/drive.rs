@@ -4,7 +4,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use crate::device::{Event as DeviceEvent, Reactor, Wait};
-use crate::engine::event::{Event, Severity};
+use crate::engine::event::{Event, EventKind, Severity};
 use crate::engine::message::{ToHealer, ToShard};
 use crate::engine::request::{Answer, RequestOp, Status};
 use crate::engine::shard::{Shard, ShardOut};
@@ -97,8 +97,8 @@ impl Drive {
     pub(crate) fn reject(&self, status: &WorkerStatus, queue: u16, head: u16, got_error: bool, cause: &str) {
         status.count_malformed();
         let (kind, action) = match got_error {
-            true => ("guest-error", "the guest's request failed"),
-            false => ("malformed", "its chain was given back unread"),
+            true => (EventKind::GuestError, "the guest's request failed"),
+            false => (EventKind::Malformed, "its chain was given back unread"),
         };
         self.log.push(Event {
             time: self.clock.now(),

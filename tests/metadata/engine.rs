@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use vhost_remap::device::buffer::{AlignedBuf, Iovecs};
-use vhost_remap::engine::event::Event;
+use vhost_remap::engine::event::{Event, EventKind};
 use vhost_remap::engine::healer::{Healer, HealerOut, HealerStatus, Order, OrderId, Reply};
 use vhost_remap::engine::message::{ToHealer, ToShard};
 use vhost_remap::engine::request::{Answer, Request, RequestOp, Status, Token};
@@ -322,6 +322,7 @@ impl Engine {
 
     /// Causes of the events of a kind.
     pub(crate) fn causes(&self, kind: &str) -> Vec<&str> {
+        let kind: EventKind = kind.parse().expect("a kind of events");
         self.events.iter().filter(|event| event.kind == kind).map(|event| &*event.cause).collect()
     }
 }

@@ -1,6 +1,7 @@
 //! What the rules of health remember, and what they do not.
 
 use vhost_remap::device::DeviceIndex;
+use vhost_remap::engine::event::EventKind;
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::health::HealthState;
 use vhost_remap::engine::request::Status;
@@ -29,7 +30,7 @@ fn judged(engine: &mut Engine, rig: &mut Rig) -> (HealthState, Vec<(&'static str
 
 /// Which device's state changed, and how.
 fn changes(engine: &Engine) -> Vec<(Option<DeviceIndex>, &str)> {
-    let of_health = engine.events.iter().filter(|event| event.kind == "health");
+    let of_health = engine.events.iter().filter(|event| event.kind == EventKind::Health);
     of_health.map(|event| (event.device, event.action.split(": ").next().unwrap())).collect()
 }
 

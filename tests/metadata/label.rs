@@ -175,7 +175,7 @@ fn the_label_of_a_device_that_goes_is_left_alone() {
         for _ in 0..3 {
             engine.pass(&mut rig, 60).unwrap();
         }
-        assert_eq!((engine.is_poisoned(), engine.causes("label").len()), (false, 0));
+        assert_eq!((engine.is_poisoned(), engine.causes("label-failed").len()), (false, 0));
         let map = engine.map();
         drop(engine);
         rig.kill();
@@ -194,7 +194,7 @@ fn a_label_that_takes_no_writes_is_told_of_once() {
         engine.done(&mut rig, Order::Remap(range_of(block * BLOCK, 4096)));
         engine.pass(&mut rig, 60).unwrap();
     }
-    assert_eq!(engine.causes("label").len(), 1);
+    assert_eq!(engine.causes("label-failed").len(), 1);
     rig.bad.clear();
     engine.pass(&mut rig, 60).unwrap();
     let map = engine.map();
@@ -225,6 +225,6 @@ fn a_label_that_takes_its_device_away_is_left_alone_after_some_times() {
         engine.settle(&mut rig).unwrap();
     }
     assert_eq!(engine.causes("device-gone").len(), 3);
-    assert_eq!(engine.causes("label").len(), 1, "{:?}", engine.events);
+    assert_eq!(engine.causes("label-failed").len(), 1, "{:?}", engine.events);
     assert!(!engine.is_poisoned());
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use vhost_remap::engine::event::EventKind;
 use vhost_remap::engine::open::OpenError;
 
 use crate::damage::{Copy, Damage, copies, damages, different, inflict};
@@ -81,7 +82,7 @@ impl Base {
     fn check_open(&self, rig: &mut Rig, copies: &[Copy<'_>], opens: &Opens) -> &'static str {
         let engine = rig.open().expect("this must open");
         check_state(&engine, opens);
-        check_events(&engine, opens);
+        check_events(&engine, opens, fails_label(copies, opens));
         self.check_copies(rig, copies, opens);
         // A second start finds nothing to do but what cannot be done.
         drop(engine);
@@ -167,7 +168,17 @@ fn names(engine: &Engine, kind: &str) -> Vec<String> {
     names
 }
 
-fn check_events(engine: &Engine, opens: &Opens) {
+/// Whether the list of the label cannot be written, or neither of the superblocks that give it a date.
+fn fails_label(copies: &[Copy<'_>], opens: &Opens) -> bool {
+    let dead = |is: fn(&Kind) -> bool| {
+        copies.iter().filter(|copy| copy.dead && copy.seat.at == At::Label && is(&copy.seat.kind)).count()
+    };
+    let lists = dead(|kind| matches!(kind, Kind::Table(..)));
+    let superblocks = dead(|kind| matches!(kind, Kind::Superblock(_)));
+    !opens.poisoned && (lists > 0 || superblocks == 2)
+}
+
+fn check_events(engine: &Engine, opens: &Opens, fails_label: bool) {
     let mut repaired: BTreeMap<String, usize> = BTreeMap::new();
     names(engine, "metadata-repaired").into_iter().for_each(|name| *repaired.entry(name).or_default() += 1);
     for (name, times) in &opens.repaired {
@@ -184,8 +195,15 @@ fn check_events(engine: &Engine, opens: &Opens) {
         }
     }
     assert_eq!(engine.causes("poisoned").len(), usize::from(opens.poison_unknown));
-    let known = ["metadata-repaired", "metadata-damaged", "place-retired", "place-restored", "poisoned", "health"];
-    let others: Vec<_> = engine.events.iter().filter(|event| !known.contains(&event.kind)).collect();
+    assert_eq!(engine.causes("label-failed").len(), usize::from(fails_label), "{:?}", engine.events);
+    let known = |kind| {
+        use EventKind::*;
+        matches!(
+            kind,
+            MetadataRepaired | MetadataDamaged | PlaceRetired | PlaceRestored | Poisoned | Health | LabelFailed
+        )
+    };
+    let others: Vec<_> = engine.events.iter().filter(|event| !known(event.kind)).collect();
     assert!(others.is_empty(), "{others:?}");
 }
 

@@ -1,6 +1,7 @@
 //! What a pass does with disks that take their time to fail.
 
 use vhost_remap::device::OpKind;
+use vhost_remap::engine::event::EventKind;
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::request::Status;
 use vhost_remap::engine::scan::{Found, ScanOrder, ScanParams, ScanScope, ScanState};
@@ -51,7 +52,7 @@ fn what_a_request_has_no_time_for_is_not_called_pending() {
     let (mut rig, mut engine) = slow_to_fail(Reads::Never);
     assert_eq!(engine.read(&mut rig, BLOCK_A * BLOCK, BLOCK), None);
     assert_eq!(engine.status(&mut rig).pending, 0);
-    let events = engine.events.iter().filter(|event| event.kind == "read-error");
+    let events = engine.events.iter().filter(|event| event.kind == EventKind::ReadError);
     let (pending, others): (Vec<_>, Vec<_>) = events.partition(|event| event.action.starts_with("pending"));
     assert_eq!(pending.len(), 0);
     assert!(others.iter().all(|event| event.action.starts_with("fails now")) && !others.is_empty(), "{others:?}");

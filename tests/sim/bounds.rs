@@ -2,6 +2,7 @@
 //! minute of a dying disk costs nothing.
 
 use vhost_remap::device::Errno;
+use vhost_remap::engine::event::EventKind;
 use vhost_remap::units::{Sector, SectorRange};
 
 use crate::config::Config;
@@ -36,7 +37,7 @@ fn timed(world: &mut World, ask: impl FnOnce(&mut World)) -> (f64, usize) {
     let (began, errors) = (world.now, world.events.len());
     ask(world);
     world.settle_down();
-    let failed = world.events[errors..].iter().filter(|event| event.kind == "guest-error").count();
+    let failed = world.events[errors..].iter().filter(|event| event.kind == EventKind::GuestError).count();
     (world.now.since_ns(began) as f64 / SECOND as f64, failed)
 }
 
@@ -48,7 +49,7 @@ fn a_read_of_a_disk_that_tries_hard_fails_within_ten_seconds_of_device_time() {
         let began = world.now;
         let (_, errors) = timed(&mut world, |world| world.ask_read(ALL));
         // To the answer: a probe's read of a bad sector may go on for a while after it.
-        let error = world.events.iter().find(|event| event.kind == "guest-error").expect("it fails");
+        let error = world.events.iter().find(|event| event.kind == EventKind::GuestError).expect("it fails");
         let seconds = error.time.since_ns(began) as f64 / SECOND as f64;
         // The shard's own attempt came first, and the last one on the ladder may begin just in time.
         let limit = 10.0 + 2.0 * failing as f64 / SECOND as f64 + 0.1;

@@ -74,7 +74,7 @@ fn try_seed(seed: u64, sum: &mut Sum) {
             sum.requests += course.requests;
             sum.torn_tables += course.torn_tables;
             sum.strikes.add(&course.strikes);
-            course.events.into_iter().for_each(|kind| *sum.events.entry(kind).or_default() += 1);
+            course.events.into_iter().for_each(|kind| *sum.events.entry(kind.name()).or_default() += 1);
         }
         Err(message) => {
             sum.failed += 1;

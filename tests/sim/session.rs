@@ -3,6 +3,7 @@
 use uuid::Uuid;
 use vhost_remap::device::{Completion, DeviceIndex, Op, OpKind};
 use vhost_remap::engine::create::{CreateParams, Creation};
+use vhost_remap::engine::event::EventKind;
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::open::{DeviceFacts, OpenError, OpenParams, Opening};
 use vhost_remap::units::{Sector, SectorRange};
@@ -377,7 +378,7 @@ impl World {
 
     /// Errors the guest got so far.
     pub(crate) fn guest_errors(&self) -> usize {
-        self.events.iter().filter(|event| event.kind == "guest-error").count()
+        self.events.iter().filter(|event| event.kind == EventKind::GuestError).count()
     }
 
     fn pieces(&self) -> Vec<SectorRange> {
@@ -413,7 +414,7 @@ impl World {
                 let errors = self.events.len();
                 self.ask_read(SectorRange { start: Sector(sector), count: 1 });
                 self.run_dry();
-                let failed = self.events[errors..].iter().any(|event| event.kind == "guest-error");
+                let failed = self.events[errors..].iter().any(|event| event.kind == EventKind::GuestError);
                 assert!(!failed, "sector {sector} is not lost and does not read from healthy devices");
             }
         }
@@ -475,7 +476,7 @@ impl World {
             let (start, count) = (block * 8, (self.config.capacity - block * 8).min(8));
             self.ask_read(SectorRange { start: Sector(start), count });
             self.run_dry();
-            let failed = self.events[errors..].iter().any(|event| event.kind == "guest-error");
+            let failed = self.events[errors..].iter().any(|event| event.kind == EventKind::GuestError);
             assert_eq!(failed, moved.contains(&block), "block {block}; moved: {moved:?}");
         }
         self.check_quiet();

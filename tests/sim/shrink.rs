@@ -6,6 +6,8 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
+use vhost_remap::engine::event::EventKind;
+
 use crate::coverage::Strikes;
 use crate::rng::Rng;
 use crate::script::{Deed, Script};
@@ -29,7 +31,7 @@ pub(crate) struct Case {
 pub(crate) struct Course {
     pub(crate) strikes: Strikes,
     /// Kinds of the events, in order.
-    pub(crate) events: Vec<&'static str>,
+    pub(crate) events: Vec<EventKind>,
     /// Requests asked.
     pub(crate) requests: usize,
     /// Pages of the table that crashes tore between their entries.

@@ -8,7 +8,7 @@ mod resize;
 use std::collections::{BTreeMap, VecDeque};
 
 use vhost_remap::device::{Completion, DeviceIndex, Op, OpKind};
-use vhost_remap::engine::event::Event;
+use vhost_remap::engine::event::{Event, EventKind};
 use vhost_remap::engine::healer::{Healer, HealerOut, OrderId, PoisonReport};
 use vhost_remap::engine::message::{ToHealer, ToShard};
 use vhost_remap::engine::request::{Answer, Request};
@@ -388,17 +388,22 @@ impl World {
         for event in out.events.drain(..) {
             trace!(
                 self,
-                "event {} {:?}+{}: {}; {}", event.kind, event.range.start, event.range.count, event.cause, event.action
+                "event {} {:?}+{}: {}; {}",
+                event.kind.name(),
+                event.range.start,
+                event.range.count,
+                event.cause,
+                event.action
             );
             match event.kind {
-                "place-retired" => self.retired = true,
-                "guest-error" => self.errors_reported += 1,
-                "flush-failed" => self.poisoning = true,
-                "poisoned" => _ = self.poisoned_at.get_or_insert(self.step),
-                "device-gone" => self.gone[0] = true,
-                "device-back" => self.gone[0] = false,
-                "spare-down" => (self.gone[1], self.poisoning) = (true, false),
-                "spare-back" => self.gone[1] = false,
+                EventKind::PlaceRetired => self.retired = true,
+                EventKind::GuestError => self.errors_reported += 1,
+                EventKind::FlushFailed => self.poisoning = true,
+                EventKind::Poisoned => _ = self.poisoned_at.get_or_insert(self.step),
+                EventKind::DeviceGone => self.gone[0] = true,
+                EventKind::DeviceBack => self.gone[0] = false,
+                EventKind::SpareDown => (self.gone[1], self.poisoning) = (true, false),
+                EventKind::SpareBack => self.gone[1] = false,
                 _ => {}
             }
             self.events.push(event);

@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use super::failure::{Failure, FailureClass, Hold};
-use super::{Core, Severity};
+use super::{Core, EventKind, Severity};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::errors::{Class, class_of};
 use crate::engine::message::Refusal;
@@ -284,7 +284,7 @@ impl Core {
                 false => format!("{policy} until it is back; asking every {RETRY_SECONDS} s"),
             };
             let none = SectorRange::default();
-            self.event(Severity::Error, "device-gone", Some(device), none, errno.to_string(), action);
+            self.event(Severity::Error, EventKind::DeviceGone, Some(device), none, errno.to_string(), action);
             self.change_mode(|mode| mode.primary = PrimaryState::Gone);
             if !self.breaker.returning.replace(true) {
                 let core = self.clone();
@@ -322,7 +322,7 @@ impl Core {
         let none = SectorRange::default();
         self.event(
             Severity::Info,
-            "device-back",
+            EventKind::DeviceBack,
             Some(DeviceIndex::PRIMARY),
             none,
             "the probe passed",

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use super::failure::Failure;
-use super::{Core, Severity};
+use super::{Core, EventKind, Severity};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
 use crate::engine::task::{Promise, join_all, promise};
@@ -235,7 +235,7 @@ impl Core {
                 let cause = "a write or flush of the commit failed";
                 self.event(
                     Severity::Error,
-                    "in-doubt",
+                    EventKind::InDoubt,
                     Some(DeviceIndex::SPARE),
                     range,
                     cause,

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::failure::Failure;
-use super::{Core, FenceId, Mode, Severity, ToShard, View};
+use super::{Core, EventKind, FenceId, Mode, Severity, ToShard, View};
 use crate::device::DeviceIndex;
 use crate::engine::task::{Promise, first_of, promise};
 use crate::units::{Block, BlockRange, SectorRange};
@@ -103,7 +103,14 @@ impl Core {
             }
             let core = self.clone();
             self.spawn(async move { core.suspect(DeviceIndex::PRIMARY).await });
-            self.event(Severity::Warn, "fence-given-up", None, sectors, &*cause, "repair put off; asking the primary");
+            self.event(
+                Severity::Warn,
+                EventKind::FenceGivenUp,
+                None,
+                sectors,
+                &*cause,
+                "repair put off; asking the primary",
+            );
             self.refuse_gone(DeviceIndex::PRIMARY)?;
         }
         Err(Failure::new(None, cause).at(sectors))

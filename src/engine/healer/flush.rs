@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::failure::{Failure, FailureClass};
-use super::{Core, Handed, OnLoss, Severity};
+use super::{Core, EventKind, Handed, OnLoss, Severity};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::{Outcome, Refusal};
 use crate::engine::task::{Permits, Promise, join_all, promise};
@@ -261,7 +261,7 @@ impl Core {
         self.health.met_error(device, self.io.now());
         self.event(
             Severity::Error,
-            "flush-failed",
+            EventKind::FlushFailed,
             Some(device),
             SectorRange::default(),
             errno.to_string(),
@@ -314,7 +314,14 @@ impl Core {
             0 => "writes and flushes fail until `clear`; not persistent: no device took the note".to_owned(),
             n => format!("writes and flushes fail until `clear`; noted in {n} places"),
         };
-        self.event(Severity::Error, "poisoned", Some(device), SectorRange::default(), errno.to_string(), action);
+        self.event(
+            Severity::Error,
+            EventKind::Poisoned,
+            Some(device),
+            SectorRange::default(),
+            errno.to_string(),
+            action,
+        );
     }
 
     /// Write the page to every place and label, flush, and count those that took it.
@@ -413,7 +420,7 @@ impl Core {
         });
         self.event(
             Severity::Warn,
-            "cleared",
+            EventKind::Cleared,
             None,
             SectorRange::default(),
             "the operator's order",

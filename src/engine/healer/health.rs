@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::{Core, Severity, scan, used_slots};
+use super::{Core, EventKind, Severity, scan, used_slots};
 use crate::device::DeviceIndex;
 use crate::engine::health::history::{Day, History, Totals, WORDS};
 use crate::engine::health::{Assessment, Burst, DeviceInputs, HealthState, Inputs, Part, assess};
@@ -207,7 +207,7 @@ impl Core {
                 None => ("no rule holds any more".to_owned(), "nothing to do"),
             };
             let action = format!("{} -> {}: {advice}{}", before.name(), now.name(), std::mem::take(&mut of_volume));
-            self.event(severity, "health", Some(index_of(part)), SectorRange::default(), cause, action);
+            self.event(severity, EventKind::Health, Some(index_of(part)), SectorRange::default(), cause, action);
         }
     }
 }

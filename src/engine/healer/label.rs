@@ -5,7 +5,7 @@ use std::rc::Rc;
 use uuid::Uuid;
 
 use super::failure::{Failure, FailureClass};
-use super::{Core, Severity};
+use super::{Core, EventKind, Severity};
 use crate::device::buffer::AlignedBuf;
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::task::join_all;
@@ -78,7 +78,14 @@ impl Core {
     fn label_fails(&self, why: &str, what: &str) {
         let cause = format!("writing the label: {why}");
         let action = format!("{what}; until then `serve --degraded` would go by an older list");
-        self.event(Severity::Warn, "label", Some(DeviceIndex::PRIMARY), SectorRange::default(), cause, action);
+        self.event(
+            Severity::Warn,
+            EventKind::LabelFailed,
+            Some(DeviceIndex::PRIMARY),
+            SectorRange::default(),
+            cause,
+            action,
+        );
     }
 
     /// Of the two superblocks the one that is written last is what a power cut leaves. It is written again first,
@@ -118,7 +125,14 @@ impl Core {
                 self.tally.borrow_mut().metadata_repairs += 1;
                 let cause = format!("superblock {copy} of the label: {flaw}");
                 let action = "rewritten from the newest copy";
-                self.event(Severity::Warn, "metadata-repaired", Some(primary), SectorRange::default(), cause, action);
+                self.event(
+                    Severity::Warn,
+                    EventKind::MetadataRepaired,
+                    Some(primary),
+                    SectorRange::default(),
+                    cause,
+                    action,
+                );
             }
         }
         stamped

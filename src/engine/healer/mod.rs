@@ -32,7 +32,7 @@ use uuid::Uuid;
 
 pub use super::errors::Class;
 use super::errors::class_of;
-use super::event::{Event, Severity};
+use super::event::{Event, EventKind, Severity};
 use super::io::Io;
 use super::message::{Cursor, FenceId, Handed, Outcome, ToHealer, ToShard, Why};
 use super::request::{Operation, Request, RequestOp};
@@ -446,7 +446,7 @@ impl Core {
     fn event(
         &self,
         severity: Severity,
-        kind: &'static str,
+        kind: EventKind,
         device: Option<DeviceIndex>,
         range: SectorRange,
         cause: impl Into<String>,
@@ -624,7 +624,7 @@ impl Core {
         let action = format!("the guest's {} failed", verb(&handed.request));
         self.event(
             Severity::Error,
-            "guest-error",
+            EventKind::GuestError,
             failure.device,
             failure.range.unwrap_or(range),
             &failure.cause,

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::commit::Commit;
 use super::flush::PoisonReport;
 use super::write::Reason;
-use super::{Class, Core, FailureClass, NotResized, Severity, Tally};
+use super::{Class, Core, EventKind, FailureClass, NotResized, Severity, Tally};
 use crate::device::DeviceIndex;
 use crate::engine::health::Assessment;
 use crate::engine::health::history::Day;
@@ -401,7 +401,7 @@ impl Core {
         self.scan.weak_are_among(self.table.borrow().live() as u64);
         let range = self.geometry().sectors_of(block);
         let (cause, action) = ("the operator's order", format!("moved back from slot {slot}"));
-        self.event(Severity::Info, "released", Some(DeviceIndex::PRIMARY), range, cause, action);
+        self.event(Severity::Info, EventKind::Released, Some(DeviceIndex::PRIMARY), range, cause, action);
         // So that it is told again when it is used again.
         self.warn_of_exhaustion();
         self.resume_held(super::failure::Hold::SpareFull);

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::failure::{Failure, Hold};
 use super::scan::SAVED_AT;
-use super::{Core, Severity, Tally};
+use super::{Core, EventKind, Severity, Tally};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
 use crate::engine::open;
@@ -149,7 +149,7 @@ impl Core {
         *self.places.down_cause.borrow_mut() = cause.to_owned();
         let none = SectorRange::default();
         let action = format!("remapped blocks fail until it is back; asking every {RETRY_SECONDS} s");
-        self.event(Severity::Error, "spare-down", Some(DeviceIndex::SPARE), none, cause, action);
+        self.event(Severity::Error, EventKind::SpareDown, Some(DeviceIndex::SPARE), none, cause, action);
         self.change_mode(|mode| mode.spare_up = false);
         if !self.places.returning.replace(true) {
             let core = self.clone();
@@ -181,7 +181,7 @@ impl Core {
         self.change_mode(|mode| mode.spare_up = true);
         let none = SectorRange::default();
         let action = "its metadata was compared and brought up to date";
-        self.event(Severity::Info, "spare-back", Some(DeviceIndex::SPARE), none, "the probe passed", action);
+        self.event(Severity::Info, EventKind::SpareBack, Some(DeviceIndex::SPARE), none, "the probe passed", action);
         self.retry_orphans();
         self.resume_held(Hold::SpareFull);
     }
@@ -298,7 +298,7 @@ impl Core {
             let cause = format!("metadata at the spare's {}: {why}", place.name());
             let action = "retired; the other place goes on alone";
             let none = SectorRange::default();
-            self.event(Severity::Error, "place-retired", Some(DeviceIndex::SPARE), none, cause, action);
+            self.event(Severity::Error, EventKind::PlaceRetired, Some(DeviceIndex::SPARE), none, cause, action);
         }
     }
 
@@ -377,12 +377,19 @@ impl Core {
         self.closing.set(true);
         let none = SectorRange::default();
         self.flush_volume().await.inspect_err(|failure| {
-            self.event(Severity::Error, "close", failure.device, none, &*failure.cause, "left as after a crash");
+            self.event(
+                Severity::Error,
+                EventKind::Close,
+                failure.device,
+                none,
+                &*failure.cause,
+                "left as after a crash",
+            );
         })?;
         if self.mode.get().spare_up
             && let Err(failure) = self.save_counters().await
         {
-            self.event(Severity::Warn, "close", failure.device, none, failure.cause, "counters are not saved");
+            self.event(Severity::Warn, EventKind::Close, failure.device, none, failure.cause, "counters are not saved");
         }
         self.label_is_old();
         self.stamp_label().await;

@@ -7,7 +7,7 @@ use super::commit::Commit;
 use super::failure::{Failure, FailureClass};
 use super::ladder::{Budget, Ladder, RETRIES};
 use super::write::Failed;
-use super::{Core, Severity};
+use super::{Core, EventKind, Severity};
 use crate::device::buffer::{AlignedBuf, Iovecs};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::view::{Run, runs};
@@ -127,7 +127,14 @@ impl Core {
                 self.note_bad(range.start.block(), mask);
                 is_bad = true;
                 let action = "pending: fails until it reads again or is rewritten";
-                self.event(Severity::Warn, "read-error", Some(reading.run.device), range, cause_of(reading), action);
+                self.event(
+                    Severity::Warn,
+                    EventKind::ReadError,
+                    Some(reading.run.device),
+                    range,
+                    cause_of(reading),
+                    action,
+                );
             }
         }
         Ok(is_bad)
@@ -149,7 +156,7 @@ impl Core {
             if !range.is_empty() {
                 self.tally.borrow_mut().recovered_reads += range.blocks().len();
                 let (device, cause) = (Some(reading.run.device), cause_of(reading));
-                self.event(Severity::Warn, "recovered-read", device, range, cause, "read after retries");
+                self.event(Severity::Warn, EventKind::RecoveredRead, device, range, cause, "read after retries");
             }
         }
         recovered.len()
@@ -167,7 +174,7 @@ impl Core {
                 };
                 if !part.is_proven() {
                     let action = "fails now; the next request tries it again";
-                    self.event(Severity::Warn, "read-error", device, range, &*cause, action);
+                    self.event(Severity::Warn, EventKind::ReadError, device, range, &*cause, action);
                 }
                 failure.get_or_insert(Failure::new(device, cause).of(FailureClass::Medium).at(range));
             }
@@ -233,7 +240,14 @@ impl Core {
         self.update_map(block, |state| state.lost = entry.lost);
         self.tally.borrow_mut().healed += u64::from(healed.count_ones());
         let action = "read from the primary again and kept in its slot";
-        self.event(Severity::Info, "healed", Some(DeviceIndex::PRIMARY), range, "a lost sector came back", action);
+        self.event(
+            Severity::Info,
+            EventKind::Healed,
+            Some(DeviceIndex::PRIMARY),
+            range,
+            "a lost sector came back",
+            action,
+        );
         Ok(())
     }
 }

@@ -22,7 +22,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use super::failure::Failure;
-use super::{Core, Severity};
+use super::{Core, EventKind, Severity};
 use crate::device::{DeviceIndex, Errno};
 use crate::units::{BlockRange, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector, SectorRange};
 use crate::volume::layout::{LabelLayout, grown_primary};
@@ -99,7 +99,14 @@ impl Core {
         written?;
         let range = SectorRange { start: Sector(before), count: capacity - before };
         let action = format!("the disk has {capacity} sectors now, and {before} before");
-        self.event(Severity::Info, "resized", Some(DeviceIndex::PRIMARY), range, "the operator's order", action);
+        self.event(
+            Severity::Info,
+            EventKind::Resized,
+            Some(DeviceIndex::PRIMARY),
+            range,
+            "the operator's order",
+            action,
+        );
         if !self.tell_everywhere().await {
             return Err("a worker does not answer; the guest gets the larger disk from the next start on".to_owned());
         }
@@ -235,7 +242,14 @@ impl Core {
             && let Err(why) = self.settle_resize(size).await
         {
             let action = "tried again when the volume is opened or resized";
-            self.event(Severity::Warn, "old-label", Some(DeviceIndex::PRIMARY), SectorRange::default(), why, action);
+            self.event(
+                Severity::Warn,
+                EventKind::OldLabel,
+                Some(DeviceIndex::PRIMARY),
+                SectorRange::default(),
+                why,
+                action,
+            );
         }
         self.places.label.release();
     }

@@ -20,7 +20,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::{Core, Severity};
+use super::{Core, EventKind, Severity};
 use crate::device::DeviceIndex;
 use crate::device::buffer::AlignedBuf;
 use crate::engine::scan::pace::Pace;
@@ -479,7 +479,7 @@ impl Core {
     }
 
     fn scan_event(&self, severity: Severity, cause: impl Into<String>, action: impl Into<String>) {
-        self.event(severity, "scan", None, SectorRange::default(), cause, action);
+        self.event(severity, EventKind::Scan, None, SectorRange::default(), cause, action);
     }
 
     fn requests_answered(&self) -> u64 {

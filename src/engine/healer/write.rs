@@ -9,7 +9,7 @@ use super::commit::Commit;
 use super::failure::{Failure, FailureClass};
 use super::ladder::{Budget, Ladder, innermost};
 use super::read::sectors_of_mask;
-use super::{Core, OnLoss, Severity, used_slots};
+use super::{Core, EventKind, OnLoss, Severity, used_slots};
 use crate::device::buffer::{AlignedBuf, Iovecs};
 use crate::device::{DeviceIndex, Errno};
 use crate::engine::message::Refusal;
@@ -336,7 +336,7 @@ impl Core {
         let end = range.end().min(Sector(last.start().0 + SECTORS_PER_BLOCK));
         let extent = SectorRange { start, count: end.0 - start.0 };
         let action = format!("rewritten in place and read back, blocks: {}", rewritten.len());
-        self.event(Severity::Warn, "rewritten", Some(DeviceIndex::PRIMARY), extent, cause, action);
+        self.event(Severity::Warn, EventKind::Rewritten, Some(DeviceIndex::PRIMARY), extent, cause, action);
         let mut remembered = self.rewritten.borrow_mut();
         for block in known {
             if remembered.len() < REWRITTEN_MAX || remembered.contains_key(&block) {
@@ -547,7 +547,7 @@ impl Core {
                 let action = "retired; another one is tried";
                 self.event(
                     Severity::Warn,
-                    "slot-failed",
+                    EventKind::SlotFailed,
                     Some(DeviceIndex::SPARE),
                     range,
                     format!("slot {slot}: {errno}"),
@@ -596,11 +596,18 @@ impl Core {
             Reason::Ordered => (Severity::Info, "the operator's order"),
             Reason::Weak(why) => (Severity::Warn, &**why),
         };
-        self.event(severity, "remapped", Some(DeviceIndex::PRIMARY), range, cause, format!("moved to slot {slot}"));
+        self.event(
+            severity,
+            EventKind::Remapped,
+            Some(DeviceIndex::PRIMARY),
+            range,
+            cause,
+            format!("moved to slot {slot}"),
+        );
         for sector in sectors_of_mask(block, newly_lost) {
             let range = SectorRange { start: sector, count: 1 };
             let cause = "unreadable when its block moved";
-            self.event(Severity::Error, "lost", None, range, cause, "reads of it fail until it is written");
+            self.event(Severity::Error, EventKind::Lost, None, range, cause, "reads of it fail until it is written");
         }
     }
 
@@ -614,9 +621,9 @@ impl Core {
             _ => "writes to further bad blocks wait; replace the primary",
         };
         let shares = [
-            (100, Severity::Error, "spare-full", full),
-            (90, Severity::Error, "spare-filling", "replace the primary soon"),
-            (80, Severity::Warn, "spare-filling", "replace the primary soon"),
+            (100, Severity::Error, EventKind::SpareFull, full),
+            (90, Severity::Error, EventKind::SpareFilling, "replace the primary soon"),
+            (80, Severity::Warn, EventKind::SpareFilling, "replace the primary soon"),
         ];
         let reached = shares.into_iter().find(|(percent, ..)| used * 100 >= all * percent);
         let before = self.told_used.replace(reached.map_or(0, |(percent, ..)| percent));

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::repair::{Lack, Newest, Repair, What};
 use super::{OpenError, event, io_error};
 use crate::device::{DeviceIndex, Errno};
-use crate::engine::event::{Event, Severity};
+use crate::engine::event::{Event, EventKind, Severity};
 use crate::engine::io::Io;
 use crate::volume::layout::{Home, Place};
 use crate::volume::sidecar::Poison;
@@ -204,13 +204,20 @@ impl<'a> TakeOver<'a> {
     fn repaired(&mut self, repair: &Repair) {
         self.repaired += 1;
         let (cause, device) = (repair.cause.clone(), repair.what.device());
-        event(self.events, Severity::Warn, "metadata-repaired", device, cause, "rewritten from the newest copy");
+        event(
+            self.events,
+            Severity::Warn,
+            EventKind::MetadataRepaired,
+            device,
+            cause,
+            "rewritten from the newest copy",
+        );
     }
 
     fn not_repaired(&mut self, repair: &Repair, errno: Errno) {
         let (cause, device) = (repair.cause.clone(), repair.what.device());
         let action = format!("another copy is used; it cannot be rewritten: {errno}");
-        event(self.events, Severity::Warn, "metadata-damaged", device, cause, &action);
+        event(self.events, Severity::Warn, EventKind::MetadataDamaged, device, cause, &action);
     }
 
     /// Count `place` no longer, unless it is the last.
@@ -222,7 +229,7 @@ impl<'a> TakeOver<'a> {
         }
         let cause = format!("{what} at the spare's {}: {errno}", place.name());
         let action = "retired; the other place goes on alone";
-        event(self.events, Severity::Error, "place-retired", spare, cause, action);
+        event(self.events, Severity::Error, EventKind::PlaceRetired, spare, cause, action);
         Ok(())
     }
 
@@ -239,7 +246,7 @@ impl<'a> TakeOver<'a> {
             self.next.retired &= !(1 << place.number());
             let cause = format!("the spare's {} takes writes again", place.name());
             let action = "written in full; it counts again";
-            event(self.events, Severity::Info, "place-restored", DeviceIndex::SPARE, cause, action);
+            event(self.events, Severity::Info, EventKind::PlaceRestored, DeviceIndex::SPARE, cause, action);
         }
         Ok(())
     }
@@ -293,7 +300,7 @@ impl<'a> TakeOver<'a> {
                 What::Superblock(Seat::Label, _) => {
                     let (cause, device) = (repair.cause.clone(), DeviceIndex::PRIMARY);
                     let action = "another copy is used; it is written anew with the label's list of remapped blocks";
-                    event(self.events, Severity::Warn, "metadata-damaged", device, cause, action);
+                    event(self.events, Severity::Warn, EventKind::MetadataDamaged, device, cause, action);
                 }
                 _ => {}
             }

@@ -20,6 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vhost_remap::device::{DeviceIndex, OpKind};
+use vhost_remap::engine::event::EventKind;
 use vhost_remap::engine::healer::Order;
 use vhost_remap::engine::view::PrimaryState;
 
@@ -326,7 +327,7 @@ impl Drill<'_> {
 }
 
 fn errors(world: &World) -> usize {
-    world.events.iter().filter(|event| event.kind == "guest-error").count()
+    world.events.iter().filter(|event| event.kind == EventKind::GuestError).count()
 }
 
 /// F2, F3: a flush that failed under the healer poisons the volume, or takes the spare down.
@@ -335,7 +336,10 @@ fn check_flushes(world: &World) {
     let told = |kind| world.events.iter().any(|event| event.kind == kind);
     for struck in plan.struck.iter().filter(|struck| struck.kind == OpKind::Flush && !struck.by_script) {
         let spare = struck.device == DeviceIndex::SPARE;
-        assert!(told("poisoned") || (spare && told("spare-down")), "F2: a failed flush goes by: {struck:?}");
+        assert!(
+            told(EventKind::Poisoned) || (spare && told(EventKind::SpareDown)),
+            "F2: a failed flush goes by: {struck:?}"
+        );
     }
 }
 

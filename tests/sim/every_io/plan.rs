@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use vhost_remap::device::{DeviceIndex, Errno, OpKind};
+use vhost_remap::engine::event::EventKind;
 use vhost_remap::units::SectorRange;
 
 use crate::config::Config;
@@ -79,9 +80,9 @@ impl World {
     /// Whether a failed flush has been written down, and is not being cleared.
     fn poison_is_noted(&self) -> bool {
         let plan = self.plan.as_ref();
-        let told = self.events.iter().rfind(|event| matches!(event.kind, "poisoned" | "cleared"));
+        let told = self.events.iter().rfind(|event| matches!(event.kind, EventKind::Poisoned | EventKind::Cleared));
         let noted = match told {
-            Some(event) => event.kind == "poisoned" && !event.action.contains("not persistent"),
+            Some(event) => event.kind == EventKind::Poisoned && !event.action.contains("not persistent"),
             None => plan.is_some_and(|plan| plan.poisoned),
         };
         noted && plan.is_none_or(|plan| !plan.clearing)
@@ -93,7 +94,7 @@ impl World {
         if self.plan.is_none() {
             return;
         }
-        for event in self.events[events..].iter().filter(|event| event.kind == "remapped") {
+        for event in self.events[events..].iter().filter(|event| event.kind == EventKind::Remapped) {
             let block = event.range.start.0..event.range.end().0;
             self.model.pinned(sectors(ranges).filter(|sector| block.contains(sector)), start);
         }

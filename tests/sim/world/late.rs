@@ -2,12 +2,14 @@
 
 use std::collections::VecDeque;
 
+use vhost_remap::engine::event::EventKind;
+
 use super::World;
 use crate::config::Config;
 use crate::rng::Rng;
 
 impl World {
-    fn has_told(&self, kind: &str) -> bool {
+    fn has_told(&self, kind: EventKind) -> bool {
         self.events.iter().any(|event| event.kind == kind)
     }
 }
@@ -27,9 +29,12 @@ fn a_poisoning_is_noted_when_the_last_shard_has_heard_of_it() {
         while world.advance() || world.flights.iter().any(|flight| flight.ready > world.now) && world.wait() {
             kept.append(&mut world.to_shard[late]);
         }
-        assert!(world.has_told("flush-failed") && !world.has_told("poisoned"), "shard {late} has not heard of it");
+        assert!(
+            world.has_told(EventKind::FlushFailed) && !world.has_told(EventKind::Poisoned),
+            "shard {late} has not heard of it"
+        );
         world.to_shard[late] = kept;
         world.settle_down();
-        assert!(world.has_told("poisoned"));
+        assert!(world.has_told(EventKind::Poisoned));
     }
 }

@@ -1,6 +1,7 @@
 //! The guest and its requests: asked, answered against the model, given back.
 
 use vhost_remap::device::buffer::Iovecs;
+use vhost_remap::engine::event::EventKind;
 use vhost_remap::engine::request::{Request, RequestOp, Status, Token};
 use vhost_remap::units::SectorRange;
 
@@ -184,7 +185,7 @@ impl World {
                 "write" | "zeroes" => spare || self.status().free < self.config.depth * 32,
                 _ => false,
             };
-        let told = self.events.iter().rev().find(|event| event.kind == "guest-error");
+        let told = self.events.iter().rev().find(|event| event.kind == EventKind::GuestError);
         let cause = told.map_or("", |event| &event.cause);
         assert!(justified, "{} fails without a reason ({cause}): {asked:?}", asked.what);
     }

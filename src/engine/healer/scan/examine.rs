@@ -13,7 +13,7 @@ use crate::engine::healer::failure::{Failure, FailureClass};
 use crate::engine::healer::ladder::Budget;
 use crate::engine::healer::read::{Reading, sectors_of_mask};
 use crate::engine::healer::write::Reason;
-use crate::engine::healer::{Core, Severity};
+use crate::engine::healer::{Core, EventKind, Severity};
 use crate::engine::message::Refusal;
 use crate::engine::scan::Found;
 use crate::engine::view::Run;
@@ -229,7 +229,7 @@ impl Core {
             self.tally.borrow_mut().healed += 1;
             seen.healed += 1;
             let cause = "a rewritten block was read by a pass";
-            self.event(Severity::Info, "healed", Some(run.device), run.range, cause, "it counts as healed");
+            self.event(Severity::Info, EventKind::Healed, Some(run.device), run.range, cause, "it counts as healed");
         }
         Ok(true)
     }
@@ -270,7 +270,7 @@ impl Core {
         }
         if slow.is_some() {
             let action = "weak; it stays where it is";
-            self.event(Severity::Warn, "slow-block", Some(run.device), run.range, why, action);
+            self.event(Severity::Warn, EventKind::SlowBlock, Some(run.device), run.range, why, action);
         }
         Ok(())
     }
@@ -381,7 +381,7 @@ impl Core {
         placement.reason = Reason::Weak(why);
         if let Err(failure) = self.place(vec![placement]).await {
             let action = "weak, and could not be moved";
-            self.event(Severity::Warn, "slow-block", failure.device, run.range, failure.cause, action);
+            self.event(Severity::Warn, EventKind::SlowBlock, failure.device, run.range, failure.cause, action);
             return Ok(true);
         }
         _ = self.of_pass(turn, |pass| {

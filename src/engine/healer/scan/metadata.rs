@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use super::{PAGES_A_STEP, Step, Stopped, Turn};
 use crate::device::DeviceIndex;
-use crate::engine::healer::{Core, Severity};
+use crate::engine::healer::{Core, EventKind, Severity};
 use crate::engine::task::join_all;
 use crate::units::{SectorRange, Time};
 use crate::volume::layout::{Home, LabelLayout, PAGE, Place};
@@ -139,7 +139,7 @@ impl Core {
             let action = self.repair_copy(turn, *copy).await;
             let cause = format!("{}, byte {offset}: {trouble}", copy.name());
             let none = SectorRange::default();
-            self.event(Severity::Warn, "metadata-damaged", Some(device), none, cause, action);
+            self.event(Severity::Warn, EventKind::MetadataDamaged, Some(device), none, cause, action);
         }
         let now = self.io.now();
         self.of_pass(turn, |pass| {
