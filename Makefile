@@ -46,8 +46,7 @@ demo: all ## boot a guest on a failing disk and watch it heal
 	@$(with_tools) ci/demo
 
 simulate: ## run the simulator for long: SEEDS=1000000 [FIRST_SEED=0]; a failure is shrunk and can be replayed
-	@$(with_cargo) VHOST_REMAP_SEEDS="$${SEEDS:-1000000}" VHOST_REMAP_FIRST_SEED="$${FIRST_SEED:-0}" \
-	    VHOST_REMAP_KEEP_GOING=1 cargo test --profile simulate --locked --test sim -- every_run --nocapture
+	@$(with_cargo) ci/simulate
 
 mutants: ## take out one safeguard after the other and see whether a test notices: [MUTANTS='commit-* …'] (hours)
 	@$(with_cargo) ci/mutants $(MUTANTS)

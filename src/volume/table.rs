@@ -69,7 +69,8 @@ impl Entry {
     fn decode(raw: u64) -> Option<Entry> {
         let byte = |shift: u32, mask: u64| u8::try_from(raw >> shift & mask).expect("masked to a byte");
         let state = match raw >> 54 & 7 {
-            0 => SlotState::Free,
+            // Nothing else is said of it.
+            0 => return (raw >> 58 == 0).then_some(Entry::FREE),
             1 => SlotState::Live,
             2 => SlotState::Retired,
             _ => return None,
@@ -135,7 +136,10 @@ impl Page {
         f.u64(16, self.sequence);
         f.bytes(24, &seat.bytes());
         for (raw, entry) in page[HEADER..].chunks_exact_mut(8).zip(&self.entries) {
-            raw.copy_from_slice(&entry.encode().to_le_bytes());
+            // Most are free as a rule, and zeros.
+            if entry.state != SlotState::Free {
+                raw.copy_from_slice(&entry.encode().to_le_bytes());
+            }
         }
         let crc = page_crc(&page, 12);
         FieldsMut(&mut page).u32(12, crc);
@@ -327,7 +331,8 @@ impl Table {
     pub fn page_with(&self, number: u32, sequence: u64, changes: &[Change]) -> Page {
         let first = at(Slot(number * ENTRIES_PER_PAGE));
         let last = (first + ENTRIES_PER_PAGE as usize).min(self.entries.len());
-        let mut entries = self.entries[first..last].to_vec();
+        let mut entries = Vec::with_capacity(ENTRIES_PER_PAGE as usize);
+        entries.extend_from_slice(&self.entries[first..last]);
         entries.resize(ENTRIES_PER_PAGE as usize, Entry::FREE);
         for change in changes.iter().filter(|change| page_of(change.slot) == number) {
             entries[at(change.slot) - first] = change.entry;

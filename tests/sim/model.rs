@@ -25,7 +25,7 @@ struct Element {
 }
 
 /// Mostly one, or a few.
-type Elements = SmallVec<[Element; 4]>;
+type Elements = SmallVec<[Element; 2]>;
 
 #[derive(Clone, Debug)]
 struct SectorState {
