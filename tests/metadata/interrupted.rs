@@ -423,3 +423,39 @@ fn an_order_under_way_goes_no_further_when_the_volume_is_closed() {
     }
     assert!(cut_short > 0, "no order was under way");
 }
+
+/// What a close notes of the primary would be wrong then, and the next start would refuse a volume that was closed
+/// cleanly. The label is tried again each minute while a page of it takes no writes.
+#[test]
+fn nothing_is_written_to_the_primary_once_a_close_has_looked_at_it() {
+    let range = range_of(0, 4 * 4096);
+    for steps in 0.. {
+        let mut rig = begun(SMALL);
+        let page = rig.shape.label().expect("labelled").table(0);
+        rig.bad = vec![Bad { device: PRIMARY, from: page, to: page + 4096, reads: Reads::Good, writes: true }];
+        let mut engine = rig.open().unwrap();
+        engine.done(&mut rig, Order::Remap(range));
+        let release = engine.begin_order(&mut rig, Order::Release(range));
+        for _ in 0..steps / 2 {
+            engine.step(&mut rig).unwrap();
+        }
+        let settle = engine.begin_order(&mut rig, Order::Settle);
+        for _ in 0..steps {
+            engine.step(&mut rig).unwrap();
+        }
+        let was_over = engine.reply(settle).is_some();
+        engine.tick(&mut rig, 61);
+        while engine.reply(settle).is_none() {
+            assert!(engine.step(&mut rig).unwrap(), "{steps}: the close hangs");
+        }
+        rig.performed.clear();
+        engine.pass(&mut rig, 61).unwrap();
+        let written = |op: &Pending| op.kind == OpKind::Write && op.device == PRIMARY;
+        assert!(!rig.performed.iter().any(written), "{steps}: {:?}", rig.performed);
+        assert!(engine.reply(release).is_some(), "{steps}: it is not answered");
+        if was_over {
+            assert!(steps > 20, "{steps}");
+            break;
+        }
+    }
+}

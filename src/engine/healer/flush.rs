@@ -413,11 +413,7 @@ impl Core {
         self.retry_orphans();
         // Nothing was written to it while no flush was possible.
         let core = self.clone();
-        self.spawn(async move {
-            if core.refuse_closing().is_ok() {
-                core.stamp_label().await;
-            }
-        });
+        self.spawn(async move { core.stamp_label().await });
         self.event(
             Severity::Warn,
             EventKind::Cleared,

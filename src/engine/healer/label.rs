@@ -33,6 +33,19 @@ impl Core {
     /// time. Off the path; a failure is told once, and it is tried again from time to time.
     pub(super) async fn stamp_label(self: &Rc<Self>) {
         self.places.label.acquire().await;
+        // A close that has begun has its own stamp, and then looks at the primary for the last time.
+        if let Some(label) = self.label.get()
+            && !self.closing.get()
+        {
+            self.stamp_in_turn(label).await;
+        }
+        self.places.label.release();
+    }
+
+    /// Write the label anew for a close.
+    pub(super) async fn stamp_label_for_close(self: &Rc<Self>) {
+        self.places.label.acquire().await;
+        self.label_is_old();
         if let Some(label) = self.label.get() {
             self.stamp_in_turn(label).await;
         }
@@ -73,6 +86,11 @@ impl Core {
             }
             Err(_) => {}
         }
+    }
+
+    /// Whether the last attempt to write the label failed.
+    pub(super) fn is_label_failing(&self) -> bool {
+        self.places.label_fails.get() || self.places.label_goes.get() > 0
     }
 
     fn label_fails(&self, why: &str, what: &str) {

@@ -386,7 +386,15 @@ impl Core {
         let (read, _) = self.io.read(DeviceIndex::SPARE, offset, bytes).await;
         let data = read.map_err(|errno| format!("spare, slot {slot}: {errno}"))?;
         let primary = |errno| format!("primary, sector {sector}: {errno}; the block stays on the spare");
-        self.io.write(DeviceIndex::PRIMARY, block.bytes(), &data).await.map_err(primary)?;
+        // Held for every write to the primary: a close that comes meanwhile waits until it has ended before it looks at
+        // the primary for the last time.
+        self.places.label.acquire().await;
+        let written = match self.refuse_closing() {
+            Ok(()) => self.io.write(DeviceIndex::PRIMARY, block.bytes(), &data).await.map_err(primary),
+            Err(why) => Err(why),
+        };
+        self.places.label.release();
+        written?;
         self.note_primary_write();
         self.flush(DeviceIndex::PRIMARY).await.map_err(|failure| failure.cause)?;
         let (back, _) = self.io.read(DeviceIndex::PRIMARY, block.bytes(), bytes).await;
@@ -418,9 +426,8 @@ impl Core {
         }
         let flushes = join_all(devices.map(|device| self.flush(device))).await;
         flushes.into_iter().collect::<Result<(), _>>().map_err(|failure| failure.cause)?;
-        Ok(format!(
-            "counters saved; the map is always saved ({BLOCK_SIZE}-byte blocks, {} live)",
-            self.table.borrow().live()
-        ))
+        let live = self.table.borrow().live();
+        let label = if self.is_label_failing() { "; the label was not written, see `events`" } else { "" };
+        Ok(format!("counters saved; the map is always saved ({BLOCK_SIZE}-byte blocks, {live} live){label}"))
     }
 }

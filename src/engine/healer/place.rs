@@ -391,8 +391,7 @@ impl Core {
         {
             self.event(Severity::Warn, EventKind::Close, failure.device, none, failure.cause, "counters are not saved");
         }
-        self.label_is_old();
-        self.stamp_label().await;
+        self.stamp_label_for_close().await;
         if self.label.get().is_some() {
             self.flush_label().await?;
         }

@@ -111,11 +111,8 @@ impl Core {
             return Err("a worker does not answer; the guest gets the larger disk from the next start on".to_owned());
         }
         self.flushes.grown();
-        // A close that has begun has its own stamp, and then looks at the primary for the last time.
-        if self.refuse_closing().is_ok() {
-            self.label_is_old();
-            self.stamp_label().await;
-        }
+        self.label_is_old();
+        self.stamp_label().await;
         self.progress.capacity.store(capacity, Ordering::SeqCst);
         Ok(())
     }
