@@ -139,6 +139,7 @@ impl Core {
             && let Some(part) = ladder.left.pop()
         {
             let Part { from, len, tried } = part;
+            let departures = self.departures(device);
             let (result, took) = self.io.read(device, offset + from as u64, len).await;
             let errno = match result {
                 Ok(buf) => {
@@ -149,7 +150,6 @@ impl Core {
                 Err(errno) => errno,
             };
             budget.spend(took);
-            ladder.failing.push((from, len));
             ladder.errno = Some(errno);
             let asked = self.io.now();
             if let Err(failure) = self.diagnose(device, errno, true, SectorRange::default()).await {
@@ -157,6 +157,12 @@ impl Core {
                 return Err(failure);
             }
             budget.spend(Took(self.io.now().since_ns(asked)));
+            if self.departures(device) != departures {
+                // The device was away meanwhile, which says nothing of what was read.
+                ladder.left.push(part);
+                continue;
+            }
+            ladder.failing.push((from, len));
             if len > unit {
                 let half = (len / 2).next_multiple_of(unit);
                 ladder.left.push(Part { from: from + half, len: len - half, tried: 0 });

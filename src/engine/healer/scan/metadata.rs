@@ -169,6 +169,7 @@ impl Core {
             }
             let (before, busy) = (self.tally.borrow().commits, self.commits_under_way());
             let (device, offset) = self.seat_of(copy);
+            let departures = self.departures(device);
             let (read, _) = self.io.read(device, offset, PAGE).await;
             if let Some(permits) = permits {
                 permits.release();
@@ -183,6 +184,10 @@ impl Core {
                 Err(errno) => {
                     // Whether it is the device, which is then waited for.
                     let _ = self.diagnose(device, errno, true, SectorRange::default()).await;
+                    if self.departures(device) != departures && self.refuse_gone(device).is_ok() {
+                        // It was away meanwhile, and is back.
+                        continue;
+                    }
                     errno.to_string()
                 }
             };
