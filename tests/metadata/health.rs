@@ -10,7 +10,7 @@ use vhost_remap::volume::superblock::Seat as PageSeat;
 
 use crate::commits::{BLOCK_A, BLOCK_B, SMALL, begun, new};
 use crate::engine::Engine;
-use crate::rig::{BLOCK, Bad, EPOCH, PRIMARY, Reads, Rig};
+use crate::rig::{BLOCK, Bad, EPOCH, PRIMARY, Reads, Rig, SPARE};
 use crate::scan::{made, unreadable};
 use crate::seat::{Kind, Seat, seats};
 
@@ -167,4 +167,25 @@ fn a_burst_is_one_of_requests_and_not_of_what_is_tried_again() {
     assert_eq!(has_burst(&mut engine, &mut rig), None);
     let of_primary = ["OK -> WATCH", "WATCH -> AT_RISK", "AT_RISK -> WATCH"].map(|change| (Some(PRIMARY), change));
     assert_eq!(changes(&engine), of_primary);
+}
+
+/// Neither a slot that is read only after retries, nor a block that leaves one.
+#[test]
+fn what_the_spare_does_is_not_put_down_to_the_primary() {
+    let mut rig = begun(SMALL);
+    let mut engine = rig.open().unwrap();
+    assert_eq!(engine.write(&mut rig, BLOCK_A * BLOCK, &new(BLOCK_A)), Ok(Status::Ok));
+    let of_primary = vec![("remapped-recently", 1)];
+    assert_eq!(judged(&mut engine, &mut rig), (HealthState::AtRisk, of_primary.clone()));
+    let slot = rig.shape.layout().slots_start + u64::from(engine.map()[0].1) * 4096;
+    rig.bad.push(unreadable(SPARE, slot, 4096, Reads::Times(1)));
+    assert!(engine.read(&mut rig, BLOCK_A * BLOCK, BLOCK).is_some());
+    let with_spare = [&of_primary[..], &[("recovered-reads", 1)]].concat();
+    assert_eq!(judged(&mut engine, &mut rig), (HealthState::AtRisk, with_spare));
+    rig.bad.push(Bad { device: SPARE, from: slot, to: slot + 4096, reads: Reads::Good, writes: true });
+    assert_eq!(engine.write(&mut rig, BLOCK_A * BLOCK, &new(BLOCK_B)), Ok(Status::Ok));
+    let with_spare = [&of_primary[..], &[("slots-retired", 1), ("recovered-reads", 1)]].concat();
+    assert_eq!(judged(&mut engine, &mut rig), (HealthState::AtRisk, with_spare));
+    let expected = [(Some(PRIMARY), "OK -> AT_RISK"), (Some(SPARE), "OK -> WATCH"), (Some(SPARE), "WATCH -> AT_RISK")];
+    assert_eq!(changes(&engine), expected);
 }

@@ -27,8 +27,10 @@ pub(super) struct Health {
     history: RefCell<History>,
     /// Sectors that are lost now.
     lost_sectors: Cell<u64>,
-    /// Blocks moved because somebody said so.
-    ordered: Cell<u64>,
+    /// Blocks moved for nothing that the primary did: by order, from slot to slot, or for being slow.
+    moved_otherwise: Cell<u64>,
+    /// Blocks of slots that were read only after retries.
+    recovered_in_slots: Cell<u64>,
     /// The devices as last judged. The volume is as its worse one.
     devices: Cell<[HealthState; 2]>,
     /// Requests that met an error of a device lately.
@@ -44,7 +46,8 @@ impl Health {
         Health {
             history: RefCell::new(History::decode(saved.get(HISTORY_AT..).unwrap_or_default())),
             lost_sectors: Cell::new(lost),
-            ordered: Cell::new(0),
+            moved_otherwise: Cell::new(0),
+            recovered_in_slots: Cell::new(0),
             devices: Cell::default(),
             bursts: RefCell::default(),
             requests_in_error: Cell::new(0),
@@ -68,9 +71,15 @@ impl Health {
         self.bursts.borrow_mut()[usize::from(device.0)].note(now);
     }
 
-    /// A block was moved by an operator's order, which says nothing of its device.
-    pub(super) fn moved_by_order(&self) {
-        self.ordered.set(self.ordered.get() + 1);
+    /// A block was moved by an operator's order, from one slot to another, or for being slow: no sector of the primary
+    /// failed for that.
+    pub(super) fn moved_for_other_reasons(&self) {
+        self.moved_otherwise.set(self.moved_otherwise.get() + 1);
+    }
+
+    /// So many blocks of slots were read only after retries.
+    pub(super) fn recovered_in_slots(&self, blocks: u64) {
+        self.recovered_in_slots.set(self.recovered_in_slots.get() + blocks);
     }
 }
 
@@ -91,7 +100,7 @@ impl Core {
         let tally = self.tally.borrow();
         let errors = self.io.errors.borrow();
         let totals = Totals {
-            remaps: tally.remaps - self.health.ordered.get(),
+            remaps: tally.remaps - self.health.moved_otherwise.get(),
             lost: tally.lost,
             used: used_slots(&self.table.borrow()),
             read_errors: errors.iter().map(|[reads, ..]| reads).sum(),
@@ -119,10 +128,15 @@ impl Core {
         let now = self.io.now();
         let poisoned = self.poison_report().map(|report| report.device);
         let bursts = self.health.bursts.borrow();
+        let pending = self.pending.borrow().by_device();
+        let in_slots = self.health.recovered_in_slots.get();
+        let recovered = [tally.recovered_reads - in_slots, in_slots];
         let device = |part: Part, up: bool| {
             let index = index_of(part);
             DeviceInputs {
                 burst: bursts[usize::from(index.0)].count(now),
+                pending: pending[usize::from(index.0)],
+                recovered_reads: recovered[usize::from(index.0)],
                 gone: !up,
                 poisoned: poisoned == Some(index),
             }
@@ -134,14 +148,12 @@ impl Core {
             today: self.today(),
             days: self.health.history.borrow().days(),
             devices: [device(Part::Primary, mode.primary == PrimaryState::Up), device(Part::Spare, spare_up)],
-            pending: self.pending.borrow().len() as u64,
             remapped: table.live() as u64,
             lost_sectors: self.health.lost_sectors.get(),
             slots: u64::from(self.geometry().slots),
             slots_used: used_slots(&table),
             slots_retired: table.retired() as u64,
             places_retired: 2 - self.live_places().len() as u64,
-            recovered_reads: tally.recovered_reads,
             requests: progress.reads.load(Relaxed) + progress.writes.load(Relaxed),
             requests_in_error: self.health.requests_in_error.get(),
         })

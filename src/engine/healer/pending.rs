@@ -14,6 +14,8 @@ const EXACT_MAX: usize = 65_536;
 #[derive(Debug, Default)]
 pub(super) struct PendingSectors {
     exact: BTreeMap<Block, u8>,
+    /// Those of them that live in slots.
+    in_slots: BTreeSet<Block>,
     /// Regions in which more failed than are kept.
     regions: Arc<BTreeSet<u64>>,
 }
@@ -24,9 +26,23 @@ impl PendingSectors {
         self.exact.len()
     }
 
-    /// The block has moved: what was known of its old place does not matter.
+    /// Those on the primary, and those in slots.
+    pub(super) fn by_device(&self) -> [u64; 2] {
+        let in_slots = self.in_slots.len() as u64;
+        [self.exact.len() as u64 - in_slots, in_slots]
+    }
+
+    fn insert(&mut self, block: Block, mask: u8, in_slot: bool) {
+        self.exact.insert(block, mask);
+        if in_slot {
+            self.in_slots.insert(block);
+        }
+    }
+
+    /// The block reads again, or has moved: what was known of its old place does not matter.
     pub(super) fn forget(&mut self, block: Block) {
         self.exact.remove(&block);
+        self.in_slots.remove(&block);
     }
 
     fn in_region(&self, block: Block) -> bool {
@@ -62,7 +78,7 @@ impl Core {
             self.view_stale.set(true);
             return;
         }
-        pending.exact.insert(block, mask);
+        pending.insert(block, mask, self.map.borrow().get(block).slot.is_some());
         drop(pending);
         self.update_map(block, |state| state.pending = true);
     }
@@ -77,7 +93,7 @@ impl Core {
             let Some(known) = pending.exact.get_mut(&block) else { continue };
             *known &= !range.mask_in(block);
             if *known == 0 {
-                pending.exact.remove(&block);
+                pending.forget(block);
                 drop(pending);
                 self.update_map(block, |state| state.pending = false);
             }

@@ -154,7 +154,11 @@ impl Core {
         for (from, len) in &recovered {
             let range = reading.sectors(*from, *len);
             if !range.is_empty() {
-                self.tally.borrow_mut().recovered_reads += range.blocks().len();
+                let blocks = range.blocks().len();
+                self.tally.borrow_mut().recovered_reads += blocks;
+                if reading.run.device == DeviceIndex::SPARE {
+                    self.health.recovered_in_slots(blocks);
+                }
                 let (device, cause) = (Some(reading.run.device), cause_of(reading));
                 self.event(Severity::Warn, EventKind::RecoveredRead, device, range, cause, "read after retries");
             }

@@ -69,8 +69,10 @@ pub(super) enum Reason {
     Failed,
     /// The operator wants it.
     Ordered,
-    /// It is weak, for the reason given.
+    /// It was read only after retries, for the reason given.
     Weak(String),
+    /// It is slow, for the reason given.
+    Slow(String),
 }
 
 impl Core {
@@ -586,15 +588,15 @@ impl Core {
         tally.remaps += 1;
         tally.lost += u64::from(newly_lost.count_ones());
         drop(tally);
-        if matches!(placement.reason, Reason::Ordered) {
-            self.health.moved_by_order();
+        if before.slot.is_some() || !matches!(placement.reason, Reason::Failed | Reason::Weak(_)) {
+            self.health.moved_for_other_reasons();
         }
         let range = self.geometry().sectors_of(block);
         let (severity, cause) = match &placement.reason {
             Reason::Failed if before.slot.is_some() => (Severity::Warn, "its slot failed"),
             Reason::Failed => (Severity::Warn, "the block failed again"),
             Reason::Ordered => (Severity::Info, "the operator's order"),
-            Reason::Weak(why) => (Severity::Warn, &**why),
+            Reason::Weak(why) | Reason::Slow(why) => (Severity::Warn, &**why),
         };
         self.event(
             severity,

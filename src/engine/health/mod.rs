@@ -103,6 +103,10 @@ pub struct DeviceInputs {
     /// Requests that met an error of it, and blocks that a pass found bad, within the last 600 s; more than 10 are not
     /// told apart.
     pub burst: u64,
+    /// Pending blocks that live on it.
+    pub pending: u64,
+    /// Blocks of it read only after retries, since the volume was opened.
+    pub recovered_reads: u64,
     /// It is gone, or down.
     pub gone: bool,
     /// Its flush failed, and that was not cleared.
@@ -118,8 +122,6 @@ pub struct Inputs<'a> {
     pub days: &'a [Day],
     /// Primary and spare.
     pub devices: [DeviceInputs; 2],
-    /// Pending blocks.
-    pub pending: u64,
     /// Blocks that live in slots.
     pub remapped: u64,
     /// Sectors that are lost now.
@@ -132,8 +134,6 @@ pub struct Inputs<'a> {
     pub slots_retired: u64,
     /// Places of the metadata that no longer count.
     pub places_retired: u64,
-    /// Blocks read only after retries, since the volume was opened.
-    pub recovered_reads: u64,
     /// The guest's reads and writes since the volume was opened.
     pub requests: u64,
     /// Requests that met an error of a device, since the volume was opened.
@@ -184,8 +184,8 @@ static RULES: [Rule; 14] = [
     Rule {
         name: "pending",
         state: HealthState::Watch,
-        parts: PRIMARY,
-        value: |inputs, _| inputs.pending,
+        parts: &Part::ALL,
+        value: |inputs, part| inputs.device(part).pending,
         limit: 1,
         what: "blocks whose last read failed",
         advice: "see `list --pending`; a rewrite heals them",
@@ -193,8 +193,8 @@ static RULES: [Rule; 14] = [
     Rule {
         name: "recovered-reads",
         state: HealthState::Watch,
-        parts: PRIMARY,
-        value: |inputs, _| inputs.recovered_reads,
+        parts: &Part::ALL,
+        value: |inputs, part| inputs.device(part).recovered_reads,
         limit: 1,
         what: "blocks read only after retries",
         advice: "look again in some days",
@@ -406,6 +406,7 @@ fn deductions(inputs: &Inputs<'_>) -> Vec<Deduction> {
     // Below ten thousand requests one in error counts as one in ten thousand: a fresh start is no catastrophe.
     let rate = inputs.requests_in_error.saturating_mul(10_000) / inputs.requests.max(10_000);
     let burst = inputs.devices.iter().map(|device| device.burst).max().unwrap_or(0);
+    let pending = inputs.devices.iter().map(|device| device.pending).sum();
     let used = inputs.used_percent();
     let all = [
         ("requests in 10,000 that met an error of a device", rate, points(rate, &[(101, 50), (11, 20), (2, 5)])),
@@ -414,7 +415,7 @@ fn deductions(inputs: &Inputs<'_>) -> Vec<Deduction> {
             burst,
             points(burst, &[(10, 30), (6, 15)]),
         ),
-        ("pending blocks", inputs.pending, points(inputs.pending, &[(21, 25), (11, 10), (1, 5)])),
+        ("pending blocks", pending, points(pending, &[(21, 25), (11, 10), (1, 5)])),
         ("percent of the slots used", used, used / 2),
         ("lost sectors", inputs.lost_sectors, points(inputs.lost_sectors, &[(1, 20)])),
     ];

@@ -9,14 +9,12 @@ fn healthy(days: &[Day]) -> Inputs<'_> {
         today: TODAY,
         days,
         devices: [DeviceInputs::default(); 2],
-        pending: 0,
         remapped: 0,
         lost_sectors: 0,
         slots: 16_384,
         slots_used: 0,
         slots_retired: 0,
         places_retired: 0,
-        recovered_reads: 0,
         requests: 1_000_000,
         requests_in_error: 0,
     }
@@ -55,8 +53,6 @@ fn nothing_is_wrong_with_a_fresh_volume() {
 fn each_rule_holds_from_its_limit_on() {
     use HealthState::{AtRisk, Replace, Watch};
     let base = healthy(&[]);
-    check_rule("pending", Watch, Part::Primary, &base, &Inputs { pending: 1, ..base });
-    check_rule("recovered-reads", Watch, Part::Primary, &base, &Inputs { recovered_reads: 1, ..base });
     check_rule("lost", Watch, Part::Primary, &base, &Inputs { lost_sectors: 1, ..base });
     let used = |percent: u64| Inputs { slots: 100, slots_used: percent, ..base };
     check_rule("spare-filling", Watch, Part::Primary, &used(79), &used(80));
@@ -73,6 +69,8 @@ fn each_rule_holds_from_its_limit_on() {
         };
         let burst = (with(|device| device.burst = 9), with(|device| device.burst = 10));
         check_rule("error-burst", AtRisk, part, &burst.0, &burst.1);
+        check_rule("pending", Watch, part, &base, &with(|device| device.pending = 1));
+        check_rule("recovered-reads", Watch, part, &base, &with(|device| device.recovered_reads = 1));
         check_rule("not-answering", AtRisk, part, &base, &with(|device| device.gone = true));
         check_rule("flush-failed", Replace, part, &base, &with(|device| device.poisoned = true));
         let failed = |back| {
@@ -118,7 +116,8 @@ fn one_device_that_fails_says_nothing_of_the_other() {
 #[test]
 fn findings_come_worst_first_with_their_numbers() {
     let days = [Day { remaps: 4, lost: 2, ..day(3) }];
-    let inputs = Inputs { pending: 7, remapped: 2000, slots_used: 2000, ..healthy(&days) };
+    let mut inputs = Inputs { remapped: 2000, slots_used: 2000, ..healthy(&days) };
+    inputs.devices[0].pending = 7;
     let found = assess(&inputs);
     let rows: Vec<_> = found.findings.iter().map(|finding| (finding.rule, finding.value)).collect();
     assert_eq!(rows, [("many-remaps", 2000), ("remapped-recently", 4), ("lost-recently", 2), ("pending", 7)]);
@@ -134,16 +133,16 @@ fn the_score_is_what_the_deductions_leave_and_never_better_than_the_state() {
     assert_eq!(score(Inputs { requests_in_error: 100, ..base }), 100);
     // Errors at the start are not put down to every request.
     assert_eq!(score(Inputs { requests_in_error: 1, requests: 1, ..base }), 100);
-    assert_eq!(score(Inputs { recovered_reads: 1, ..base }), 94);
+    let recovered = DeviceInputs { recovered_reads: 1, ..DeviceInputs::default() };
+    assert_eq!(score(Inputs { devices: [recovered, DeviceInputs::default()], ..base }), 94);
     assert_eq!(score(Inputs { slots_retired: 1, ..base }), 79);
     assert_eq!(score(Inputs { remapped: 1001, ..base }), 39);
     // Everything at once.
     let worst = Inputs {
-        pending: 100,
         lost_sectors: 9,
         slots_used: 16_384,
         requests_in_error: u64::MAX,
-        devices: [DeviceInputs { burst: 10, gone: true, poisoned: true }; 2],
+        devices: [DeviceInputs { burst: 10, pending: 50, recovered_reads: 1, gone: true, poisoned: true }; 2],
         ..base
     };
     assert_eq!(score(worst), 0);

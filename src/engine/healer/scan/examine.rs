@@ -95,6 +95,8 @@ struct Seen {
 struct Weak {
     run: Run,
     why: String,
+    /// Some of it was read only after retries.
+    recovered: bool,
     /// It leaves a slot that fails now and then, and that is retired.
     failing_slot: bool,
 }
@@ -266,7 +268,7 @@ impl Core {
         let failing_slot = run.device == DeviceIndex::SPARE && recovered;
         let may_move = if failing_slot { self.may_leave_slot(turn) } else { self.may_move_weak() };
         if may_move && self.acts(turn) {
-            return self.move_weak(turn, Weak { run, why, failing_slot }).await;
+            return self.move_weak(turn, Weak { run, why, recovered, failing_slot }).await;
         }
         if slow.is_some() {
             let action = "weak; it stays where it is";
@@ -359,7 +361,7 @@ impl Core {
 
     /// Do it; whether the block could still be read.
     async fn move_fenced(self: &Rc<Self>, turn: Turn, weak: Weak) -> Result<bool, Failure> {
-        let Weak { run, why, failing_slot } = weak;
+        let Weak { run, why, recovered, failing_slot } = weak;
         let block = run.range.start.block();
         if self.run_of(block) != run {
             // It has moved since.
@@ -378,7 +380,7 @@ impl Core {
         if !self.acts(turn) {
             return Ok(true);
         }
-        placement.reason = Reason::Weak(why);
+        placement.reason = if recovered { Reason::Weak(why) } else { Reason::Slow(why) };
         if let Err(failure) = self.place(vec![placement]).await {
             let action = "weak, and could not be moved";
             self.event(Severity::Warn, EventKind::SlowBlock, failure.device, run.range, failure.cause, action);
