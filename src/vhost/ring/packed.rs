@@ -136,8 +136,10 @@ impl PackedRing {
             published: next_used,
             first_flags: 0,
         };
-        // A ring that has gone round once has F_USED in its first descriptor, whoever wrote it last.
-        if base == 0 && ring(avail, used).flags(0) & F_USED == 0 {
+        // One that has gone round once has F_USED where a chain was used last, whoever wrote there since; not in its
+        // first descriptor, which a longer chain before it may have stood for.
+        let begun = ring(avail, used);
+        if base == 0 && (0..size).all(|index| begun.flags(index) & F_USED == 0) {
             (avail, used) = (Place::START, Place::START);
         }
         if avail.index >= size || used.index >= size || avail.since(used, size) > size {

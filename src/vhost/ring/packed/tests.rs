@@ -220,6 +220,27 @@ fn a_ring_goes_on_at_its_base() {
     }
 }
 
+/// Its first descriptor is as the driver made it available: the chain there ended before a longer one that began on
+/// the lap before, whose place it took.
+#[test]
+fn a_ring_that_has_gone_round_is_not_taken_for_a_new_one() {
+    let mut bench = Bench::new(5, false);
+    let serve = |bench: &mut Bench, lens: &[usize]| {
+        lens.iter().enumerate().for_each(|(id, len)| bench.offer(u16::try_from(id).unwrap(), *len));
+        let heads: Vec<_> = lens.iter().map(|_| bench.take()).collect();
+        heads.into_iter().rev().for_each(|head| bench.ring.push_used(head, 0));
+        bench.ring.publish();
+        lens.iter().for_each(|_| assert!(bench.driver.take().is_some()));
+    };
+    for lens in [&[5][..], &[3], &[2, 1], &[4]] {
+        serve(&mut bench, lens);
+    }
+    assert_eq!((bench.ring.base(), bench.driver.avail_place()), (0, 0));
+    assert_eq!(bench.ring.flags(0) & (F_AVAIL | F_USED), F_AVAIL, "as the driver left it");
+    let ring = PackedRing::new(&bench.guest.map(), bench.guest.addresses(), 5, 0, false).unwrap();
+    assert_eq!((ring.next_avail().bits(), ring.next_used().bits()), (0, 0));
+}
+
 /// Not under an interpreter, which maps no files.
 #[cfg(not(miri))]
 #[test]
