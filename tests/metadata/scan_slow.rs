@@ -8,7 +8,7 @@ use vhost_remap::engine::scan::{Found, ScanOrder, ScanParams, ScanScope, ScanSta
 
 use crate::commits::{BLOCK_A, SMALL, begun, new};
 use crate::engine::Engine;
-use crate::rig::{BLOCK, PRIMARY, Reads, Rig, Shape, range_of};
+use crate::rig::{BLOCK, PRIMARY, Reads, Rig, SPARE, Shape, range_of};
 use crate::scan::{made, unreadable};
 
 /// Seven of them are more than a request of the guest may take (R2).
@@ -113,9 +113,10 @@ fn a_pass_that_is_paused_while_it_looks_for_lost_sectors_looks_again() {
 #[test]
 fn what_fails_has_a_day_of_a_pass_at_most() {
     let mut rig = made(SMALL);
+    let mut engine = rig.open().unwrap();
+    assert!(engine.scan(&mut rig).complete);
     rig.bad = (0..9).map(|block| unreadable(PRIMARY, block * 4096 * 30, 4096, Reads::Never)).collect();
     rig.failing_seconds = 2000;
-    let mut engine = rig.open().unwrap();
     let last = engine.scan(&mut rig);
     let scan = engine.status(&mut rig).scan;
     assert!(!last.complete && scan.covered == scan.total, "{scan:?}");
@@ -151,8 +152,11 @@ fn a_pass_ends_when_it_has_given_two_days_to_what_fails() {
     let last = engine.scan(&mut rig);
     let scan = engine.status(&mut rig).scan;
     assert!(!last.complete && last.ended - last.started < 4 * 86_400, "{last:?}");
-    let rest = scan.skipped.last().unwrap();
-    assert!(rest.why.contains("two days") && scan.covered + rest.len == scan.total, "{scan:?}");
+    let [.., of_primary, of_spare] = &scan.skipped[..] else { panic!("{scan:?}") };
+    assert!([of_primary, of_spare].iter().all(|rest| rest.why.contains("two days")), "{scan:?}");
+    assert_eq!((of_primary.device, of_primary.offset + of_primary.len), (PRIMARY, 64 << 20), "to its end");
+    assert_eq!(of_spare.device, SPARE);
+    assert_eq!(scan.covered + of_primary.len + of_spare.len, scan.total, "{scan:?}");
     assert!(!scan.scanned.has(range_of(0, BLOCK as usize * 512)), "{:?}", scan.scanned);
 }
 

@@ -450,7 +450,8 @@ impl Core {
         }
         self.record_end(&pass, complete, false);
         let Found { bad, recovered, slow, lost, healed, moved, rewritten, metadata } = pass.found;
-        let severity = if bad + slow + lost + metadata > 0 { Severity::Warn } else { Severity::Info };
+        let is_well = bad + recovered + slow + lost + metadata == 0 && pass.skipped_bytes == 0;
+        let severity = if is_well { Severity::Info } else { Severity::Warn };
         let cause = format!(
             "found {bad} bad, {recovered} read after retries, {slow} slow blocks, {lost} lost sectors, \
              {metadata} damaged copies of metadata; {healed} healed, {moved} moved, {rewritten} rewritten"

@@ -54,6 +54,17 @@ impl Order {
         unit % REGION_UNITS * regions + unit / REGION_UNITS
     }
 
+    /// The sectors of all units from a position on: the ends of regions.
+    pub fn rest(&self, position: u64) -> impl Iterator<Item = SectorRange> + use<> {
+        let (order, regions) = (*self, self.units().div_ceil(REGION_UNITS));
+        (0..regions).filter_map(move |region| {
+            let first = region * REGION_UNITS + position.saturating_sub(region).div_ceil(regions);
+            let behind = ((region + 1) * REGION_UNITS).min(order.units());
+            let start = (first < behind).then(|| order.sectors_of(first).start)?;
+            Some(SectorRange { start, count: order.sectors_of(behind - 1).end().0 - start.0 })
+        })
+    }
+
     /// The unit of a sector of the range.
     pub fn unit_of(&self, sector: Sector) -> u64 {
         (sector.0 / UNIT_SECTORS).saturating_sub(self.first_unit())
@@ -107,6 +118,16 @@ mod tests {
                 next = range.end().0;
             }
             assert_eq!(next, start + count);
+            for position in [0, 1, 2, 127, 130, order.positions()] {
+                let mut rest: Vec<SectorRange> = (position..order.positions())
+                    .filter_map(|p| order.unit_at(p))
+                    .map(|u| order.sectors_of(u))
+                    .collect();
+                rest.sort_by_key(|range| range.start);
+                let sectors =
+                    |ranges: &[SectorRange]| ranges.iter().flat_map(|r| r.start.0..r.end().0).collect::<Vec<_>>();
+                assert_eq!(sectors(&order.rest(position).collect::<Vec<_>>()), sectors(&rest), "{position}");
+            }
             assert_eq!(order.bytes(), count * SECTOR_SIZE);
         }
         assert_eq!(Order::new(SectorRange::default()).positions(), 0);

@@ -369,17 +369,21 @@ impl Core {
     /// All that the pass has not come to, from its place on in its order, is skipped.
     pub(super) fn leave_out_the_rest(&self, turn: Turn, cursor: Cursor) -> Result<(), Stopped> {
         let (total, order) = (self.scan_total(), self.scan_order_of(turn)?);
-        let (device, offset) = match cursor.stage {
-            Stage::Primary => {
-                let unit = order.unit_at(cursor.position).unwrap_or_default();
-                (DeviceIndex::PRIMARY, order.sectors_of(unit).start.bytes())
-            }
-            Stage::Slots | Stage::Metadata => (DeviceIndex::SPARE, 0),
-        };
+        let skipped = |device, offset, len| Skipped { device, offset, len, why: PATIENCE_AT_AN_END.to_owned() };
         self.of_pass(turn, |pass| {
             pass.begin_step(cursor.position);
-            let len = total.saturating_sub(pass.covered).max(1);
-            pass.skip(Skipped { device, offset, len, why: PATIENCE_AT_AN_END.to_owned() });
+            let mut left = total.saturating_sub(pass.covered).max(1);
+            for range in order.rest(cursor.position).filter(|_| cursor.stage == Stage::Primary) {
+                let len = bytes_of(range).min(left);
+                if len > 0 {
+                    pass.skip(skipped(DeviceIndex::PRIMARY, range.start.bytes(), len));
+                }
+                left -= len;
+            }
+            // Slots and metadata.
+            if left > 0 {
+                pass.skip(skipped(DeviceIndex::SPARE, 0, left));
+            }
         })
     }
 }

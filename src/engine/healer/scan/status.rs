@@ -73,15 +73,26 @@ impl Core {
         blocks.iter().filter(|block| map.get(**block).slot.is_some()).count() as u64
     }
 
-    /// What was read of the primary by the pass that is under way, or by any that was complete.
+    /// What was read of the primary by the pass that is under way, or by any that was complete but for what the latest
+    /// one left out.
     fn scanned(&self, pass: Option<&Pass>) -> Scanned {
         let record = self.scan.record.borrow();
         let (whole, complete) = (self.whole(), record.complete_capacity.min(self.geometry().capacity));
         let extent = SectorRange { count: complete, ..whole };
-        let of_complete = Scanned { extent, position: u64::MAX, skipped: Vec::new() };
+        let of_primary = |skipped: &[Skipped]| {
+            let sectors = |part: &Skipped| SectorRange {
+                start: Sector(part.offset / SECTOR_SIZE),
+                count: part.len.div_ceil(SECTOR_SIZE),
+            };
+            skipped.iter().filter(|part| part.device == DeviceIndex::PRIMARY).map(sectors).collect()
+        };
         if complete == whole.count {
-            return of_complete;
+            // What the latest one had to leave out may have changed since.
+            let skipped =
+                pass.map_or_else(|| of_primary(&self.scan.over.borrow().skipped), |pass| of_primary(&pass.skipped));
+            return Scanned { extent, position: u64::MAX, skipped };
         }
+        let of_complete = Scanned { extent, position: u64::MAX, skipped: Vec::new() };
         let of_pass = |pass: &Pass| {
             let listed: u64 = pass.skipped.iter().map(|part| part.len).sum();
             let position = match pass.cursor.stage {
@@ -90,12 +101,7 @@ impl Core {
                 Stage::Primary => pass.cursor.position,
                 _ => u64::MAX,
             };
-            let of_primary = pass.skipped.iter().filter(|part| part.device == DeviceIndex::PRIMARY);
-            let sectors = |part: &Skipped| SectorRange {
-                start: Sector(part.offset / SECTOR_SIZE),
-                count: part.len.div_ceil(SECTOR_SIZE),
-            };
-            Scanned { extent: pass.extent, position, skipped: of_primary.map(sectors).collect() }
+            Scanned { extent: pass.extent, position, skipped: of_primary(&pass.skipped) }
         };
         match pass {
             Some(pass) => of_pass(pass),
