@@ -323,8 +323,8 @@ pub struct EventsArgs {
     /// Go on printing as things happen, also when the server is restarted meanwhile.
     #[arg(long)]
     pub follow: bool,
-    /// Only events of these kinds, or `health` (a device became better or worse, or is gone), `lost` (sectors),
-    /// `exhausted` (the spare fills or is full), `errors`.
+    /// Only events of these kinds, or `health` (a device became better or worse, is gone or back), `lost` (sectors),
+    /// `exhausted` (the spare fills or is full), `errors` (of devices, which the guest may have met or not).
     #[arg(long, value_name = "KIND,…", value_delimiter = ',', value_parser = super::follow::parse_kind)]
     pub on: Vec<String>,
     /// Run this command by /bin/sh for each event, one after the other. It gets the event as JSON on its input, and in

@@ -17,10 +17,37 @@ const AGAIN: Duration = Duration::from_millis(500);
 
 /// Names for several kinds, as `--on` takes them.
 const GROUPS: [(&str, &[&str]); 4] = [
-    ("health", &["health", "poisoned", "device-gone", "spare-down", "place-retired", "degraded"]),
+    (
+        "health",
+        &[
+            "health",
+            "poisoned",
+            "cleared",
+            "device-gone",
+            "device-back",
+            "spare-down",
+            "spare-back",
+            "place-retired",
+            "place-restored",
+            "degraded",
+        ],
+    ),
     ("lost", &["lost"]),
     ("exhausted", &["spare-filling", "spare-full"]),
-    ("errors", &["guest-error", "read-error", "flush-failed"]),
+    (
+        "errors",
+        &[
+            "guest-error",
+            "read-error",
+            "flush-failed",
+            "in-doubt",
+            "slot-failed",
+            "metadata-damaged",
+            "label-failed",
+            "fence-given-up",
+            "close",
+        ],
+    ),
 ];
 
 /// A word of `--on`.
@@ -71,8 +98,13 @@ pub(super) fn events(server: &Server, args: &EventsArgs, out: &mut dyn Write) ->
             continue;
         }
         let dropped = page.events.first().map_or(0, |event| event.seq.saturating_sub(after + 1));
-        if dropped > 0 && !server.prints_json() {
-            writeln!(out, "({dropped} events dropped because the log was full)")?;
+        if dropped > 0 {
+            let lost = format!("{dropped} events dropped because the log was full");
+            // Whoever reads objects, or has a command run for each event, is told beside them.
+            match server.prints_json() || args.exec.is_some() {
+                true => eprintln!("vhost-remap: {lost}"),
+                false => writeln!(out, "({lost})")?,
+            }
         }
         for event in page.events.iter().filter(|event| is_wanted(&event.kind, &args.on)) {
             server.print(event, show::event, out)?;
@@ -156,7 +188,27 @@ mod tests {
         assert!(!is_wanted("remapped", &on(&["health", "lost", "exhausted"])));
         // No word that is taken is one that no event ever has.
         let of_groups = GROUPS.iter().flat_map(|(_, kinds)| *kinds);
-        of_groups.for_each(|kind| assert!(EVENT_KINDS.contains(kind), "{kind}"));
+        of_groups.clone().for_each(|kind| assert!(EVENT_KINDS.contains(kind), "{kind}"));
+        let alone: Vec<_> = EVENT_KINDS.iter().filter(|kind| !of_groups.clone().any(|other| other == *kind)).collect();
+        let expected = [
+            "handed-over",
+            "healed",
+            "malformed",
+            "metadata-repaired",
+            "old-label",
+            "primary-grown",
+            "read-only",
+            "recovered-read",
+            "released",
+            "remapped",
+            "resized",
+            "rewritten",
+            "scan",
+            "slow-block",
+            "stats-cleared",
+            "taken-over",
+        ];
+        assert_eq!(alone, expected.each_ref(), "in a group, or among these");
         assert!(parse_kind("exhausted").is_ok() && parse_kind("remapped").is_ok());
         assert!(parse_kind("helth").unwrap_err().contains("there are health, lost, exhausted, errors, and cleared, "));
     }

@@ -216,8 +216,11 @@ impl VolumeHandle {
         // Requests that are held wait for a reason that is named above.
         if front_end.oldest_in_flight_ms > HUNG_MS && healer.held == 0 {
             let seconds = front_end.oldest_in_flight_ms / 1000;
-            let primary = path(DeviceIndex::PRIMARY);
-            found.push(("hung", format!("a request to {primary} has been under way for {seconds} s")));
+            let mut device = path(DeviceIndex::PRIMARY);
+            if healer.remapped > 0 {
+                device = format!("{device} or {}", path(DeviceIndex::SPARE));
+            }
+            found.push(("hung", format!("a request to {device} has been under way for {seconds} s")));
         }
         if healer.mode.read_only {
             found.push(("read-only", "nothing is written to either device".to_owned()));
@@ -253,7 +256,10 @@ impl VolumeHandle {
                 };
                 Some(DeviceReport {
                     role: index.to_string(),
-                    path: device.path.display().to_string(),
+                    path: std::path::absolute(&device.path)
+                        .unwrap_or_else(|_| device.path.clone())
+                        .display()
+                        .to_string(),
                     state: match (up, index) {
                         (true, _) => "up",
                         (false, DeviceIndex::PRIMARY) => "gone",

@@ -101,7 +101,7 @@ impl StatusReport {
 pub struct DeviceReport {
     /// `primary` or `spare`.
     pub role: String,
-    /// As given on the command line.
+    /// Absolute.
     pub path: String,
     /// `up`, `gone` (with the breaker open), `down`, `away`.
     pub state: String,
