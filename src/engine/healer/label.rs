@@ -32,21 +32,23 @@ impl Core {
     /// Refresh the label: its superblock and its copy of the table, where commits came since the last
     /// time. Off the path; a failure is told once, and it is tried again from time to time.
     pub(super) async fn stamp_label(self: &Rc<Self>) {
-        self.places.label.acquire().await;
-        // A close that has begun has its own stamp, and then looks at the primary for the last time.
-        if let Some(label) = self.label.get()
-            && !self.closing.get()
-        {
-            self.stamp_in_turn(label).await;
-        }
-        self.places.label.release();
+        self.stamp_label_when_free(false).await;
     }
 
     /// Write the label anew for a close.
     pub(super) async fn stamp_label_for_close(self: &Rc<Self>) {
+        self.stamp_label_when_free(true).await;
+    }
+
+    async fn stamp_label_when_free(self: &Rc<Self>, for_close: bool) {
         self.places.label.acquire().await;
-        self.label_is_old();
-        if let Some(label) = self.label.get() {
+        if for_close {
+            self.label_is_old();
+        }
+        // A close that has begun has its own stamp, and then looks at the primary for the last time.
+        if let Some(label) = self.label.get()
+            && (for_close || !self.closing.get())
+        {
             self.stamp_in_turn(label).await;
         }
         self.places.label.release();
